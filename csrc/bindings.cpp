@@ -1,0 +1,139 @@
+// Python's view of the core: checks what comes in, releases the GIL, calls.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "matrix.h"
+
+namespace nb = nanobind;
+using nb::literals::operator""_a;
+
+namespace {
+
+template <typename T, int Dims>
+using Array = nb::ndarray<T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
+using Bytes = Array<const uint8_t, 2>;
+using Input = Array<const float, 2>;
+using Output = Array<float, 2>;
+using Counts = Array<int32_t, 2>;
+
+constexpr int kMaxThreads = 1024;
+constexpr const char* kQuants[] = {"f16", "q8", "q4"};  // in the order of Quant
+constexpr const char* kActivations[] = {"drelu", "reglu", "relu", "swiglu"};  // of Activation
+
+// The core's views, each with the array whose bytes it points into.
+struct OwningMatrix : Matrix {
+  Bytes owner;
+};
+struct OwningNeurons : Neurons {
+  Bytes owner;
+};
+
+[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
+
+template <typename Enum, size_t N>
+Enum parse(const char* what, const std::string& name, const char* const (&names)[N]) {
+  std::string known;
+  for (size_t i = 0; i < N; ++i) {
+    if (name == names[i]) return static_cast<Enum>(i);
+    known += (i ? ", " : "") + std::string(names[i]);
+  }
+  fail(std::string(what) + " is '" + name + "', expected one of " + known);
+}
+
+template <typename T>
+void check_shape(const char* what, const Array<T, 2>& array, size_t rows, size_t cols) {
+  const auto text = [](size_t a, size_t b) {
+    return "(" + std::to_string(a) + ", " + std::to_string(b) + ")";
+  };
+  if (array.shape(0) == rows && array.shape(1) == cols) return;
+  fail(std::string(what) + " has shape " + text(array.shape(0), array.shape(1)) + ", expected " +
+       text(rows, cols));
+}
+
+void check_threads(int threads) {
+  if (threads >= 1 && threads <= kMaxThreads) return;
+  fail("threads is " + std::to_string(threads) + ", expected 1 to " + std::to_string(kMaxThreads));
+}
+
+// `parts` rows of `cols` weights lie side by side in each row of `data`.
+void check_rows(const Bytes& data, const char* what, int cols, Quant quant, int parts) {
+  const std::string given = std::string(what) + " is " + std::to_string(cols) + ", expected ";
+  if (cols < 1) fail(given + "at least 1");
+  if (quant != QUANT_F16 && cols % GROUP != 0) {
+    fail(given + "a multiple of " + std::to_string(GROUP) + " for " + kQuants[quant]);
+  }
+  check_shape("data", data, data.shape(0), parts * row_stride(quant, cols));
+}
+
+void init_matrix(OwningMatrix* self, Bytes data, int cols, const char* quant_name) {
+  const Quant quant = parse<Quant>("quant", quant_name, kQuants);
+  check_rows(data, "cols", cols, quant, 1);
+  const int64_t rows = data.shape(0);
+  new (self) OwningMatrix{{data.data(), rows, cols, quant}, data};
+}
+
+void matmul(const OwningMatrix& self, Input x, Output out, int threads) {
+  check_shape("x", x, x.shape(0), self.cols);
+  check_shape("out", out, x.shape(0), self.rows);
+  check_threads(threads);
+  nb::gil_scoped_release release;
+  self.matmul(x.data(), out.data(), x.shape(0), threads);
+}
+
+void row(const OwningMatrix& self, int64_t index, Array<float, 1> out) {
+  if (index < 0 || index >= self.rows) {
+    fail("index is " + std::to_string(index) + ", expected 0 to " + std::to_string(self.rows - 1));
+  }
+  if (out.shape(0) != static_cast<size_t>(self.cols)) {
+    fail("out has " + std::to_string(out.shape(0)) + " values, expected " +
+         std::to_string(self.cols));
+  }
+  nb::gil_scoped_release release;
+  self.row(index, out.data());
+}
+
+void init_neurons(OwningNeurons* self, Bytes data, int hidden, const char* quant_name,
+                  const char* activation_name) {
+  const Quant quant = parse<Quant>("quant", quant_name, kQuants);
+  const auto activation = parse<Activation>("activation", activation_name, kActivations);
+  check_rows(data, "hidden", hidden, quant, 3);
+  const int64_t neurons = data.shape(0);
+  new (self) OwningNeurons{{data.data(), neurons, hidden, quant, activation}, data};
+}
+
+void forward(const OwningNeurons& self, Input x, Output out, Counts counts, bool exact,
+             int threads) {
+  check_shape("x", x, x.shape(0), self.hidden);
+  check_shape("out", out, x.shape(0), self.hidden);
+  check_shape("counts", counts, x.shape(0), 2);
+  check_threads(threads);
+  if (exact && self.activation == Activation::kSwiglu) {
+    fail("activation is 'swiglu', which has no exact zeros to skip: use dense mode (exact=False)");
+  }
+  nb::gil_scoped_release release;
+  self.forward(x.data(), out.data(), counts.data(), x.shape(0), exact, threads);
+}
+
+}  // namespace
+
+// .noconvert() everywhere: without it nanobind fills a copy of an unfit `out`, and the result is
+// lost without an error.
+NB_MODULE(_core, m) {
+  nb::class_<OwningMatrix>(m, "Matrix", "Weights [rows, cols], quantised row by row.")
+      .def("__init__", &init_matrix, "data"_a.noconvert(), "cols"_a, "quant"_a)
+      .def_ro("rows", &OwningMatrix::rows)
+      .def_ro("cols", &OwningMatrix::cols)
+      .def_prop_ro("quant", [](const OwningMatrix& self) { return kQuants[self.quant]; })
+      .def("matmul", &matmul, "x"_a.noconvert(), "out"_a.noconvert(), "threads"_a,
+           "out[T, rows] = x[T, cols] · Wᵀ")
+      .def("row", &row, "index"_a, "out"_a.noconvert(), "out[cols] = W[index]");
+
+  nb::class_<OwningNeurons>(m, "Neurons", "An FFN, one record (gate | up | down) per neuron.")
+      .def("__init__", &init_neurons, "data"_a.noconvert(), "hidden"_a, "quant"_a, "activation"_a)
+      .def("forward", &forward, "x"_a.noconvert(), "out"_a.noconvert(), "counts"_a.noconvert(),
+           "exact"_a, "threads"_a,
+           "out[T, hidden] = FFN(x); counts[T, 2] = positive gates, Combined not zero");
+}

@@ -1,0 +1,102 @@
+// Scalar reference kernels, written so that the compiler vectorises them without -ffast-math.
+#include <cstring>
+
+#include "kernels.h"
+
+namespace {
+
+float from_bits(uint32_t bits) {
+  float value;
+  std::memcpy(&value, &bits, sizeof value);
+  return value;
+}
+
+uint32_t to_bits(float value) {
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  return bits;
+}
+
+// Exact for every finite half. Both cases are computed and a mask selects, so loops vectorise; no
+// float subnormal arises, so flush-to-zero modes do no harm.
+float half_to_float(const uint8_t* bytes) {
+  uint16_t half;
+  std::memcpy(&half, bytes, sizeof half);
+  const uint32_t magnitude = half & 0x7fffu;
+  const uint32_t sign = (half & 0x8000u) << 16;
+  const uint32_t normal = (magnitude << 13) + ((127u - 15u) << 23);
+  // With the exponent of 2^-14 a subnormal mantissa m reads as 2^-14 + m * 2^-24.
+  const uint32_t subnormal = to_bits(from_bits((magnitude << 13) + (113u << 23)) - 0x1p-14f);
+  const uint32_t is_subnormal = 0u - static_cast<uint32_t>(magnitude < 0x400u);
+  return from_bits(sign | (subnormal & is_subnormal) | (normal & ~is_subnormal));
+}
+
+void dequantise_f16(const uint8_t* row, float* __restrict out, int cols) {
+  for (int i = 0; i < cols; ++i) out[i] = half_to_float(row + 2 * static_cast<int64_t>(i));
+}
+
+void dequantise_q8(const uint8_t* row, float* __restrict out, int cols) {
+  const uint8_t* scales = row + cols;
+  for (int group = 0; group < cols / GROUP; ++group) {
+    const float scale = half_to_float(scales + 2 * group);
+    for (int i = 0; i < GROUP; ++i) out[i] = scale * static_cast<int8_t>(row[i]);
+    row += GROUP;
+    out += GROUP;
+  }
+}
+
+// One group whose words of 4 bytes lie `word_stride` bytes apart.
+void dequantise_q4_group(const uint8_t* words, int word_stride, float scale,
+                         float* __restrict out) {
+  for (int r = 0; r < 4; ++r) {
+    uint32_t word;
+    std::memcpy(&word, words + r * word_stride, sizeof word);
+    for (int b = 0; b < 4; ++b) {
+      out[4 * r + b] = scale * (static_cast<int>(word >> (8 * b) & 15) - 8);
+      out[4 * r + b + GROUP / 2] = scale * (static_cast<int>(word >> (8 * b + 4) & 15) - 8);
+    }
+  }
+}
+
+void dequantise_q4(const uint8_t* row, float* __restrict out, int cols) {
+  const uint8_t* scales = row + cols / 2;
+  const int groups = cols / GROUP;
+  for (int tile = 0; tile < groups; tile += TILE_GROUPS) {
+    const int tile_groups = groups - tile < TILE_GROUPS ? groups - tile : TILE_GROUPS;
+    const uint8_t* nibbles = row + tile * (GROUP / 2);
+    for (int g = 0; g < tile_groups; ++g) {
+      const float scale = half_to_float(scales + 2 * (tile + g));
+      dequantise_q4_group(nibbles + 4 * g, 4 * tile_groups, scale, out + (tile + g) * GROUP);
+    }
+  }
+}
+
+// The partial sums are independent, which lets the compiler keep them in vector registers.
+float dot(const float* __restrict a, const float* __restrict b, int n) {
+  constexpr int kLanes = 16;
+  float sums[kLanes] = {};
+  int i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    for (int lane = 0; lane < kLanes; ++lane) sums[lane] += a[i + lane] * b[i + lane];
+  }
+  float total = 0;
+  for (; i < n; ++i) total += a[i] * b[i];
+  for (int width = kLanes / 2; width > 0; width /= 2) {
+    for (int lane = 0; lane < width; ++lane) sums[lane] += sums[lane + width];
+  }
+  return total + sums[0];
+}
+
+void axpy(float a, const float* __restrict x, float* __restrict y, int n) {
+  for (int i = 0; i < n; ++i) y[i] += a * x[i];
+}
+
+constexpr Kernels kTable[] = {
+    {dequantise_f16, dot, axpy},  // QUANT_F16
+    {dequantise_q8, dot, axpy},   // QUANT_Q8
+    {dequantise_q4, dot, axpy},   // QUANT_Q4
+};
+
+}  // namespace
+
+const Kernels* reference_kernels(Quant quant) { return &kTable[quant]; }

@@ -1,0 +1,39 @@
+// The two things that hold weights: a matrix, and the neurons of an FFN. Neither owns its bytes.
+//
+// Shapes: T tokens, H hidden size, C cols. All float arrays are dense and row-major.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels.h"
+
+// Bytes from one row to the next.
+int64_t row_stride(Quant quant, int cols);
+
+struct Matrix {
+  const uint8_t* data;  // [rows, row_stride(quant, cols)]
+  int64_t rows;
+  int cols;
+  Quant quant;
+
+  // out[T, rows] = x[T, C] · Wᵀ
+  void matmul(const float* x, float* out, int64_t tokens, int threads) const;
+  void row(int64_t index, float* out) const;  // out[C]
+};
+
+enum class Activation { kDrelu, kReglu, kRelu, kSwiglu };
+
+struct Neurons {
+  const uint8_t* data;  // [neurons, 3 * row_stride]: gate row | up row | down column
+  int64_t neurons;
+  int hidden;
+  Quant quant;
+  Activation activation;
+
+  // out[T, H] = Combined · Wdown, with Combined[T, neurons] = activation(x · Wgateᵀ, x · Wupᵀ).
+  // counts[T, 2] = neurons with a positive gate, neurons whose Combined is not zero.
+  // `exact` leaves out the rows that meet only zeros; the activation must have exact zeros then.
+  // The same number of threads gives the same bits.
+  void forward(const float* x, float* out, int32_t* counts, int64_t tokens, bool exact,
+               int threads) const;
+};

@@ -1,0 +1,97 @@
+"""The command line: one verb per stage, imported only when it is called; its flags are its function's parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import signal
+import sys
+from typing import Annotated, NoReturn
+
+from cyclopts import App, CycloptsError, Parameter
+
+from turbosparse import __version__
+from turbosparse.folders import TurboSparseError
+
+VERBS = {
+    "demo": (
+        "turbosparse.demo.run:demo",
+        "See the whole line work on a small model made here, with no network.",
+    ),
+    "convert": (
+        "turbosparse.convert:convert",
+        "Replace the SwiGLU feed-forward of a dense model by dReLU.",
+    ),
+    "train": (
+        "turbosparse.train:train",
+        "Recover quality by continued training, or train from scratch.",
+    ),
+    "analyse": (
+        "turbosparse.analyse:analyse",
+        "Measure perplexity and activation sparsity of a model.",
+    ),
+    "pack": ("turbosparse.pack:pack", "Quantise a model and lay it out for sparse reading."),
+    "inspect": ("turbosparse.inspect:inspect", "Print what a packed folder holds."),
+    "validate": ("turbosparse.inspect:validate", "Check a packed folder to the last byte."),
+    "generate": ("turbosparse.generate:generate", "Continue a prompt with a packed model."),
+}
+
+app = App(
+    name="turbosparse",
+    help="Run large language models on a fraction of their weights.\n\n"
+    "The way of a model: convert → train → analyse → pack → generate. Start with `turbosparse demo`.",
+    help_epilogue="Every verb takes --json: its result as one JSON document on the last line of stdout.",
+    version=__version__,
+    result_action="return_value",
+)
+for _verb, (_target, _help) in VERBS.items():
+    app.command(_target, name=_verb, help=_help)
+
+
+@app.meta.default
+def _launch(
+    *tokens: Annotated[str, Parameter(show=False, allow_leading_hyphen=True)],
+    as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
+) -> None:
+    """Run one verb and show its result."""
+    result = app(tokens, exit_on_error=False, print_error=False)
+    if result is None:
+        return
+    if as_json:
+        print(
+            json.dumps(dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result)
+        )
+        return
+    from rich.console import Console
+
+    Console(stderr=True, highlight=False, markup=False).print(
+        result if hasattr(result, "__rich__") else str(result),
+        soft_wrap=not hasattr(result, "__rich__"),
+    )
+
+
+def main() -> NoReturn:
+    """Entry point: a mistake in the input is one line on stderr and exit code 2."""
+    # a stop by a supervisor unwinds like Ctrl-C, so that nothing half-written is left behind
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    try:
+        app.meta(result_action="return_value")
+        sys.stdout.flush()
+    except (TurboSparseError, CycloptsError) as error:
+        _fail(" ".join(str(error).split()), 2)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(141)
+    sys.exit(0)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"turbosparse: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

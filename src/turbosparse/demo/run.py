@@ -1,0 +1,385 @@
+"""The whole line on a model small enough to train on a laptop: dense → dReLU → recovered → packed → text.
+
+turbosparse demo
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from turbosparse.analyse import FILE as STATS_FILE
+from turbosparse.analyse import Stats, measure
+from turbosparse.convert import convert
+from turbosparse.count import RULE, count_parameters
+from turbosparse.data import documents
+from turbosparse.demo.corpus import make_corpus
+from turbosparse.engine import Engine
+from turbosparse.folders import TurboSparseError, new_folder, read_config, write_json
+from turbosparse.generate import stream, summarise
+from turbosparse.hf.load import load_config, load_model, load_tokenizer
+from turbosparse.pack import pack
+from turbosparse.train import train
+
+DOMAINS = ("code", "docs", "math", "qa")
+CONTEXT = 256
+PROMPT = "Question: Tom has 12 apples and gets 7 more. How many apples does Tom have?\n"
+# (name in the table, folder, what it is)
+MODELS = (
+    ("dense", "dense", "SwiGLU, trained from scratch"),
+    ("dense control", "control", "the same, trained on"),
+    ("after surgery", "surgery", "dReLU put in, nothing trained"),
+    ("recovered", "sparse", "dReLU, trained on"),
+)
+ROADS = (("torch", "dense"), ("torch", "exact"), ("cpu", "dense"), ("cpu", "exact"))
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The sizes of a demo run; stored beside its artefacts."""
+
+    hidden_size: int = 128
+    intermediate_size: int = 512
+    layers: int = 4
+    vocabulary: int = 1024
+    bytes_per_domain: int = 1_500_000
+    base_tokens: int = 2_000_000
+    recovery_tokens: int = 1_000_000
+    held_out_tokens: int = 20_000  # of each domain
+    generated_tokens: int = 64
+
+
+QUICK = Settings(64, 256, 2, 512, 200_000, 120_000, 80_000, 2_000, 16)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model of the final table."""
+
+    model: str
+    tokens_seen: int
+    perplexity: dict[str, float]
+    held_out_perplexity: float
+    activation_sparsity: float
+    parameters: int
+    activated_parameters: int
+    tokens_per_second: dict[str, float]  # "road mode" → decode speed of the q8 packing
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo made and measured."""
+
+    out: str
+    rows: list[Row]
+    texts: dict[str, str]  # "quant road mode" → what the recovered model wrote
+    roads_agree: bool
+
+    def __rich__(self) -> Any:
+        table = Table(title="Sparsity, quality and speed (tokens/s of the q8 packing)")
+        table.add_column("", no_wrap=True)
+        for row in self.rows:
+            table.add_column(row.model, justify="right", overflow="fold")
+        lines: list[tuple[str, list[str]]] = [
+            ("training tokens", [f"{r.tokens_seen / 1e6:.2f} M" for r in self.rows]),
+            ("held-out perplexity", [f"{r.held_out_perplexity:.2f}" for r in self.rows]),
+            *((f"  {d}", [f"{r.perplexity[d]:.2f}" for r in self.rows]) for d in DOMAINS),
+            ("activation sparsity", [f"{r.activation_sparsity:.1%}" for r in self.rows]),
+            ("parameters", [f"{r.parameters / 1e6:.3f} M" for r in self.rows]),
+            ("activated parameters", [f"{r.activated_parameters / 1e6:.3f} M" for r in self.rows]),
+        ]
+        for road, mode in ROADS:
+            speeds = [r.tokens_per_second.get(f"{road} {mode}") for r in self.rows]
+            cells = [f"{speed:.0f}" if speed else "–" for speed in speeds]
+            lines.append((f"tokens/s {road} {mode}", cells))
+        for name, cells in lines:
+            table.add_row(name, *cells)
+        return table
+
+
+def demo(*, out: Path = Path("demo"), quick: bool = False) -> Demo:
+    """See the whole line work on a small model made here, with no network.
+
+    Makes a corpus from Python's standard library and generated arithmetic, trains a small dense model, turns it
+    into a dReLU model, recovers it beside a dense control, measures and packs all, and writes text from every
+    road. Run it again to resume.
+
+    Parameters
+    ----------
+    out
+        Folder for everything that is made; it is kept.
+    quick
+        A minute instead of some: far too little training for good text.
+    """
+    settings = QUICK if quick else Settings()
+    say = Console(stderr=True, highlight=False)
+    _open(out, settings)
+
+    _stage(
+        say,
+        1,
+        "A corpus",
+        "Code and English from Python's standard library, worked arithmetic, questions.",
+    )
+    corpus = _corpus(out, settings)
+    _stage(say, 2, "A tokenizer", f"Byte-level BPE with {settings.vocabulary} tokens.")
+    tokenizer = _tokenizer(out, corpus, settings)
+
+    _stage(
+        say, 3, "A dense model", "A small Mistral with the usual SwiGLU feed-forward, from scratch."
+    )
+    _train(out, "dense", _recipe(tokenizer, settings, None), corpus)
+    _stage(
+        say, 4, "Surgery", "convert: relu(gate) · relu(up) replaces silu(gate) · up. Weights stay."
+    )
+    _once(out / "surgery", lambda folder: convert(str(out / "dense"), folder))
+    _stage(say, 5, "Recovery", "train: the dReLU model learns on.")
+    _train(out, "sparse", _recipe(tokenizer, settings, str(out / "surgery")), corpus)
+    _stage(
+        say, 6, "The dense control", "train: the dense model on the same tokens in the same order."
+    )
+    _train(out, "control", _recipe(tokenizer, settings, str(out / "dense")), corpus)
+
+    _stage(say, 7, "What happens inside", "analyse: held-out perplexity, and which neurons fire.")
+    stats = {folder: _analyse(out / folder, corpus, settings) for _, folder, _ in MODELS}
+    _stage(say, 8, "Packing", "pack: one record per neuron, hot neurons first, in f16, q8 and q4.")
+    for _, folder, _ in MODELS:
+        for quant in ("f16", "q8", "q4") if folder == "sparse" else ("q8",):
+            _once(
+                out / f"{folder}-{quant}",
+                lambda to, f=folder, q=quant: pack(str(out / f), to, quant=q),
+            )
+    _stage(
+        say,
+        9,
+        "Text from every road",
+        "generate: the PyTorch reference and the C++ core, dense and exact.",
+    )
+    texts = _texts(out, settings)
+    rows = _rows(out, settings, stats)
+    agree = _agree(texts)
+    _show(say, texts, agree)
+    result = Demo(str(out), rows, texts, agree)
+    write_json(out / "result.json", asdict(result))
+    say.print(f"\n{RULE}", style="dim")
+    say.print(
+        f"Everything is kept in {out}/. Try: turbosparse generate {out}/sparse-q8 --chat --prompt 'What is 12 + 7?'"
+    )
+    return result
+
+
+def _stage(say: Console, number: int, title: str, text: str) -> None:
+    say.print(f"\n[bold]{number}. {title}.[/bold] {text}")
+
+
+def _open(out: Path, settings: Settings) -> None:
+    """Make the demo's folder, or make sure that what stands in it is of the same settings."""
+    stored = out / "settings.json"
+    if stored.is_file() and json.loads(stored.read_text()) != asdict(settings):
+        raise TurboSparseError(
+            f"{out} holds a demo of other sizes (--quick or not); remove it or choose another --out"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(stored, asdict(settings))
+
+
+def _once(folder: Path, make: Any) -> None:
+    if not folder.exists():
+        make(folder)
+
+
+def _corpus(out: Path, settings: Settings) -> Path:
+    folder = out / "corpus"
+    if not folder.exists():
+        with new_folder(folder) as work:
+            make_corpus(work, bytes_per_domain=settings.bytes_per_domain)
+    return folder
+
+
+def _tokenizer(out: Path, corpus: Path, settings: Settings) -> Path:
+    """Train the tokenizer; its chat template is the form of the corpus' questions."""
+    folder = out / "tokenizer"
+    if folder.exists():
+        return folder
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.vocabulary,
+        special_tokens=["<|endoftext|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(_training_texts(corpus), trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=bpe,
+        eos_token="<|endoftext|>",
+        bos_token="<|endoftext|>",
+        model_max_length=CONTEXT,
+    )
+    fast.chat_template = (
+        "{% for message in messages %}{% if message.role == 'user' %}"
+        "Question: {{ message.content }}\n{% else %}{{ message.content }}\n{% endif %}{% endfor %}"
+    )
+    with new_folder(folder) as work:
+        fast.save_pretrained(work)
+    return folder
+
+
+def _training_texts(corpus: Path) -> Iterator[str]:
+    for domain in DOMAINS:
+        yield from documents(corpus / domain / "train.jsonl")
+
+
+def _recipe(tokenizer: Path, settings: Settings, model: str | None) -> dict[str, Any]:
+    """The recipe of the base model (no `model`), or of training one on."""
+    scratch = {
+        "model_type": "mistral",
+        "vocab_size": settings.vocabulary,
+        "hidden_size": settings.hidden_size,
+        "intermediate_size": settings.intermediate_size,
+        "num_hidden_layers": settings.layers,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "sliding_window": None,
+        "tie_word_embeddings": True,
+        "bos_token_id": 0,
+        "eos_token_id": 0,
+    }
+    sources = [
+        {"name": domain, "path": f"{domain}/train.jsonl", "proportion": 1 / len(DOMAINS)}
+        for domain in DOMAINS
+    ]
+    return {
+        "model": model or scratch,
+        "tokenizer": str(tokenizer),
+        "data": {"sources": sources, "sequence_length": CONTEXT},
+        "tokens": settings.recovery_tokens if model else settings.base_tokens,
+        "batch_size": 16,
+        "learning_rate": 2e-3 if model else 4e-3,
+        "min_learning_rate": 1e-4 if model else 1e-3,
+        "warmup_steps": 10,
+        "seed": 1 if model else 0,
+        "log_every": 10,
+        "checkpoint_every": 100,
+    }
+
+
+def _train(out: Path, name: str, recipe: dict[str, Any], corpus: Path) -> None:
+    path = out / f"{name}.yaml"
+    if not (out / name).exists():
+        path.write_text(yaml.safe_dump(recipe, sort_keys=False))
+        train(path, out=out / name, data=corpus)
+
+
+def _analyse(folder: Path, corpus: Path, settings: Settings) -> Stats:
+    path = folder / STATS_FILE
+    if path.is_file():
+        return Stats.load(path)
+    corpora = {domain: list(documents(corpus / domain / "held_out.jsonl")) for domain in DOMAINS}
+    model, tokenizer = load_model(folder), load_tokenizer(folder)
+    stats = measure(model, tokenizer, corpora, max_tokens=settings.held_out_tokens)
+    stats.about["model"] = str(folder)
+    stats.save(path)
+    return stats
+
+
+def _generate(engine: Engine, tokenizer: Any, settings: Settings) -> tuple[str, float]:
+    """Greedy text without stopping, and its tokens/s."""
+    prompt = tokenizer(PROMPT)["input_ids"]
+    tokens = list(stream(engine, tokenizer, prompt, max_tokens=settings.generated_tokens))
+    done = summarise(tokens, len(prompt), engine.describe())
+    return done.text, done.tokens_per_second
+
+
+def _texts(out: Path, settings: Settings) -> dict[str, str]:
+    tokenizer = load_tokenizer(out / "sparse")
+    return {
+        f"{quant} {road} {mode}": _generate(
+            Engine(out / f"sparse-{quant}", road=road, mode=mode),
+            tokenizer,
+            settings,  # type: ignore[arg-type]
+        )[0]
+        for quant in ("f16", "q8", "q4")
+        for road, mode in ROADS
+    }
+
+
+def _agree(texts: dict[str, str]) -> bool:
+    """Whether all roads and modes of a quantisation wrote the same."""
+    by_quant: dict[str, set[str]] = {}
+    for name, text in texts.items():
+        by_quant.setdefault(name.split()[0], set()).add(text)
+    return all(len(found) == 1 for found in by_quant.values())
+
+
+def _show(say: Console, texts: dict[str, str], agree: bool) -> None:
+    say.print(f"  prompt: {PROMPT!r}", markup=False)
+    for quant in ("f16", "q8", "q4"):
+        say.print(f"  {quant}: {texts[f'{quant} cpu exact']!r}", markup=False)
+    verdict = "wrote the same text" if agree else "DISAGREE: please report this"
+    say.print(f"  PyTorch and C++, dense and exact {verdict}.")
+
+
+def _rows(out: Path, settings: Settings, stats: dict[str, Stats]) -> list[Row]:
+    speeds = _speeds(out, settings)
+    return [_row(out, name, folder, stats[folder], speeds[folder]) for name, folder, _ in MODELS]
+
+
+def _speeds(out: Path, settings: Settings, rounds: int = 3) -> dict[str, dict[str, float]]:
+    """Median decode tokens/s of every model, road and mode; the rounds are interleaved."""
+    engines = {
+        (folder, f"{road} {mode}"): Engine(out / f"{folder}-q8", road=road, mode=mode)  # type: ignore[arg-type]
+        for _, folder, _ in MODELS
+        for road, mode in ROADS
+        if mode == "dense" or folder in ("surgery", "sparse")
+    }
+    tokenizer = load_tokenizer(out / "sparse")
+    seen: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
+    for _ in range(rounds):
+        for key, engine in engines.items():
+            seen[key].append(_generate(engine, tokenizer, settings)[1])
+    speeds: dict[str, dict[str, float]] = {}
+    for (folder, way), values in seen.items():
+        speeds.setdefault(folder, {})[way] = statistics.median(values)
+    return speeds
+
+
+def _row(out: Path, name: str, folder: str, stats: Stats, speeds: dict[str, float]) -> Row:
+    config = load_config(out / folder)
+    sparsity = stats.activation_sparsity()
+    parameters = count_parameters(config, active=1 - sparsity)
+    return Row(
+        model=name,
+        tokens_seen=_tokens_seen(out, folder),
+        perplexity={domain: stats.perplexity(domain) for domain in DOMAINS},
+        held_out_perplexity=stats.perplexity(),
+        activation_sparsity=sparsity,
+        parameters=parameters.total,
+        activated_parameters=parameters.activated,
+        tokens_per_second=speeds,
+    )
+
+
+def _tokens_seen(out: Path, folder: str) -> int:
+    base = read_config(out / "dense", "recipe.json")["tokens"]
+    return int(
+        base
+        + (
+            read_config(out / folder, "recipe.json")["tokens"]
+            if folder in ("sparse", "control")
+            else 0
+        )
+    )

@@ -1,0 +1,104 @@
+"""The engine: a packed folder opened on a road and in a mode, with the state of one conversation at a time."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from torch import Tensor
+
+from turbosparse.folders import TurboSparseError
+from turbosparse.format import Packed
+from turbosparse.model import Cache, Decoder
+
+Road = Literal["auto", "torch", "cpu"]
+Mode = Literal["auto", "dense", "exact"]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One forward pass.
+
+    `logits` is float32 ``[vocabulary]`` of the last token; `active` the share of neurons whose Combined is not
+    zero and `gate_positive` the share with positive gate, over the neurons in use of all layers and tokens.
+    """
+
+    logits: Tensor
+    active: float
+    gate_positive: float
+
+
+class Engine:
+    """A packed model ready to generate.
+
+    Args:
+        folder: packed folder.
+        road: ``cpu`` is the C++ core, ``torch`` the reference on dequantised weights; ``auto`` takes the core.
+        mode: ``exact`` skips neurons that are exactly zero, ``dense`` reads all; ``auto`` takes exact where the
+            activation has exact zeros.
+        threads: of the C++ core; by default the processors that this process may use.
+
+    Raises:
+        TurboSparseError: damaged folder, or a mode that the model does not have.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        *,
+        road: Road = "auto",
+        mode: Mode = "auto",
+        threads: int | None = None,
+    ):
+        self.packed = Packed(folder)
+        sparse = self.packed.activation != "swiglu"
+        if mode == "exact" and not sparse:
+            raise TurboSparseError(
+                f"{folder} is a swiglu model: it has no exact zeros to skip; use --mode dense"
+            )
+        self.mode = ("exact" if sparse else "dense") if mode == "auto" else mode
+        self.road = "cpu" if road == "auto" else road
+        self.threads = threads_to_use(threads)
+        self.config = self.packed.config
+        self.context = int(self.config.max_position_embeddings)
+        self.decoder = Decoder(self.packed, road=self.road, threads=self.threads)
+
+    def describe(self) -> str:
+        return (
+            f"{self.packed.folder.name}: {self.packed.activation} {self.packed.quant}, road {self.road}, "
+            f"mode {self.mode}, {self.threads} thread{'s' * (self.threads != 1)}"
+        )
+
+    def new_cache(self) -> Cache:
+        return Cache(self.config, self.context)
+
+    def step(self, tokens: list[int], cache: Cache) -> Step:
+        """Read `tokens` after what `cache` holds and return the logits that follow."""
+        logits, counts = self.decoder(tokens, cache, exact=self.mode == "exact")
+        # a token of a MoE model uses the neurons of several experts
+        used = self.config.intermediate_size * getattr(self.config, "num_experts_per_tok", 1)
+        gate, active = (counts.double().mean((0, 1)) / used).tolist()
+        return Step(logits[-1], active=active, gate_positive=gate)
+
+    def prefill(self, tokens: list[int], cache: Cache, *, chunk: int = 512) -> Step:
+        """Read a prompt in chunks of up to `chunk` tokens."""
+        step = None
+        for start in range(0, len(tokens), chunk):
+            step = self.step(tokens[start : start + chunk], cache)
+        if step is None:
+            raise TurboSparseError("the prompt holds no token, and the model has no start token")
+        return step
+
+
+def threads_to_use(asked: int | None) -> int:
+    """The number of threads, checked against the processors that this process may use."""
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    if asked is None:
+        return cores
+    if not 1 <= asked <= cores:
+        raise TurboSparseError(f"--threads {asked}: this process may use 1 to {cores}")
+    return asked

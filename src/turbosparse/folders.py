@@ -1,0 +1,140 @@
+"""Folders that hold models: found and read with clear errors, written whole or not at all."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+# What travels with a model besides config and weights.
+COMPANIONS = (
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "generation_config.json",
+    "chat_template.jinja",
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+class TurboSparseError(ValueError):
+    """A mistake in the input: the message says what is wrong, which value, and what to do."""
+
+
+def model_folder(source: str | Path) -> Path:
+    """Return the local folder of a model, downloading it if `source` is a hub id such as ``org/name``."""
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise TurboSparseError(f"{source} is a file; give the folder that holds config.json")
+    if not _looks_like_hub_id(str(source)):
+        raise TurboSparseError(
+            f"no such folder: {source}; give a model folder or a hub id org/name"
+        )
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
+        return Path(snapshot_download(str(source), allow_patterns=patterns))
+    except Exception as error:  # the hub client raises many unrelated types
+        raise TurboSparseError(
+            f"{source} is no local folder, and downloading it from the hub failed "
+            f"({type(error).__name__}); check the name, the network and your access to the model"
+        ) from error
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and " " not in source
+
+
+def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
+    """Read ``config.json`` (or a file like it) of a model folder as plain JSON."""
+    path = folder / name
+    if not folder.is_dir():
+        raise TurboSparseError(f"no such folder: {folder}")
+    if not path.is_file():
+        raise TurboSparseError(f"{folder} has no {name}; give the folder of a model")
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise TurboSparseError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(config, dict):
+        raise TurboSparseError(f"{path} holds a {type(config).__name__}, not a JSON object")
+    return config
+
+
+def write_json(path: Path, value: Any) -> None:
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def copy_companions(source: Path, out: Path) -> None:
+    """Carry tokenizer, generation config and chat template over; a model without tokenizer is refused."""
+    if not any((source / name).is_file() for name in TOKENIZER_FILES):
+        raise TurboSparseError(
+            f"{source} has no tokenizer ({', '.join(TOKENIZER_FILES)}); "
+            "copy the tokenizer files of the original model into it"
+        )
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """Yield a temporary folder beside `out` that becomes `out` on success and vanishes on any error.
+
+    Raises:
+        TurboSparseError: `out` exists and is not an empty folder, or the disk is full.
+    """
+    out = Path(out).expanduser()
+    check_free(out)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    try:
+        work.chmod(0o755)
+        yield work
+        if out.exists():
+            out.rmdir()
+        work.rename(out)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            free = shutil.disk_usage(out.parent).free
+            raise TurboSparseError(
+                f"disk full while writing {out} ({free / 1e9:.2f} GB free in {out.parent}); "
+                "free some space or choose another place"
+            ) from error
+        raise
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def check_free(out: str | Path) -> None:
+    """Refuse to write over something that exists; an empty folder is fine."""
+    out = Path(out).expanduser()
+    if out.is_dir() and not any(out.iterdir()):
+        return
+    if out.exists() or out.is_symlink():
+        raise TurboSparseError(f"{out} exists already; remove it or choose another name")
+
+
+@contextmanager
+def new_file(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside `path` that replaces it on success and vanishes on any error."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    work = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        yield work
+        work.replace(path)
+    finally:
+        work.unlink(missing_ok=True)

@@ -1,0 +1,323 @@
+"""The packed folder: what it holds, how it is written, and how it is opened.
+
+A packed folder is a Hugging Face folder whose weights are laid out for sparse reading:
+
+* ``config.json``: the model's keys and one block ``"turbosparse"`` (`Header`): format version, quantisation, FFN
+  record, neuron order, provenance, profile, and size and SHA-256 of every weight file.
+* tokenizer and ``generation_config.json`` as in Hugging Face.
+* ``model-0000i-of-0000n.safetensors``, readable by any safetensors reader. Data begins at a multiple of 4096
+  bytes (the JSON header is padded with spaces), and so does every tensor: ``pad.N`` tensors fill the gaps.
+
+Tensors:
+
+* matrices (embedding, attention projections, LM head): U8 ``[rows, row_bytes]`` in a block format of `quant`;
+* norms, biases, router: F32, in the model's shape;
+* ``model.layers.L.ffn``, in a MoE model ``model.layers.L.experts.E.ffn``: U8 ``[neurons, 3 · row_bytes]``, one
+  record per neuron, ``gate row | up row | down column``, hot neurons first;
+* ``….neuron_order``: I32 ``[neurons]``, the model's own index of each neuron.
+
+The data are mapped, not read: opening costs the same for any size.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from enum import Enum
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from turbosparse.folders import TurboSparseError, new_file, read_config
+from turbosparse.hf import names
+from turbosparse.quant import row_bytes
+
+VERSION = 1
+PAGE = 4096
+SHARD_BYTES = 4 << 30
+_DTYPES = {"U8": np.dtype("u1"), "F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
+
+
+class Fault(Enum):
+    """Every way in which a packed folder can be wrong."""
+
+    NOT_PACKED = "is no packed folder; make one with `turbosparse pack`"
+    VERSION = "has another format version; pack the model again with this version of turbosparse"
+    HEADER = "has a damaged turbosparse block in config.json; pack the model again"
+    FILE_MISSING = "lacks a weight file; copy the folder again"
+    FILE_SIZE = "has a weight file of the wrong size; copy the folder again"
+    FILE_HEADER = "has a weight file with a damaged header; copy the folder again"
+    TENSOR_MISSING = "lacks a tensor that config.json calls for; pack the model again"
+    TENSOR_UNKNOWN = "holds a tensor that config.json does not call for; pack the model again"
+    TENSOR_SHAPE = "holds a tensor of the wrong type or shape; pack the model again"
+    ALIGNMENT = "holds a tensor off the page boundary; pack the model again"
+    NEURON_ORDER = "holds a neuron order that is no permutation; pack the model again"
+    CHECKSUM = "has a weight file with changed bytes; copy the folder again"
+
+
+class FormatError(TurboSparseError):
+    """A packed folder that cannot be used; `fault` says why."""
+
+    def __init__(self, folder: Path, fault: Fault, detail: str = ""):
+        super().__init__(f"{folder} {fault.value}" + (f" ({detail})" if detail else ""))
+        self.fault = fault
+
+
+class FFN(BaseModel):
+    """The record that describes a model's feed-forward."""
+
+    model_config = ConfigDict(extra="forbid")
+    activation: Literal["drelu", "reglu", "relu", "swiglu"]
+
+
+class File(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    bytes: int
+    sha256: str
+
+
+class Profile(BaseModel):
+    """What `analyse` saw of this model: ratios per layer and expert."""
+
+    model_config = ConfigDict(extra="forbid")
+    tokens: int
+    nats_per_token: float
+    active: list[list[float]]
+    gate_positive: list[list[float]]
+
+
+class Header(BaseModel):
+    """The ``"turbosparse"`` block of a packed ``config.json``."""
+
+    model_config = ConfigDict(extra="forbid")
+    format_version: int
+    quant: Literal["f16", "q8", "q4"]
+    ffn: FFN
+    neuron_order: Literal["hot_first", "model"]
+    source: str
+    packed_by: str
+    profile: Profile | None = None
+    files: dict[str, File]
+
+
+class Spec(NamedTuple):
+    """Type and shape of one tensor in a packed folder."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return prod(self.shape) * _DTYPES[self.dtype].itemsize
+
+
+def ffn_prefix(layer: int, expert: int | None) -> str:
+    return f"model.layers.{layer}." + ("" if expert is None else f"experts.{expert}.")
+
+
+def layout(config: Any, quant: str) -> dict[str, Spec]:
+    """Every tensor of a packed model, in the order in which a decoder reads them."""
+    neurons, record = config.intermediate_size, 3 * row_bytes(quant, config.hidden_size)
+
+    def spec(shape: tuple[int, ...]) -> Spec:
+        return (
+            Spec("U8", (shape[0], row_bytes(quant, shape[1])))
+            if len(shape) == 2
+            else Spec("F32", shape)
+        )
+
+    plan = {names.EMBEDDING: spec((config.vocab_size, config.hidden_size))}
+    slots = list(range(names.experts(config))) or [None]
+    for layer in range(config.num_hidden_layers):
+        small = names.norms(config, layer) | names.attention(config, layer)
+        plan |= {name: spec(shape) for name, shape in small.items()}
+        if names.experts(config):
+            plan[names.router(layer)] = Spec("F32", (len(slots), config.hidden_size))
+        for expert in slots:
+            prefix = ffn_prefix(layer, expert)
+            plan[f"{prefix}ffn"] = Spec("U8", (neurons, record))
+            plan[f"{prefix}neuron_order"] = Spec("I32", (neurons,))
+    plan[names.FINAL_NORM] = spec((config.hidden_size,))
+    if not config.tie_word_embeddings:
+        plan[names.HEAD] = spec((config.vocab_size, config.hidden_size))
+    return plan
+
+
+# --- writing ---------------------------------------------------------------------------------------------------
+
+
+def write_weights(
+    folder: Path, plan: dict[str, Spec], tensors: Iterator[tuple[str, NDArray[Any]]]
+) -> dict[str, File]:
+    """Stream `tensors`, which come in the order of `plan`, into weight files; one tensor is held at a time."""
+    shards = _split(plan)
+    files: dict[str, File] = {}
+    for number, shard in enumerate(shards, 1):
+        name = f"model-{number:05}-of-{len(shards):05}.safetensors"
+        digest = hashlib.sha256()
+        with new_file(folder / name) as work:
+            with work.open("wb") as file:
+                for chunk in _shard_bytes(shard, tensors):
+                    digest.update(chunk)
+                    file.write(chunk)
+            files[name] = File(bytes=work.stat().st_size, sha256=digest.hexdigest())
+    return files
+
+
+def _split(plan: dict[str, Spec]) -> list[dict[str, Spec]]:
+    shards: list[dict[str, Spec]] = [{}]
+    for name, spec in plan.items():
+        if shards[-1] and sum(s.nbytes for s in shards[-1].values()) + spec.nbytes > SHARD_BYTES:
+            shards.append({})
+        shards[-1][name] = spec
+    return shards
+
+
+def _shard_bytes(
+    shard: dict[str, Spec], tensors: Iterator[tuple[str, NDArray[Any]]]
+) -> Iterator[bytes | memoryview]:
+    header: dict[str, Any] = {"__metadata__": {"format": "turbosparse"}}
+    offset = 0
+    for number, (name, spec) in enumerate(shard.items()):
+        for entry, dtype, shape, size in (
+            (name, spec.dtype, spec.shape, spec.nbytes),
+            (f"pad.{number}", "U8", (-spec.nbytes % PAGE,), -spec.nbytes % PAGE),
+        ):
+            if size:
+                span = [offset, offset + size]
+                header[entry] = {"dtype": dtype, "shape": list(shape), "data_offsets": span}
+                offset += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-(len(text) + 8) % PAGE)
+    yield len(text).to_bytes(8, "little")
+    yield text
+    for name, spec in shard.items():
+        found, array = next(tensors)
+        assert (found, array.shape) == (name, spec.shape), (
+            f"{found} {array.shape} came for {name} {spec}"
+        )
+        array = np.ascontiguousarray(array, dtype=_DTYPES[spec.dtype])
+        yield memoryview(array).cast("B")
+        yield bytes(-spec.nbytes % PAGE)
+
+
+# --- opening ---------------------------------------------------------------------------------------------------
+
+
+class Packed:
+    """An open packed folder: `config`, `header`, and `tensors` by name as read-only views of the mapped files.
+
+    Raises:
+        FormatError: the folder is damaged or of another version; the message names what and where.
+    """
+
+    def __init__(self, folder: str | Path):
+        from turbosparse.hf.load import load_config
+
+        self.folder = Path(folder).expanduser()
+        raw = read_config(self.folder)
+        self.header = _read_header(self.folder, raw)
+        self.config = load_config(self.folder)
+        self.plan = layout(self.config, self.header.quant)
+        self.tensors = _map_files(self.folder, self.header, self.plan)
+        _check_orders(self.folder, self.tensors)
+
+    @property
+    def quant(self) -> str:
+        return self.header.quant
+
+    @property
+    def activation(self) -> str:
+        return self.header.ffn.activation
+
+    def verify_checksums(self) -> None:
+        """Read every byte and compare it with what `pack` wrote."""
+        for name, file in self.header.files.items():
+            with (self.folder / name).open("rb") as data:
+                if hashlib.file_digest(data, "sha256").hexdigest() != file.sha256:
+                    raise FormatError(self.folder, Fault.CHECKSUM, name)
+
+
+def _read_header(folder: Path, raw: dict[str, Any]) -> Header:
+    block = raw.get("turbosparse")
+    if not isinstance(block, dict) or "format_version" not in block:
+        raise FormatError(folder, Fault.NOT_PACKED)
+    if block["format_version"] != VERSION:
+        raise FormatError(folder, Fault.VERSION, f"{block['format_version']!r}, this is {VERSION}")
+    try:
+        return Header.model_validate(block)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise FormatError(folder, Fault.HEADER, f"{where}: {first['msg']}") from error
+
+
+def _map_files(folder: Path, header: Header, plan: dict[str, Spec]) -> dict[str, NDArray[Any]]:
+    tensors: dict[str, NDArray[Any]] = {}
+    for name, file in header.files.items():
+        if Path(name).name != name:
+            raise FormatError(folder, Fault.HEADER, f"files: {name!r} is no file name")
+        path = folder / name
+        if not path.is_file():
+            raise FormatError(folder, Fault.FILE_MISSING, name)
+        size = path.stat().st_size
+        if size != file.bytes or size < PAGE:
+            raise FormatError(folder, Fault.FILE_SIZE, f"{name}: {size} bytes, not {file.bytes}")
+        data = np.memmap(path, mode="r", dtype=np.uint8)
+        for tensor, dtype, shape, start, end in _read_entries(folder, name, data):
+            if tensor.startswith("pad."):
+                continue
+            spec = plan.get(tensor)
+            if spec is None:
+                raise FormatError(folder, Fault.TENSOR_UNKNOWN, tensor)
+            if (dtype, shape) != spec or end - start != spec.nbytes:
+                asked = f"{spec.dtype} {list(spec.shape)}"
+                raise FormatError(
+                    folder, Fault.TENSOR_SHAPE, f"{tensor}: {dtype} {list(shape)}, not {asked}"
+                )
+            if start % PAGE:
+                raise FormatError(folder, Fault.ALIGNMENT, f"{tensor} at byte {start}")
+            tensors[tensor] = data[start:end].view(_DTYPES[dtype]).reshape(shape)
+    missing = [name for name in plan if name not in tensors]
+    if missing:
+        raise FormatError(folder, Fault.TENSOR_MISSING, missing[0])
+    return tensors
+
+
+def _read_entries(
+    folder: Path, name: str, data: NDArray[np.uint8]
+) -> Iterator[tuple[str, str, tuple[int, ...], int, int]]:
+    """Yield (tensor, dtype, shape, start, end) of a weight file, spans checked against its size."""
+    length = int.from_bytes(data[:8].tobytes(), "little")
+    if length > len(data) - 8:
+        raise FormatError(folder, Fault.FILE_HEADER, f"{name}: header of {length} bytes")
+    begin = 8 + length
+    try:
+        entries = json.loads(data[8:begin].tobytes())
+        entries.pop("__metadata__", None)
+        for tensor, entry in entries.items():
+            first, last = entry["data_offsets"]
+            start, end = begin + first, begin + last
+            if not (type(first) is type(last) is int and 0 <= first <= last and end <= len(data)):
+                raise FormatError(
+                    folder, Fault.FILE_HEADER, f"{name}: {tensor} spans {first}…{last}"
+                )
+            yield tensor, entry["dtype"], tuple(entry["shape"]), start, end
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        if isinstance(error, FormatError):
+            raise
+        raise FormatError(folder, Fault.FILE_HEADER, f"{name}: {error!r:.80}") from error
+
+
+def _check_orders(folder: Path, tensors: dict[str, NDArray[Any]]) -> None:
+    for name, order in tensors.items():
+        if name.endswith("neuron_order"):
+            seen = np.zeros(len(order), dtype=bool)
+            seen[order[(order >= 0) & (order < len(order))]] = True
+            if not seen.all():
+                raise FormatError(folder, Fault.NEURON_ORDER, name)

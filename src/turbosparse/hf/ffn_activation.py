@@ -1,0 +1,24 @@
+"""The feed-forward activations. This file also travels inside exported models."""
+
+import torch
+from torch.nn.functional import relu, silu
+
+ACTIVATIONS = ("drelu", "reglu", "relu", "swiglu")
+
+
+def combined(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    """The intermediate vector that ``down_proj`` reads (Turbo Sparse §2 eq. 1, §3.2 eq. 2).
+
+    Args:
+        gate, up: pre-activations ``x·W_gate`` and ``x·W_up``, ``[..., neurons]``.
+        activation: one of `ACTIVATIONS`. ``relu`` is the ungated FFN: it ignores `gate`.
+    """
+    if activation == "drelu":
+        return relu(gate) * relu(up)
+    if activation == "reglu":
+        return relu(gate) * up
+    if activation == "relu":
+        return relu(up)
+    if activation == "swiglu":
+        return silu(gate) * up
+    raise ValueError(f"unknown ffn_activation {activation!r}; known are {', '.join(ACTIVATIONS)}")

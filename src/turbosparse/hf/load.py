@@ -1,0 +1,190 @@
+"""Load and export models: the stock classes for dense ones, ours for sparse ones."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+from turbosparse.folders import TurboSparseError, model_folder, read_config
+from turbosparse.hf import names
+from turbosparse.hf.ffn_activation import ACTIVATIONS
+
+_STOCK_ACTIVATION = {"silu": "swiglu", "swish": "swiglu", "relu": "reglu"}
+_CODE = ("ffn_activation.py", "modeling_drelu.py", "modeling_drelu_moe.py")
+
+
+def _classes(base: str) -> tuple[ModuleType, str]:
+    from turbosparse.hf import modeling_drelu, modeling_drelu_moe
+
+    title = {"mistral": "Mistral", "llama": "Llama", "qwen2": "Qwen2", "mixtral": "Mixtral"}[base]
+    return (modeling_drelu_moe if base == "mixtral" else modeling_drelu), f"DReLU{title}"
+
+
+def register() -> None:
+    """Make ``AutoConfig`` and ``AutoModelForCausalLM`` know our classes; calling it again is harmless."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    for base in names.FAMILIES:
+        module, name = _classes(base)
+        config, model = getattr(module, f"{name}Config"), getattr(module, f"{name}ForCausalLM")
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+        AutoModelForCausalLM.register(config, model, exist_ok=True)
+
+
+def check_supported(raw: dict[str, Any], folder: Path) -> str:
+    """Return the family of a ``config.json``, or say which are supported."""
+    model_type = str(raw.get("model_type"))
+    base = names.family(model_type)
+    if base is None:
+        supported = ", ".join([*names.FAMILIES, *(names.PREFIX + f for f in names.FAMILIES)])
+        raise TurboSparseError(
+            f"{folder}: model_type {model_type!r} is not supported; supported are {supported}"
+        )
+    return base
+
+
+def load_config(folder: Path) -> Any:
+    """Read the config of a supported model folder into its transformers class."""
+    from transformers import AutoConfig
+
+    raw = read_config(folder)
+    check_supported(raw, folder)
+    register()
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except Exception as error:  # transformers validates with several unrelated exception types
+        raise TurboSparseError(f"{folder / 'config.json'} is not valid: {error}") from error
+
+
+def activation_of(config: Any) -> str:
+    """The FFN activation that a config runs with; for stock classes it follows from ``hidden_act``."""
+    if config.model_type.startswith(names.PREFIX):
+        return str(config.ffn_activation)
+    try:
+        return _STOCK_ACTIVATION[config.hidden_act]
+    except KeyError:
+        raise TurboSparseError(
+            f"hidden_act {config.hidden_act!r} is not supported; known are {sorted(_STOCK_ACTIVATION)}"
+        ) from None
+
+
+def with_activation(config: Any, activation: str) -> Any:
+    """The same architecture with another FFN activation: our config class, or the stock one for swiglu."""
+    from transformers import AutoConfig
+
+    if activation not in ACTIVATIONS:
+        raise TurboSparseError(
+            f"activation {activation!r} is unknown; use {', '.join(ACTIVATIONS)}"
+        )
+    register()
+    base = names.family(config.model_type)
+    own = {"model_type", "architectures", "auto_map", "ffn_activation", "hidden_act"}
+    fields = {key: value for key, value in config.to_dict().items() if key not in own}
+    if activation == "swiglu":
+        return AutoConfig.for_model(base, **fields, hidden_act="silu")
+    return AutoConfig.for_model(
+        names.PREFIX + str(base), **fields, hidden_act="relu", ffn_activation=activation
+    )
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Without the progress bars that transformers draws even for a model of a second."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
+def load_model(source: str | Path, *, activation: str | None = None, dtype: Any = None) -> Any:
+    """Load a model folder for training or analysis.
+
+    Args:
+        source: model folder or hub id.
+        activation: run the weights with this FFN activation instead of the folder's own.
+        dtype: torch dtype; None keeps the folder's.
+
+    Raises:
+        TurboSparseError: unsupported architecture, or tensors that do not fit the config.
+    """
+    from transformers import AutoModelForCausalLM
+
+    from turbosparse.hf.checkpoint import Checkpoint
+
+    folder = model_folder(source)
+    config = load_config(folder)
+    Checkpoint(folder).check(config)
+    if activation is not None:
+        config = with_activation(config, activation)
+    with quiet():
+        return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype or "auto")
+
+
+def new_model(config: dict[str, Any], *, activation: str, seed: int) -> Any:
+    """A freshly initialised model from the fields of a config, ``model_type`` (a family) included."""
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    fields = dict(config)
+    base = check_supported(fields, Path("the recipe's model"))
+    fields.pop("model_type")
+    stock = AutoConfig.for_model(base.removeprefix(names.PREFIX), **fields)
+    set_seed(seed)
+    return AutoModelForCausalLM.from_config(with_activation(stock, activation))
+
+
+def load_tokenizer(source: str | Path) -> Any:
+    """Load the tokenizer of a model folder."""
+    from transformers import AutoTokenizer
+
+    from turbosparse.folders import TOKENIZER_FILES
+
+    folder = model_folder(source)
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+        raise TurboSparseError(
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the original model's into it"
+        )
+    return AutoTokenizer.from_pretrained(folder)
+
+
+def sparse_keys(base: str) -> dict[str, Any]:
+    """The keys of ``config.json`` that name our class, for use with and without our package."""
+    module, name = _classes(base)
+    file = module.__name__.rpartition(".")[2]
+    return {
+        "model_type": names.PREFIX + base,
+        "architectures": [f"{name}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{file}.{name}Config",
+            "AutoModelForCausalLM": f"{file}.{name}ForCausalLM",
+        },
+    }
+
+
+def copy_code(out: Path) -> None:
+    """Put the modelling files that ``auto_map`` points to into a model folder."""
+    here = Path(__file__).parent
+    for file in _CODE:
+        shutil.copyfile(here / file, out / file)
+
+
+def save_model(model: Any, tokenizer: Any, out: Path) -> None:
+    """Write a model folder that loads with our package, and without it by ``trust_remote_code``."""
+    config = model.config
+    with quiet():
+        model.save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    if config.model_type.startswith(names.PREFIX):
+        from turbosparse.folders import write_json
+
+        base = str(names.family(config.model_type))
+        write_json(out / "config.json", read_config(out) | sparse_keys(base))
+        copy_code(out)

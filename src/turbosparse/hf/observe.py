@@ -1,0 +1,61 @@
+"""Watch the Combined vectors of a running model, dense or MoE, stock or ours, without changing it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.nn.functional import linear
+
+# (layer, expert or None, gate [N, I], Combined [N, I], index [N] of each row among the batch's B·T tokens)
+See = Callable[[int, int | None, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+
+@contextmanager
+def observe_ffn(model: Any, see: See) -> Iterator[None]:
+    """Call `see` for the FFN of every layer, or for every routed expert, in each forward pass inside."""
+    handles = []
+    for layer, block in enumerate(model.model.layers):
+        mlp = block.mlp
+        if hasattr(mlp, "experts"):
+            handles.append(mlp.experts.register_forward_pre_hook(_watch_experts(layer, see)))
+        else:
+            gates: list[torch.Tensor] = []
+            handles.append(mlp.gate_proj.register_forward_hook(_keep(gates)))
+            handles.append(mlp.down_proj.register_forward_pre_hook(_watch_dense(layer, gates, see)))
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep(gates: list[torch.Tensor]) -> Callable[..., None]:
+    def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
+        gates.append(output.detach())
+
+    return hook
+
+
+def _watch_dense(layer: int, gates: list[torch.Tensor], see: See) -> Callable[..., None]:
+    def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        active = inputs[0].detach().flatten(0, -2)
+        rows = torch.arange(len(active), device=active.device)
+        see(layer, None, gates.pop().flatten(0, -2), active, rows)
+
+    return hook
+
+
+def _watch_experts(layer: int, see: See) -> Callable[..., None]:
+    # The fused implementations never show an expert's Combined: it is computed again, from the same input.
+    @torch.no_grad()
+    def hook(experts: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        x, chosen = inputs[0], inputs[1]
+        for expert in chosen.unique().tolist():
+            rows = torch.where((chosen == expert).any(-1))[0]
+            gate_up = linear(x[rows], experts.gate_up_proj[expert])
+            see(layer, expert, gate_up.chunk(2, -1)[0], experts._apply_gate(gate_up), rows)
+
+    return hook

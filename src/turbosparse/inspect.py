@@ -1,0 +1,120 @@
+"""Look into a packed folder: what it is, what its parts weigh, and whether its bytes are whole.
+
+turbosparse inspect mistral-q4
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from turbosparse.count import RULE, count_parameters
+from turbosparse.format import Packed
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What `inspect` found; `parts` are bytes by kind of weight."""
+
+    folder: str
+    architecture: str
+    quant: str
+    activation: str
+    neuron_order: str
+    source: str
+    packed_by: str
+    layers: int
+    experts: int
+    neurons: int
+    hidden: int
+    context: int
+    parameters: int
+    activated_parameters: int | None  # None without a profile
+    activation_sparsity: float | None
+    bytes: int
+    parts: dict[str, int]
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table("", "", title=self.folder, show_header=False)
+        experts = f" × {self.experts} experts" if self.experts else ""
+        table.add_row("model", f"{self.architecture}, {self.activation}, from {self.source}")
+        table.add_row(
+            "shape", f"{self.layers} layers{experts}, {self.neurons} neurons, hidden {self.hidden}"
+        )
+        table.add_row("context", f"{self.context} tokens")
+        table.add_row(
+            "packed", f"{self.quant}, neurons in {self.neuron_order} order, by {self.packed_by}"
+        )
+        table.add_row("parameters", f"{self.parameters:,}")
+        if self.activation_sparsity is not None:
+            table.add_row("activated", f"{self.activated_parameters:,}\n{RULE}")
+            table.add_row(
+                "activation sparsity", f"{self.activation_sparsity:.2%} on the profile's corpus"
+            )
+        for part, size in self.parts.items():
+            table.add_row(f"bytes of {part}", f"{size:,} ({size / self.bytes:.1%})")
+        table.add_row("bytes of all files", f"{self.bytes:,}")
+        return table
+
+
+def inspect(folder: Path) -> Inspection:
+    """Print what a packed folder holds.
+
+    Parameters
+    ----------
+    folder
+        Packed folder.
+    """
+    packed = Packed(folder)
+    config, header = packed.config, packed.header
+    active = sparsity = None
+    if header.profile:
+        rows = header.profile.active
+        active = sum(map(sum, rows)) / sum(map(len, rows))
+        sparsity = 1 - active
+    parts = {"embedding and head": 0, "attention": 0, "feed-forward": 0, "norms and router": 0}
+    for name, spec in packed.plan.items():
+        parts[_part(name)] += spec.nbytes
+    parameters = count_parameters(config, active=1.0 if active is None else active)
+    return Inspection(
+        folder=str(folder),
+        architecture=config.model_type,
+        quant=header.quant,
+        activation=packed.activation,
+        neuron_order=header.neuron_order,
+        source=header.source,
+        packed_by=header.packed_by,
+        layers=config.num_hidden_layers,
+        experts=getattr(config, "num_local_experts", 0),
+        neurons=config.intermediate_size,
+        hidden=config.hidden_size,
+        context=config.max_position_embeddings,
+        parameters=parameters.total,
+        activated_parameters=None if active is None else parameters.activated,
+        activation_sparsity=sparsity,
+        bytes=sum(file.bytes for file in header.files.values()),
+        parts=parts,
+    )
+
+
+def _part(name: str) -> str:
+    if name.endswith((".ffn", ".neuron_order")):
+        return "feed-forward"
+    if "self_attn" in name:
+        return "attention"
+    return "norms and router" if "norm" in name or "gate" in name else "embedding and head"
+
+
+def validate(folder: Path) -> str:
+    """Check a packed folder to the last byte: structure, sizes, neuron orders and checksums.
+
+    Parameters
+    ----------
+    folder
+        Packed folder.
+    """
+    Packed(folder).verify_checksums()
+    return f"{folder}: whole"

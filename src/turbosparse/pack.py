@@ -1,0 +1,202 @@
+"""Stage 5: a sparse Hugging Face folder becomes a packed folder that the engine reads.
+
+Streams tensor by tensor: a model of any size packs in the memory of one layer's (or expert's) FFN. With the
+statistics of `analyse` the neurons of each FFN are laid hot first; the function computed does not change.
+
+    turbosparse pack mistral-sparse mistral-q4 --quant q4
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from turbosparse import __version__
+from turbosparse.analyse import FILE as STATS_FILE
+from turbosparse.analyse import Stats
+from turbosparse.folders import (
+    TurboSparseError,
+    check_free,
+    copy_companions,
+    model_folder,
+    new_folder,
+    read_config,
+    write_json,
+)
+from turbosparse.format import (
+    FFN,
+    VERSION,
+    Header,
+    Profile,
+    Spec,
+    ffn_prefix,
+    layout,
+    write_weights,
+)
+from turbosparse.hf import names
+from turbosparse.hf.checkpoint import Checkpoint
+from turbosparse.hf.load import activation_of, load_config
+from turbosparse.progress import track
+from turbosparse.quant import quantise
+
+
+@dataclass(frozen=True)
+class PackedModel:
+    """What `pack` wrote."""
+
+    out: str
+    quant: str
+    activation: str
+    neuron_order: str
+    bytes: int
+    source_bytes: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.out}: {self.activation}, {self.quant}, neurons in {self.neuron_order} order, "
+            f"{self.bytes / 1e6:.1f} MB (from {self.source_bytes / 1e6:.1f} MB)"
+        )
+
+
+def pack(
+    model: str, out: Path, *, quant: Literal["f16", "q8", "q4"] = "q4", stats: Path | None = None
+) -> PackedModel:
+    """Quantise a model and lay it out for sparse reading.
+
+    Parameters
+    ----------
+    model
+        Model folder (sparse or dense) or hub id.
+    out
+        New packed folder.
+    quant
+        q4 and q8 have the numbers of GGUF Q4_0 and Q8_0; f16 is exact for bf16 weights in its range.
+    stats
+        stats.safetensors of `analyse`; by default the one in the model folder, if any.
+    """
+    check_free(out)
+    folder = model_folder(model)
+    config = load_config(folder)
+    if getattr(config, "mlp_bias", False):
+        raise TurboSparseError(f"{folder}: mlp_bias=true is not supported")
+    checkpoint = Checkpoint(folder)
+    checkpoint.check(config)
+    profile = _find_stats(folder, stats)
+    if profile:
+        profile.check(config)
+    plan = layout(config, quant)
+
+    with new_folder(out) as work:
+        tensors = track(
+            _tensors(config, checkpoint, plan, quant, profile), "packing", total=len(plan)
+        )
+        files = write_weights(work, plan, tensors)
+        header = Header(
+            format_version=VERSION,
+            quant=quant,
+            ffn=FFN(activation=activation_of(config)),  # type: ignore[arg-type]
+            neuron_order="hot_first" if profile else "model",
+            source=str(model),
+            packed_by=f"turbosparse {__version__}",
+            profile=_profile(profile) if profile else None,
+            files=files,
+        )
+        raw = {key: value for key, value in read_config(folder).items() if key != "auto_map"}
+        raw["turbosparse"] = header.model_dump(mode="json")
+        copy_companions(folder, work)
+        write_json(work / "config.json", raw)
+    return PackedModel(
+        out=str(out),
+        quant=quant,
+        activation=header.ffn.activation,
+        neuron_order=header.neuron_order,
+        bytes=sum(file.bytes for file in files.values()),
+        source_bytes=sum(path.stat().st_size for path in checkpoint.shards),
+    )
+
+
+def _find_stats(folder: Path, stats: Path | None) -> Stats | None:
+    if stats is not None and not stats.is_file():
+        raise TurboSparseError(
+            f"no such statistics file: {stats}; make one with `turbosparse analyse`"
+        )
+    path = stats or folder / STATS_FILE
+    return Stats.load(path) if path.is_file() else None
+
+
+def _profile(stats: Stats) -> Profile:
+    return Profile(
+        tokens=sum(stats.predicted.values()),
+        nats_per_token=stats.nats_per_token(),
+        active=stats.active_ratio().tolist(),
+        gate_positive=stats.gate_ratio().tolist(),
+    )
+
+
+def _tensors(
+    config: Any, checkpoint: Checkpoint, plan: dict[str, Spec], quant: str, stats: Stats | None
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """Every tensor of `plan`, in its order."""
+    ffns = {ffn_prefix(*slot): slot for slot in names.ffns(config)}
+    for name, spec in plan.items():
+        prefix, _, last = name.rpartition(".")
+        if last == "ffn":
+            layer, expert = ffns[f"{prefix}."]
+            order = _order(stats, layer, expert, config.intermediate_size)
+            yield name, _records(config, checkpoint, layer, expert, order, quant)
+            yield f"{prefix}.neuron_order", order.int().numpy()
+        elif spec.dtype == "U8":
+            yield name, _quantised(checkpoint, name, quant).numpy()
+        elif last != "neuron_order":
+            yield name, checkpoint[name].float().numpy()
+
+
+def _order(stats: Stats | None, layer: int, expert: int | None, neurons: int) -> Tensor:
+    """Neuron indices, the most often active first."""
+    if stats is None:
+        return torch.arange(neurons)
+    return stats.active[layer, expert or 0].argsort(descending=True, stable=True)
+
+
+def _records(
+    config: Any,
+    checkpoint: Checkpoint,
+    layer: int,
+    expert: int | None,
+    order: Tensor,
+    quant: str,
+) -> NDArray[np.uint8]:
+    """The FFN as one record per neuron: ``gate row | up row | down column``."""
+    gate, up, down = names.ffn(config, layer, expert)
+    return torch.cat(
+        [
+            _quantised(checkpoint, gate, quant, order),
+            _quantised(checkpoint, up, quant, order),
+            _quantised(checkpoint, down, quant, order, transpose=True),
+        ],
+        dim=1,
+    ).numpy()
+
+
+def _quantised(
+    checkpoint: Checkpoint,
+    name: str,
+    quant: str,
+    order: Tensor | None = None,
+    *,
+    transpose: bool = False,
+) -> Tensor:
+    weights = checkpoint[name]
+    if transpose:
+        weights = weights.T
+    try:
+        return quantise(weights if order is None else weights[order], quant)
+    except TurboSparseError as error:
+        raise TurboSparseError(f"{name}: {error}") from error

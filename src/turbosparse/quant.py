@@ -1,0 +1,120 @@
+"""Block formats of packed weights: quantise, and dequantise, which is the truth for every kernel.
+
+A row of `cols` weights becomes a payload, padded with zeros to a stride that is a multiple of 64 bytes:
+
+* ``f16``: `cols` little-endian IEEE halves.
+* ``q8``: `cols` int8, then one fp16 scale per block of 32; ``w = scale · q``. The numbers of GGUF Q8_0.
+* ``q4``: `cols` / 2 bytes of nibbles, then the scales; ``w = scale · (nibble − 8)``. The numbers of GGUF Q4_0.
+
+In q4 the row is cut into tiles of 16 blocks (512 weights; the last may have fewer, G). A tile stands as
+``[word 0..3][block 0..G−1][byte 0..3]``, so that one 32-bit SIMD lane only ever sees one block; byte ``4·word + byte``
+of a block holds weight j = that number in its low nibble and weight j + 16 in its high one.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from turbosparse.folders import TurboSparseError
+
+QUANTS = ("f16", "q8", "q4")
+BLOCK = 32
+TILE = 16  # blocks
+ALIGNMENT = 64  # bytes: a cache line
+F16_MAX = 65504.0
+
+
+def row_bytes(quant: str, cols: int) -> int:
+    """Stride of a row of `cols` weights, in bytes.
+
+    Raises:
+        TurboSparseError: unknown format, or `cols` is no multiple of the block.
+    """
+    if quant not in QUANTS:
+        raise TurboSparseError(f"quant {quant!r} is unknown; use {', '.join(QUANTS)}")
+    if quant != "f16" and cols % BLOCK:
+        raise TurboSparseError(
+            f"{quant} needs rows of a multiple of {BLOCK} weights, not {cols}; use f16"
+        )
+    scales = 2 * cols // BLOCK
+    payload = {"f16": 2 * cols, "q8": cols + scales, "q4": cols // 2 + scales}[quant]
+    return -(-payload // ALIGNMENT) * ALIGNMENT
+
+
+def quantise(weights: Tensor, quant: str) -> Tensor:
+    """Pack a matrix row by row: ``[rows, cols]`` of any float type → uint8 ``[rows, row_bytes]``.
+
+    Raises:
+        TurboSparseError: a weight is not finite, or too large for fp16.
+    """
+    w = weights.float()
+    stride = row_bytes(quant, w.shape[1])
+    limit = F16_MAX if quant == "f16" else F16_MAX * (127 if quant == "q8" else 8)
+    largest = float(w.abs().max()) if w.numel() else 0.0
+    if not largest <= limit:  # NaN compares false
+        raise TurboSparseError(
+            f"a weight of magnitude {largest:g} does not fit {quant} (at most {limit:g})"
+        )
+    payload = {"f16": _pack_f16, "q8": _pack_q8, "q4": _pack_q4}[quant](w)
+    return torch.nn.functional.pad(payload, (0, stride - payload.shape[1]))
+
+
+def dequantise(packed: Tensor, quant: str, cols: int) -> Tensor:
+    """Unpack rows: uint8 ``[rows, row_bytes]`` → float32 ``[rows, cols]``."""
+    if quant == "f16":
+        return packed[:, : 2 * cols].contiguous().view(torch.float16).float()
+    blocks = cols // BLOCK
+    values = cols if quant == "q8" else cols // 2
+    scales = packed[:, values : values + 2 * blocks].contiguous().view(torch.float16).float()
+    payload = packed[:, :values].contiguous()
+    q = payload.view(torch.int8) if quant == "q8" else _nibbles(payload, blocks)
+    return (q.reshape(-1, blocks, BLOCK) * scales[..., None]).reshape(-1, cols)
+
+
+def sqnr(reference: Tensor, approximation: Tensor) -> float:
+    """Signal to quantisation noise ratio in dB."""
+    noise = (reference - approximation).double().square().sum()
+    return float(10 * torch.log10(reference.double().square().sum() / noise))
+
+
+def _pack_f16(w: Tensor) -> Tensor:
+    return w.half().view(torch.uint8)
+
+
+def _pack_q8(w: Tensor) -> Tensor:
+    blocks = w.unflatten(1, (-1, BLOCK))
+    scale = blocks.abs().amax(-1, keepdim=True) / 127
+    x = blocks * _inverse(scale)
+    q = torch.copysign((x.abs() + 0.5).floor(), x)  # halves away from zero, as C's roundf
+    return _with_scales(q.to(torch.int8).flatten(1).view(torch.uint8), scale)
+
+
+def _pack_q4(w: Tensor) -> Tensor:
+    blocks = w.unflatten(1, (-1, BLOCK))
+    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+    scale = extreme / -8
+    q = (blocks.double() * _inverse(scale).double() + 8.5).trunc().clamp(0, 15).to(torch.uint8)
+    low, high = q.unflatten(-1, (2, 16)).unbind(-2)
+    block_bytes = low | (high << 4)  # [rows, blocks, 16]
+    tiles = [t.unflatten(-1, (4, 4)).transpose(1, 2).flatten(1) for t in block_bytes.split(TILE, 1)]
+    return _with_scales(torch.cat(tiles, 1), scale)
+
+
+def _nibbles(payload: Tensor, blocks: int) -> Tensor:
+    """q4 nibble bytes → signed values ``[rows, blocks, 32]``."""
+    rows = len(payload)
+    tiles = [
+        tile.reshape(rows, 4, -1, 4).transpose(1, 2).flatten(2)
+        for tile in payload.reshape(rows, blocks * 16).split(TILE * 16, 1)
+    ]
+    block_bytes = torch.cat(tiles, 1)
+    return torch.cat((block_bytes & 15, block_bytes >> 4), -1).to(torch.int8) - 8
+
+
+def _inverse(scale: Tensor) -> Tensor:
+    return torch.where(scale == 0, 0.0, 1 / scale)
+
+
+def _with_scales(values: Tensor, scale: Tensor) -> Tensor:
+    return torch.cat((values, scale.squeeze(-1).half().view(torch.uint8)), 1)

@@ -1,0 +1,286 @@
+"""Stage 2: recover quality by continued training, or train from scratch.
+
+Reads a recipe (YAML) and the model folder that it names, writes a sparse Hugging Face folder. The loop is
+the Hugging Face Trainer's: it runs on one process or under ``torchrun``, and a stopped run goes on from its
+last checkpoint when the same command is given again.
+
+    turbosparse train recipes/tiny_cpu.yaml --model mistral-drelu --out mistral-sparse
+    turbosparse train recipes/tiny_cpu.yaml --model mistral --out dense-control --activation swiglu
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from turbosparse.convert import Activation
+from turbosparse.data import Mixture
+from turbosparse.folders import TurboSparseError, check_free, new_folder, write_json
+
+
+class Recipe(BaseModel):
+    """Everything that a training run is made of; it is written into the model folder."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | dict[str, Any] = Field(
+        description="folder or hub id; or config fields (with model_type): train from scratch"
+    )
+    tokenizer: str | None = Field(None, description="folder or hub id; by default the model's own")
+    activation: Activation | None = Field(None, description="by default the model's own")
+    data: Mixture
+    tokens: int = Field(gt=0, description="training tokens in all")
+    batch_size: int = Field(gt=0, description="sequences per optimiser step, over all processes")
+    micro_batch_size: int | None = Field(None, gt=0, description="sequences per forward pass")
+    learning_rate: float = Field(gt=0)
+    min_learning_rate: float = Field(0.0, ge=0, description="where the cosine ends")
+    warmup_steps: int = Field(0, ge=0)
+    weight_decay: float = Field(0.1, ge=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    clip_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this")
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    seed: int = 0
+    log_every: int = Field(10, gt=0, description="steps")
+    checkpoint_every: int = Field(200, gt=0, description="steps")
+    report_to: list[str] = Field(default_factory=list, description="trackers, such as tensorboard")
+
+    def steps(self) -> int:
+        return max(1, self.tokens // (self.batch_size * self.data.sequence_length))
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What `train` wrote and saw."""
+
+    out: str
+    activation: str
+    steps: int
+    tokens: int
+    seconds: float
+    first_loss: float
+    last_loss: float
+    activation_sparsity: float
+
+    def __str__(self) -> str:
+        return (
+            f"{self.out}: {self.activation}, {self.tokens / 1e6:.2f} M tokens in {self.seconds:.0f} s, "
+            f"loss {self.first_loss:.3f} → {self.last_loss:.3f} nats/token, "
+            f"activation sparsity {self.activation_sparsity:.1%}"
+        )
+
+
+def read_recipe(path: Path, **overrides: Any) -> Recipe:
+    """Read a YAML recipe; keys in `overrides` that are not None replace its own."""
+    import yaml
+
+    if not path.is_file():
+        raise TurboSparseError(f"no such recipe: {path}")
+    try:
+        fields = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        raise TurboSparseError(f"{path} is not valid YAML: {error}") from error
+    if not isinstance(fields, dict):
+        raise TurboSparseError(f"{path} is not a recipe: it holds no keys")
+    fields |= {key: value for key, value in overrides.items() if value is not None}
+    return parse_recipe(fields, str(path))
+
+
+def parse_recipe(fields: dict[str, Any], where: str) -> Recipe:
+    try:
+        return Recipe.model_validate(fields)
+    except ValidationError as error:
+        faults = "; ".join(
+            f"{'.'.join(map(str, fault['loc'])) or 'recipe'}: {fault['msg']}"
+            for fault in error.errors()
+        )
+        raise TurboSparseError(f"{where}: {faults}") from error
+
+
+def train(
+    recipe: Path,
+    *,
+    out: Path,
+    model: str | None = None,
+    activation: Activation | None = None,
+    data: Path | None = None,
+    tokens: int | None = None,
+    seed: int | None = None,
+) -> Trained:
+    """Train a model by a recipe; give the same command again to resume a stopped run.
+
+    Parameters
+    ----------
+    recipe
+        YAML file; recipes/tiny_cpu.yaml explains its keys.
+    out
+        New model folder. Checkpoints and the log stand in OUT.training until the run is complete.
+    model
+        Start from this model folder or hub id instead of the recipe's.
+    activation
+        Run the weights with this FFN activation: swiglu makes the dense control of the same recipe.
+    data
+        Folder that the recipe's relative paths start from; by default the recipe's own folder.
+    tokens
+        Train on this many tokens instead of the recipe's.
+    seed
+        Seed of initialisation and order instead of the recipe's.
+    """
+    settings = read_recipe(recipe, model=model, activation=activation, tokens=tokens, seed=seed)
+    return run_recipe(settings, out=out, root=data or recipe.parent)
+
+
+def run_recipe(recipe: Recipe, *, out: Path, root: Path) -> Trained:
+    """Train by a recipe object; relative paths in it start from `root`. See `train`."""
+    from turbosparse.data import training_stream
+    from turbosparse.hf.load import activation_of, load_tokenizer, quiet, save_model
+    from turbosparse.trainer import SparseTrainer
+
+    check_free(out)
+    work = _open_work(recipe, out)
+    tokenizer = load_tokenizer(_tokenizer_source(recipe))
+    stream = training_stream(recipe.data, tokenizer, root=root, seed=recipe.seed)
+    model = _load(recipe, tokenizer)
+    model.config.use_cache = False
+    trainer = SparseTrainer(
+        model=model,
+        args=_arguments(recipe, work),
+        train_dataset=stream,
+        log_file=work / "log.jsonl",
+    )
+    with quiet():
+        result = trainer.train(resume_from_checkpoint=_last_checkpoint(work))
+    model.config.use_cache = True
+
+    log = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
+    trained = Trained(
+        out=str(out),
+        activation=activation_of(model.config),
+        steps=recipe.steps(),
+        tokens=recipe.steps() * recipe.batch_size * recipe.data.sequence_length,
+        seconds=result.metrics["train_runtime"],
+        first_loss=log[0]["loss"],
+        last_loss=log[-1]["loss"],
+        activation_sparsity=log[-1]["activation_sparsity"],
+    )
+    if trainer.is_world_process_zero():
+        with new_folder(out) as folder:
+            save_model(model, tokenizer, folder)
+            write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
+            shutil.copyfile(work / "log.jsonl", folder / "training_log.jsonl")
+        shutil.rmtree(work)
+    return trained
+
+
+def _open_work(recipe: Recipe, out: Path) -> Path:
+    """The folder of checkpoints and log; a run that stands in it must be of this very recipe."""
+    work = out.with_name(out.name + ".training")
+    work.mkdir(parents=True, exist_ok=True)
+    stored, mine = work / "recipe.json", recipe.model_dump(mode="json")
+    if stored.is_file():
+        old = json.loads(stored.read_text())
+        changed = sorted(key for key in mine if mine[key] != old.get(key))
+        if changed:
+            raise TurboSparseError(
+                f"{work} holds a stopped run with other settings ({', '.join(changed)}); "
+                "remove it to start anew, or give the old settings to resume"
+            )
+    write_json(stored, mine)
+    return work
+
+
+def _last_checkpoint(work: Path) -> str | None:
+    """The newest checkpoint whose writing was completed."""
+    complete = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
+    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
+    return str(newest) if newest else None
+
+
+def _tokenizer_source(recipe: Recipe) -> str:
+    source = recipe.tokenizer or recipe.model
+    if isinstance(source, dict):
+        raise TurboSparseError(
+            "the recipe trains from scratch: name a tokenizer (folder or hub id)"
+        )
+    return source
+
+
+def _load(recipe: Recipe, tokenizer: Any) -> Any:
+    import torch
+
+    from turbosparse.hf.load import load_model, new_model
+
+    if isinstance(recipe.model, str):
+        model = load_model(recipe.model, activation=recipe.activation, dtype=torch.float32)
+    else:
+        model = new_model(recipe.model, activation=recipe.activation or "swiglu", seed=recipe.seed)
+    context, length = model.config.max_position_embeddings, recipe.data.sequence_length
+    if length > context:
+        raise TurboSparseError(
+            f"sequence_length {length} is longer than the model's context {context}"
+        )
+    if len(tokenizer) > model.config.vocab_size:
+        raise TurboSparseError(
+            f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
+            "use the tokenizer that belongs to the model"
+        )
+    return model
+
+
+def _arguments(recipe: Recipe, work: Path) -> Any:
+    import torch
+    from transformers import TrainingArguments
+
+    micro, processes = _micro_batch(recipe)
+    return TrainingArguments(
+        output_dir=str(work),
+        max_steps=recipe.steps(),
+        per_device_train_batch_size=micro,
+        gradient_accumulation_steps=recipe.batch_size // (micro * processes),
+        learning_rate=recipe.learning_rate,
+        lr_scheduler_type="cosine_with_min_lr",
+        lr_scheduler_kwargs={"min_lr": recipe.min_learning_rate},
+        warmup_steps=recipe.warmup_steps,
+        weight_decay=recipe.weight_decay,
+        adam_beta1=recipe.betas[0],
+        adam_beta2=recipe.betas[1],
+        max_grad_norm=recipe.clip_norm,
+        bf16=_bf16(recipe.precision),
+        seed=recipe.seed,
+        logging_steps=recipe.log_every,
+        save_steps=recipe.checkpoint_every,
+        save_total_limit=2,
+        report_to=recipe.report_to or "none",
+        use_cpu=not torch.cuda.is_available(),
+        ddp_find_unused_parameters=False,
+        dataloader_pin_memory=torch.cuda.is_available(),
+        disable_tqdm=True,  # SparseTrainer has its own bar
+    )
+
+
+def _micro_batch(recipe: Recipe) -> tuple[int, int]:
+    """Sequences per forward pass, and the number of processes that share a batch."""
+    import os
+
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    micro = recipe.micro_batch_size or max(1, recipe.batch_size // processes)
+    if recipe.batch_size % (micro * processes):
+        raise TurboSparseError(
+            f"batch_size {recipe.batch_size} is no multiple of micro_batch_size {micro} × {processes} processes"
+        )
+    return micro, processes
+
+
+def _bf16(precision: str) -> bool:
+    import torch
+
+    if precision != "auto":
+        return precision == "bf16"
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported())
+    machine = torch.cpu.get_capabilities()
+    return bool(machine.get("amx_bf16") or machine.get("avx512_bf16"))

@@ -1,0 +1,421 @@
+"""The C++ core against numpy, with encoders of the row formats written independently of it."""
+
+import gc
+import weakref
+
+import numpy as np
+import pytest
+
+from turbosparse import _core
+
+FLOAT32_SUM_TOLERANCE = 1e-6  # relative RMS
+
+QUANTS = ["f16", "q8", "q4"]
+ACTIVATIONS = ["drelu", "reglu", "relu", "swiglu"]
+CASES = [(quant, cols) for quant in QUANTS for cols in (32, 96, 512, 544, 1056)]
+CASES += [("f16", cols) for cols in (1, 7, 63, 172)]
+HALVES = np.arange(2**16, dtype=np.uint16).view(np.float16)
+HALVES = HALVES[np.isfinite(HALVES)]
+
+
+# -- the formats ---------------------------------------------------------------------------------
+
+
+def pad(*parts):
+    """Joins byte arrays [rows, n] and fills the rows up to a multiple of 64 bytes."""
+    payload = np.concatenate([part.view(np.uint8) for part in parts], axis=1)
+    return np.pad(payload, ((0, 0), (0, -payload.shape[1] % 64)))
+
+
+def q4_nibbles(codes):
+    """codes [rows, cols] in -8..7 -> bytes [rows, cols / 2] in tiles of 16 groups of 32."""
+    tiles = []
+    for start in range(0, codes.shape[1], 512):
+        tile = (codes[:, start : start + 512] + 8).astype(np.uint8)
+        low, high = np.moveaxis(tile.reshape(len(codes), -1, 2, 16), 2, 0)
+        words = (low | high << 4).reshape(len(codes), -1, 4, 4)  # row, group, word, byte
+        tiles.append(words.swapaxes(1, 2).reshape(len(codes), -1))
+    return np.concatenate(tiles, axis=1)
+
+
+def encode(quant, codes, scales):
+    """codes [rows, cols], scales [rows, cols / 32] -> bytes [rows, stride]."""
+    if quant == "f16":
+        return pad(decode(codes, scales).astype(np.float16))
+    return pad(q4_nibbles(codes) if quant == "q4" else codes.astype(np.int8), scales)
+
+
+def decode(codes, scales):
+    """The weights [rows, cols] that codes and scales stand for; the last group may be short."""
+    return np.repeat(scales.astype(np.float32), 32, axis=1)[:, : codes.shape[1]] * codes
+
+
+def random_rows(rng, rows, cols, sign=None):
+    """Codes that fit all formats, and powers of two as scales; `sign` [rows] makes them ±1..7."""
+    codes = rng.integers(-8, 8, (rows, cols))
+    if sign is not None:
+        codes = np.clip(np.abs(codes), 1, 7) * sign[:, None]
+    scales = (2.0 ** rng.integers(-9, -5, (rows, -(-cols // 32)))).astype(np.float16)
+    return codes, scales
+
+
+# -- helpers -------------------------------------------------------------------------------------
+
+
+def assert_close(got, expected, size=None):
+    """`size`: what the error is relative to, where sums may cancel; else `expected` itself."""
+    error = np.linalg.norm(got - expected)
+    assert error <= FLOAT32_SUM_TOLERANCE * np.linalg.norm(expected if size is None else size)
+
+
+def matmul(matrix, x, threads=1):
+    out = np.full((len(x), matrix.rows), np.nan, np.float32)
+    matrix.matmul(x, out, threads)
+    return out
+
+
+def read_row(matrix, index):
+    out = np.full(matrix.cols, np.nan, np.float32)
+    matrix.row(index, out)
+    return out
+
+
+def forward(neurons, x, exact, threads=1):
+    out = np.full(x.shape, np.nan, np.float32)
+    counts = np.full((len(x), 2), -1, np.int32)
+    neurons.forward(x, out, counts, exact, threads)
+    return out, counts
+
+
+def random_ffn(rng, quant, neurons, hidden, active=None):
+    """Records [neurons, 3 * stride] and the weights (gate, up, down).
+
+    With `active` [neurons] a positive x has positive gates and ups for those neurons only.
+    """
+    sign = None if active is None else np.where(active, 1, -1)
+    parts = [random_rows(rng, neurons, hidden, s) for s in (sign, sign, None)]
+    return np.concatenate([encode(quant, *p) for p in parts], 1), [decode(*p) for p in parts]
+
+
+def reference_ffn(activation, gate_weights, up_weights, down_weights, x):
+    def relu(v):
+        return np.maximum(v, 0)
+
+    x = x.astype(np.float64)
+    gate, up = x @ gate_weights.T, x @ up_weights.T
+    if activation == "drelu":
+        combined = relu(gate) * relu(up)
+    elif activation == "reglu":
+        combined = relu(gate) * up
+    elif activation == "relu":
+        gate, combined = up, relu(up)
+    else:
+        combined = gate / (1 + np.exp(-gate)) * up
+    return combined @ down_weights, np.stack([(gate > 0).sum(1), (combined != 0).sum(1)], 1)
+
+
+def integer_x(rng, tokens, hidden, low):
+    """Small integers: with weights k * 2^-9 the pre-activations are exact, and so the counts."""
+    return rng.integers(low, 4, (tokens, hidden)).astype(np.float32)
+
+
+def check_ffn(activation, quant, records, weights, x, threads=1):
+    neurons = _core.Neurons(records, x.shape[1], quant, activation)
+    expected, expected_counts = reference_ffn(activation, *weights, x)
+    for exact in (False, True) if activation != "swiglu" else (False,):
+        out, counts = forward(neurons, x, exact, threads)
+        assert_close(out, expected)
+        np.testing.assert_array_equal(counts, expected_counts)
+    return expected_counts
+
+
+# -- rows ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("quant", "cols"), CASES)
+def test_rows_decode_exactly(quant, cols):
+    codes, scales = random_rows(np.random.default_rng(cols), 7, cols)
+    matrix = _core.Matrix(encode(quant, codes, scales), cols, quant)
+    assert (matrix.rows, matrix.cols, matrix.quant) == (7, cols, quant)
+    for index, expected in enumerate(decode(codes, scales)):
+        np.testing.assert_array_equal(read_row(matrix, index), expected)
+
+
+def test_every_finite_half_decodes_exactly():
+    matrix = _core.Matrix(pad(HALVES[None]), len(HALVES), "f16")
+    expected = HALVES.astype(np.float32)
+    np.testing.assert_array_equal(read_row(matrix, 0).view(np.int32), expected.view(np.int32))
+
+
+@pytest.mark.parametrize("quant", ["q8", "q4"])
+def test_every_finite_half_is_an_exact_scale(quant):
+    codes = np.tile(np.arange(-8, 8), (1, 2 * len(HALVES)))
+    matrix = _core.Matrix(encode(quant, codes, HALVES[None]), codes.size, quant)
+    np.testing.assert_array_equal(read_row(matrix, 0), decode(codes, HALVES[None])[0])
+
+
+def test_q8_uses_the_whole_range_of_int8():
+    codes = np.arange(-128, 128)[None]
+    scales = np.full((1, 8), 0.1, np.float16)
+    matrix = _core.Matrix(encode("q8", codes, scales), 256, "q8")
+    np.testing.assert_array_equal(read_row(matrix, 0), decode(codes, scales)[0])
+
+
+@pytest.mark.parametrize("cols", [32, 544, 1056])
+def test_q4_nibbles_lie_where_the_format_says(cols):
+    for weight in range(cols):
+        group, j = divmod(weight, 32)
+        tile, g = divmod(group, 16)
+        groups_in_tile = min(16, cols // 32 - 16 * tile)
+        r, b = divmod(j % 16, 4)
+        nibbles = np.full((1, cols // 2), 0x88, np.uint8)  # all weights 0
+        nibbles[0, 256 * tile + 4 * groups_in_tile * r + 4 * g + b] = 0x98 if j >= 16 else 0x89
+        matrix = _core.Matrix(pad(nibbles, np.ones((1, cols // 32), np.float16)), cols, "q4")
+        np.testing.assert_array_equal(np.flatnonzero(read_row(matrix, 0)), [weight])
+
+
+# -- Matrix --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rows", [1, 7, 63, 1023])
+@pytest.mark.parametrize(("quant", "cols"), CASES)
+def test_matmul(quant, cols, rows):
+    rng = np.random.default_rng(rows)
+    codes, scales = random_rows(rng, rows, cols)
+    matrix = _core.Matrix(encode(quant, codes, scales), cols, quant)
+    for tokens in (1, 3):
+        x = rng.standard_normal((tokens, cols), np.float32)
+        weights = decode(codes, scales).astype(np.float64)
+        size = np.sqrt(x**2 @ weights.T**2)  # of such sums when the signs of their terms are random
+        for threads in (1, 2, 5):
+            assert_close(matmul(matrix, x, threads), x @ weights.T, size)
+
+
+def test_no_rows_and_no_tokens():
+    empty = _core.Matrix(np.zeros((0, 64), np.uint8), 32, "q4")
+    assert matmul(empty, np.ones((3, 32), np.float32)).shape == (3, 0)
+    matrix = _core.Matrix(np.zeros((7, 64), np.uint8), 32, "q4")
+    assert matmul(matrix, np.ones((0, 32), np.float32)).shape == (0, 7)
+
+
+# -- Neurons -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize(("quant", "hidden"), CASES)
+def test_forward(quant, hidden, activation):
+    rng = np.random.default_rng(hidden)
+    for neurons in (1, 7, 63, 1023):
+        records, weights = random_ffn(rng, quant, neurons, hidden)
+        for tokens in (1, 3):
+            x = integer_x(rng, tokens, hidden, low=-3)
+            for threads in (1, 2, 5):
+                check_ffn(activation, quant, records, weights, x, threads)
+
+
+@pytest.mark.parametrize("tokens", [1, 3])
+@pytest.mark.parametrize("active_share", [0.0, 0.1, 1.0, "one"])
+@pytest.mark.parametrize("activation", ["drelu", "reglu", "relu"])
+@pytest.mark.parametrize("quant", QUANTS)
+def test_sparsity(quant, activation, active_share, tokens):
+    rng = np.random.default_rng(0)
+    active = np.arange(1023) == 777 if active_share == "one" else rng.random(1023) < active_share
+    records, weights = random_ffn(rng, quant, 1023, 96, active)
+    x = integer_x(rng, tokens, 96, low=1)
+    for threads in (1, 2, 5):
+        counts = check_ffn(activation, quant, records, weights, x, threads)
+        assert (counts == active.sum()).all()
+
+
+@pytest.mark.parametrize("activation", ["drelu", "reglu", "relu"])
+def test_tokens_with_different_active_neurons(activation):
+    """A neuron that one token needs adds nothing to the others."""
+    rng = np.random.default_rng(0)
+    records, weights = random_ffn(rng, "q4", 63, 96, rng.random(63) < 0.1)
+    x = integer_x(rng, 3, 96, low=1) * np.float32([[1], [-1], [0]])
+    counts = check_ffn(activation, "q4", records, weights, x)
+    assert counts[0, 0] + counts[1, 0] == 63
+    assert counts[2].sum() == 0
+
+
+@pytest.mark.parametrize("activation", ["drelu", "reglu"])
+def test_exact_mode_reads_no_up_row_behind_a_closed_gate(activation):
+    """relu(-inf) * inf is NaN where the up row is read, and 0 where it is not."""
+    closed, opened = np.full((1, 32), -1.0), np.full((1, 32), 1.0)
+    scales = np.ones((1, 1), np.float16)
+    record = np.concatenate([encode("f16", w, scales) for w in (closed, opened, opened)], 1)
+    neurons = _core.Neurons(record, 32, "f16", activation)
+    x = np.full((1, 32), np.inf, np.float32)
+    assert np.isnan(forward(neurons, x, exact=False)[0]).all()
+    assert (forward(neurons, x, exact=True)[0] == 0).all()
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_same_threads_same_bits(threads):
+    rng = np.random.default_rng(0)
+    records, _ = random_ffn(rng, "q8", 1023, 96)
+    neurons = _core.Neurons(records, 96, "q8", "drelu")
+    x = rng.standard_normal((3, 96), np.float32)
+    first, _ = forward(neurons, x, exact=True, threads=threads)
+    for _ in range(5):
+        again, _ = forward(neurons, x, exact=True, threads=threads)
+        np.testing.assert_array_equal(again, first)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("activation", ["drelu", "reglu", "relu"])
+def test_nan_is_not_hidden(activation, exact):
+    records, _ = random_ffn(np.random.default_rng(0), "q4", 7, 32)
+    out, _ = forward(
+        _core.Neurons(records, 32, "q4", activation), np.full((1, 32), np.nan, np.float32), exact
+    )
+    assert np.isnan(out).all()
+
+
+# -- what goes wrong, and who owns what ----------------------------------------------------------
+
+
+def matrix_and_arrays():
+    return (
+        _core.Matrix(np.zeros((7, 64), np.uint8), 32, "q4"),
+        np.zeros((3, 32), np.float32),
+        np.zeros((3, 7), np.float32),
+    )
+
+
+def neurons_and_arrays(activation="drelu"):
+    return (
+        _core.Neurons(np.zeros((7, 192), np.uint8), 32, "q4", activation),
+        np.zeros((3, 32), np.float32),
+        np.zeros((3, 32), np.float32),
+        np.zeros((3, 2), np.int32),
+    )
+
+
+def read_only(array):
+    array.flags.writeable = False
+    return array
+
+
+@pytest.mark.parametrize(
+    ("data", "cols", "quant", "error", "message"),
+    [
+        (np.zeros((7, 128), np.uint8), 32, "q4", ValueError, r"\(7, 128\), expected \(7, 64\)"),
+        (np.zeros((7, 18), np.uint8), 32, "q4", ValueError, r"\(7, 18\), expected \(7, 64\)"),
+        (np.zeros((7, 64), np.uint8), 33, "q4", ValueError, "33, expected a multiple of 32"),
+        (np.zeros((7, 64), np.uint8), 33, "q8", ValueError, "33, expected a multiple of 32"),
+        (np.zeros((7, 64), np.uint8), 0, "f16", ValueError, "0, expected at least 1"),
+        (np.zeros((7, 64), np.uint8), -32, "q4", ValueError, "-32, expected at least 1"),
+        (np.zeros((7, 64), np.uint8), 32, "q5", ValueError, "'q5', expected one of f16, q8, q4"),
+        (np.zeros((7, 64), np.int8), 32, "q4", TypeError, "incompatible"),
+        (np.zeros((7, 128), np.uint8)[:, ::2], 32, "q4", TypeError, "incompatible"),
+        (np.zeros(64, np.uint8), 32, "q4", TypeError, "incompatible"),
+    ],
+)
+def test_matrix_refuses(data, cols, quant, error, message):
+    with pytest.raises(error, match=message):
+        _core.Matrix(data, cols, quant)
+
+
+@pytest.mark.parametrize(
+    ("data", "hidden", "quant", "activation", "error", "message"),
+    [
+        (np.zeros((7, 64), np.uint8), 32, "q4", "drelu", ValueError, r"expected \(7, 192\)"),
+        (np.zeros((7, 192), np.uint8), 48, "q8", "drelu", ValueError, "hidden is 48"),
+        (np.zeros((7, 192), np.uint8), 32, "Q4", "drelu", ValueError, "quant is 'Q4'"),
+        (np.zeros((7, 192), np.uint8), 32, "q4", "gelu", ValueError, "activation is 'gelu'"),
+        (np.zeros((7, 192), np.float32), 32, "q4", "drelu", TypeError, "incompatible"),
+    ],
+)
+def test_neurons_refuses(data, hidden, quant, activation, error, message):
+    with pytest.raises(error, match=message):
+        _core.Neurons(data, hidden, quant, activation)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": np.zeros((3, 31), np.float32)}, ValueError, r"x has shape \(3, 31\), expected"),
+        ({"x": np.zeros((3, 32))}, TypeError, "incompatible"),
+        ({"x": np.zeros((3, 64), np.float32)[:, ::2]}, TypeError, "incompatible"),
+        ({"x": np.zeros(32, np.float32)}, TypeError, "incompatible"),
+        ({"out": np.zeros((7, 3), np.float32)}, ValueError, r"expected \(3, 7\)"),
+        ({"out": np.zeros((3, 7))}, TypeError, "incompatible"),
+        ({"out": np.zeros((7, 3), np.float32).T}, TypeError, "incompatible"),
+        ({"out": read_only(np.zeros((3, 7), np.float32))}, TypeError, "incompatible"),
+        ({"threads": 0}, ValueError, "threads is 0, expected 1 to"),
+        ({"threads": -1}, ValueError, "threads is -1, expected 1 to"),
+    ],
+)
+def test_matmul_refuses(change, error, message):
+    matrix, x, out = matrix_and_arrays()
+    with pytest.raises(error, match=message):
+        matrix.matmul(**{"x": x, "out": out, "threads": 1} | change)
+
+
+@pytest.mark.parametrize(
+    ("index", "out", "error", "message"),
+    [
+        (7, np.zeros(32, np.float32), ValueError, "index is 7, expected 0 to 6"),
+        (-1, np.zeros(32, np.float32), ValueError, "index is -1, expected 0 to 6"),
+        (0, np.zeros(31, np.float32), ValueError, "31 values, expected 32"),
+        (0, np.zeros(32), TypeError, "incompatible"),
+        (0, np.zeros(64, np.float32)[::2], TypeError, "incompatible"),
+    ],
+)
+def test_row_refuses(index, out, error, message):
+    matrix, _, _ = matrix_and_arrays()
+    with pytest.raises(error, match=message):
+        matrix.row(index, out)
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        ({"x": np.zeros((3, 64), np.float32)}, ValueError, r"x has shape \(3, 64\), expected"),
+        ({"x": np.zeros((3, 32), np.float16)}, TypeError, "incompatible"),
+        ({"out": np.zeros((2, 32), np.float32)}, ValueError, r"expected \(3, 32\)"),
+        ({"out": np.zeros((3, 64), np.float32)[:, :32]}, TypeError, "incompatible"),
+        ({"counts": np.zeros((3, 3), np.int32)}, ValueError, r"expected \(3, 2\)"),
+        ({"counts": np.zeros((3, 2), np.int64)}, TypeError, "incompatible"),
+        ({"counts": np.zeros((2, 3), np.int32).T}, TypeError, "incompatible"),
+        ({"threads": 0}, ValueError, "threads is 0"),
+    ],
+)
+def test_forward_refuses(change, error, message):
+    neurons, x, out, counts = neurons_and_arrays()
+    arguments = {"x": x, "out": out, "counts": counts, "exact": True, "threads": 1}
+    with pytest.raises(error, match=message):
+        neurons.forward(**arguments | change)
+
+
+def test_swiglu_has_no_exact_mode():
+    neurons, *arrays = neurons_and_arrays("swiglu")
+    with pytest.raises(ValueError, match="no exact zeros to skip: use dense mode"):
+        neurons.forward(*arrays, exact=True, threads=1)
+
+
+def test_the_array_lives_as_long_as_the_matrix():
+    codes, scales = random_rows(np.random.default_rng(0), 7, 96)
+    data = encode("q8", codes, scales)
+    alive = weakref.ref(data)
+    matrix = _core.Matrix(data, 96, "q8")
+    del data
+    gc.collect()
+    assert alive() is not None
+    np.testing.assert_array_equal(read_row(matrix, 6), decode(codes, scales)[6])
+    del matrix
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_read_only_memmap_will_do(tmp_path):
+    records, weights = random_ffn(np.random.default_rng(0), "q4", 63, 96)
+    records.tofile(tmp_path / "records")
+    mapped = np.memmap(tmp_path / "records", np.uint8, mode="r").reshape(records.shape)
+    neurons = _core.Neurons(mapped, 96, "q4", "drelu")
+    del mapped
+    gc.collect()
+    x = np.ones((1, 96), np.float32)
+    out, _ = forward(neurons, x, exact=True)
+    assert_close(out, reference_ffn("drelu", *weights, x)[0])
