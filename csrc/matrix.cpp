@@ -4,18 +4,19 @@
 #include <cmath>
 #include <vector>
 
+#include "threads.h"
+
 namespace {
 
 // Hot neurons come first, so threads take turns at small chunks to share them evenly.
 constexpr int64_t kChunk = 16;
 
-// Calls work(0) ... work(threads - 1), at the same time where OpenMP is there.
-template <typename Work>
-void parallel(int threads, Work work) {
-#ifdef _OPENMP
-#pragma omp parallel for num_threads(threads) schedule(static, 1)
-#endif
-  for (int thread = 0; thread < threads; ++thread) work(thread);
+// A thread pays for its start, some microseconds, from about this many weight bytes times tokens
+// on.
+constexpr int64_t kBytesPerThread = 64 << 10;
+
+int worthwhile_threads(int threads, int64_t bytes, int64_t tokens) {
+  return static_cast<int>(std::min<int64_t>(threads, 1 + bytes * tokens / kBytesPerThread));
 }
 
 // A relu that keeps NaN, so that a broken input shows in the output.
@@ -115,6 +116,7 @@ void Matrix::row(int64_t index, float* out) const {
 
 void Matrix::matmul(const float* x, float* out, int64_t tokens, int threads) const {
   const Kernels& kernels = *reference_kernels(quant);
+  threads = worthwhile_threads(threads, rows * row_stride(quant, cols), tokens);
   std::vector<std::vector<float>> buffers(threads, std::vector<float>(cols));
   parallel(threads, [&](int thread) {
     float* buffer = buffers[thread].data();
@@ -130,6 +132,7 @@ void Matrix::matmul(const float* x, float* out, int64_t tokens, int threads) con
 void Neurons::forward(const float* x, float* out, int32_t* counts, int64_t tokens, bool exact,
                       int threads) const {
   const Pass pass{*this, *reference_kernels(quant), row_stride(quant, hidden), x, tokens, exact};
+  threads = worthwhile_threads(threads, neurons * 3 * pass.stride, tokens);
   std::vector<Share> shares(threads, Share(tokens, hidden));
   parallel(threads, [&](int thread) {
     for (int64_t chunk = thread * kChunk; chunk < neurons; chunk += threads * kChunk) {

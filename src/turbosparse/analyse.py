@@ -1,7 +1,8 @@
-"""Stage 3: what happens inside a model: perplexity, activation sparsity, and how often each neuron fires.
+"""Stage 3: what happens inside a model: perplexity, sparsity, and how often each neuron fires.
 
-Reads a model folder, dense or sparse, and a held-out corpus; writes ``stats.safetensors``, which `pack` uses to
-put the hot neurons first. Sparsity counts exact zeros of Combined, so a SwiGLU model honestly shows none.
+Reads a model folder, dense or sparse, and a held-out corpus; writes ``stats.safetensors``, which
+`pack` uses to put the hot neurons first. Sparsity counts exact zeros of Combined, so a SwiGLU model
+honestly shows none.
 
     turbosparse analyse mistral-sparse --data held_out.jsonl
 """
@@ -34,8 +35,8 @@ BATCH_TOKENS = 2048
 class Stats:
     """Counts over the predicted tokens of a corpus; E is 1 for a dense model.
 
-    Shapes: `active` and `gate_positive` ``[layers, E, neurons]``, `tokens` ``[layers, E]`` (tokens that reached
-    the expert), all int64.
+    Shapes: `active` and `gate_positive` ``[layers, E, neurons]``, `tokens` ``[layers, E]`` (tokens
+    that reached the expert), all int64.
     """
 
     active: Tensor
@@ -52,7 +53,7 @@ class Stats:
         return cls(zeros, zeros.clone(), torch.zeros(shape[:2], dtype=torch.int64))
 
     def active_ratio(self) -> Tensor:
-        """Share of Combined entries that are not zero, per layer and expert, ``[layers, E]`` float64."""
+        """Share of Combined entries that are not zero, ``[layers, E]`` float64."""
         return self.active.sum(-1) / (self.tokens.clamp(min=1) * self.active.shape[-1]).double()
 
     def gate_ratio(self) -> Tensor:
@@ -174,7 +175,8 @@ def analyse(
     model
         Model folder (dense or sparse) or hub id.
     data
-        Text, JSON-lines or .gz file, or a folder of them; repeat it to measure several corpora side by side.
+        Text, JSON-lines or .gz file, or a folder of them; repeat it to measure several corpora side
+        by side.
     out
         Folder for stats.safetensors; by default the model folder, where `pack` looks for it.
     template
@@ -238,8 +240,8 @@ def measure(
 ) -> Stats:
     """Run `model` over each corpus and count.
 
-    Every token but the first of a document is predicted once, from at most `window` tokens before it;
-    with `truncate` only those of the document's first window.
+    Every token but the first of a document is predicted once, from at most `window` tokens before
+    it; with `truncate` only those of the document's first window.
 
     Raises:
         TurboSparseError: a corpus gives no token to predict.
@@ -296,7 +298,7 @@ def _windows(
 
 
 def _batches(windows: list[list[int]]) -> list[Tensor]:
-    """Windows of like length together, padded at the right with −100, about `BATCH_TOKENS` a batch."""
+    """Windows of like length together, padded with −100, about `BATCH_TOKENS` a batch."""
     batches: list[Tensor] = []
     ordered = sorted(windows, key=len, reverse=True)
     while ordered:

@@ -1,4 +1,7 @@
-"""The command line: one verb per stage, imported only when it is called; its flags are its function's parameters."""
+"""The command line: one verb per stage, imported when it is called.
+
+The flags of a verb are the parameters of its function, and its help is the docstring.
+"""
 
 from __future__ import annotations
 
@@ -40,8 +43,8 @@ VERBS = {
 app = App(
     name="turbosparse",
     help="Run large language models on a fraction of their weights.\n\n"
-    "The way of a model: convert → train → analyse → pack → generate. Start with `turbosparse demo`.",
-    help_epilogue="Every verb takes --json: its result as one JSON document on the last line of stdout.",
+    "A model goes convert → train → analyse → pack → generate. Start with `turbosparse demo`.",
+    help_epilogue="Every verb takes --json: its result as one JSON document, last line of stdout.",
     version=__version__,
     result_action="return_value",
 )
@@ -59,9 +62,7 @@ def _launch(
     if result is None:
         return
     if as_json:
-        print(
-            json.dumps(dataclasses.asdict(result) if dataclasses.is_dataclass(result) else result)
-        )
+        print(json.dumps(result if isinstance(result, str) else dataclasses.asdict(result)))
         return
     from rich.console import Console
 

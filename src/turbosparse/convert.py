@@ -1,8 +1,8 @@
 """Stage 1: a dense SwiGLU model becomes a dReLU model.
 
-Reads a Hugging Face folder (Mistral, Llama, Qwen2, Mixtral), writes another. The weights stay as they are,
-so shards are copied file by file and a model of any size converts in little memory; what changes is the
-config and the class that it names (Turbo Sparse §3.2, §5).
+Reads a Hugging Face folder (Mistral, Llama, Qwen2, Mixtral), writes another. The weights stay as
+they are, so shards are copied file by file and a model of any size converts in little memory; what
+changes is the config and the class that it names (Turbo Sparse §3.2, §5).
 
     turbosparse convert mistralai/Mistral-7B-v0.1 mistral-drelu
 """
@@ -41,9 +41,10 @@ class Converted:
 
     def __str__(self) -> str:
         return (
-            f"{self.out}: {self.model_type}, {self.activation}, {self.parameters / 1e6:.2f} M parameters, "
-            f"{self.shards} shard{'s' * (self.shards != 1)}. Quality is lost at first: recover it with "
-            "`turbosparse train`."
+            f"{self.out}: {self.model_type}, {self.activation}, "
+            f"{self.parameters / 1e6:.2f} M parameters, {self.shards} shard"
+            f"{'s' * (self.shards != 1)}. "
+            "Quality is lost at first: recover it with `turbosparse train`."
         )
 
 
@@ -59,16 +60,24 @@ def convert(
     out
         New model folder.
     activation
-        drelu is the paper's. reglu and relu are for comparisons; swiglu copies the dense model as it is.
+        drelu is the paper's. reglu and relu are for comparisons; swiglu copies the dense model as
+        it is.
     link
-        Hard-link the weight files instead of copying them. Saves the space, but then a program that rewrites
-        one of the two in place changes both.
+        Hard-link the weight files instead of copying them. Saves the space, but then a program that
+        rewrites one of the two in place changes both.
     """
     from math import prod
 
     from turbosparse.hf.checkpoint import INDEX, Checkpoint
-    from turbosparse.hf.load import check_supported, copy_code, load_config, sparse_keys
+    from turbosparse.hf.load import (
+        check_activation,
+        check_supported,
+        copy_code,
+        load_config,
+        sparse_keys,
+    )
 
+    check_activation(activation)
     check_free(out)
     folder = model_folder(source)
     raw = read_config(folder)
@@ -84,8 +93,6 @@ def convert(
             "convert works on dense SwiGLU models"
         )
     config = load_config(folder)
-    if getattr(config, "mlp_bias", False):
-        raise TurboSparseError(f"{folder}: mlp_bias=true is not supported")
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
 
@@ -113,7 +120,7 @@ def _carry(shard: Path, target: Path, *, link: bool) -> None:
             return
         except OSError as error:
             raise TurboSparseError(
-                f"cannot hard-link {shard} to {target.parent} ({error.strerror}): both must be on one disk; "
-                "leave out --link to copy"
+                f"cannot hard-link {shard} to {target.parent} ({error.strerror}): "
+                "both must be on one disk; leave out --link to copy"
             ) from error
     shutil.copyfile(shard, target)

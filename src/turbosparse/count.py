@@ -9,8 +9,8 @@ from typing import Any
 from turbosparse.hf import names
 
 RULE = (
-    "activated = every weight outside the FFN (attention, norms, router, LM head; of the input embedding one row) "
-    "+ 3 × hidden per active neuron of the experts in use; no predictor"
+    "activated = every weight outside the FFN (attention, norms, router, LM head; of the input "
+    "embedding one row) + 3 × hidden per active neuron of the experts in use; no predictor"
 )
 
 
@@ -28,7 +28,8 @@ def count_parameters(config: Any, *, active: float = 1.0, gate_positive: float =
 
     Args:
         config: config of a supported family.
-        active: share of neurons whose Combined is not zero, in the experts in use; 1 for a dense model.
+        active: share of neurons whose Combined is not zero, in the experts in use; 1 for a dense
+            model.
         gate_positive: share of neurons whose gate is positive, which is what exact mode goes by.
     """
     shapes = names.tensor_shapes(config)

@@ -1,14 +1,17 @@
 """Text for training and measuring: documents from files or the hub, packed and mixed.
 
-A corpus is a text, JSON-lines or ``.gz`` file, a folder of them, or a hub data set. Documents are tokenised
-one by one, laid end to end and cut into sequences of one length; a mixture draws whole sequences from its
-sources, so that proportions hold in tokens whatever the lengths of the documents.
+A corpus is a text, JSON-lines or ``.gz`` file, a folder of them, or a hub data set. Documents are
+tokenised one by one, laid end to end and cut into sequences of one length; a mixture draws whole
+sequences from its sources, so that proportions hold in tokens whatever the lengths of the
+documents.
 """
 
 from __future__ import annotations
 
 import gzip
+import io
 import json
+import zlib
 from collections import deque
 from collections.abc import Iterable, Iterator
 from itertools import islice
@@ -84,13 +87,14 @@ def documents(
     """Yield the documents of a file or of all files below a folder, in the order of their names.
 
     Args:
-        path: ``.txt``, ``.md``, ``.py`` (a file is one document unless `separator` is given) or ``.jsonl``
-            (a row is one document), each also as ``.gz``.
+        path: ``.txt``, ``.md``, ``.py`` (a file is one document unless `separator` is given) or
+            ``.jsonl`` (a row is one document), each also as ``.gz``.
         template: how a JSON row becomes text, for example ``"{question}\\n{answer}"``.
         separator: text between two documents of a text file.
 
     Raises:
-        TurboSparseError: nothing there, not text, broken JSON, or a row without the template's fields.
+        TurboSparseError: nothing there, not text, broken JSON, or a row without the template's
+            fields.
     """
     found = False
     for file in corpus_files(path):
@@ -122,22 +126,23 @@ def _suffix(path: Path) -> str:
 
 
 def _file_documents(file: Path, template: str, separator: str | None) -> Iterator[str]:
-    opener = gzip.open if file.suffix == ".gz" else open
+    where = str(file)
     try:
-        with opener(file, "rt", encoding="utf-8") as lines:
+        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as raw:
             if _suffix(file) == ".jsonl":
-                for number, line in enumerate(lines, 1):
+                for number, line in enumerate(raw, 1):
+                    where = f"{file}:{number}"
                     if line.strip():
-                        yield _row_text(line, template, f"{file}:{number}")
+                        yield _row_text(line.decode(), template, where)
             else:
-                text = lines.read()
+                text = io.StringIO(raw.read().decode(), newline=None).read()  # \r\n too
                 yield from (part.strip() for part in text.split(separator)) if separator else [text]
     except UnicodeDecodeError as error:
         raise TurboSparseError(
-            f"{file} is not UTF-8 text (byte {error.object[error.start]:#04x} at {error.start}); "
+            f"{where} is not UTF-8 text (byte {error.object[error.start]:#04x} at {error.start}); "
             "remove it from the corpus or convert it"
         ) from error
-    except (gzip.BadGzipFile, EOFError) as error:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise TurboSparseError(f"{file} is a broken gzip file ({error}); fetch it again") from error
 
 
@@ -148,7 +153,7 @@ def _row_text(line: str, template: str, where: str) -> str:
         raise TurboSparseError(f"{where} is not valid JSON: {error}") from error
     try:
         return template.format_map(row)
-    except (KeyError, TypeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
         fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise TurboSparseError(
             f"{where} does not fit the template {template!r}: the row has {fields}"
@@ -188,7 +193,7 @@ def take_last(items: Iterable[str], count: int | None) -> list[str]:
 def packed_sequences(
     texts: Iterable[str], tokenizer: Any, length: int, *, append_eos: bool
 ) -> Iterator[list[int]]:
-    """Tokenise documents, lay them end to end and cut sequences of `length` tokens; the rest is dropped."""
+    """Lay tokenised documents end to end and cut sequences of `length`; the rest is dropped."""
     end = [tokenizer.eos_token_id] if append_eos and tokenizer.eos_token_id is not None else []
     tokens: list[int] = []
     for text in texts:
@@ -199,11 +204,13 @@ def packed_sequences(
         del tokens[:cut]
 
 
-def _rows(source: Source, root: Path, tokenizer: Any, mixture: Mixture) -> Iterator[dict[str, Any]]:
+def _rows(
+    source: Source, root: Path, tokenizer: Any, mixture: Mixture
+) -> Iterator[tuple[int, dict[str, Any]]]:
     texts = source.documents(root)
     length, eos = mixture.sequence_length, mixture.append_eos
-    for ids in packed_sequences(texts, tokenizer, length, append_eos=eos):
-        yield {"input_ids": ids, "labels": ids}
+    for number, ids in enumerate(packed_sequences(texts, tokenizer, length, append_eos=eos)):
+        yield number, {"input_ids": ids, "labels": ids}
 
 
 def training_stream(
@@ -212,20 +219,22 @@ def training_stream(
     """An endless, reproducible stream of ``{input_ids, labels}`` rows; small sources repeat.
 
     Raises:
-        TurboSparseError: a source cannot be read, or holds less than one sequence. Every source is tried
-            before the first row is drawn.
+        TurboSparseError: a source cannot be read, or holds less than one sequence. Every source is
+            tried before the first row is drawn.
     """
     import datasets
+    from datasets.iterable_dataset import ExamplesIterable
 
     streams = []
     for source in mixture.sources:
         if not list(islice(_rows(source, root, tokenizer, mixture), 1)):
             raise TurboSparseError(
-                f"source {source.name!r} holds less than one sequence of {mixture.sequence_length} tokens; "
-                "give more text or a shorter sequence_length"
+                f"source {source.name!r} holds less than one sequence of "
+                f"{mixture.sequence_length} tokens; give more text or a shorter sequence_length"
             )
         arguments = {"source": source, "root": root, "tokenizer": tokenizer, "mixture": mixture}
-        stream = datasets.IterableDataset.from_generator(_rows, gen_kwargs=arguments)
+        # what from_generator makes, without the lock file that it leaves in the user's cache
+        stream = datasets.IterableDataset(ExamplesIterable(_rows, arguments))
         shuffled = stream.shuffle(seed=seed, buffer_size=mixture.shuffle_buffer)
         streams.append(shuffled.repeat(None))
     shares = [source.proportion for source in mixture.sources]

@@ -1,4 +1,4 @@
-"""The engine: a packed folder opened on a road and in a mode, with the state of one conversation at a time."""
+"""The engine: a packed folder, opened on a road and in a mode."""
 
 from __future__ import annotations
 
@@ -21,8 +21,9 @@ Mode = Literal["auto", "dense", "exact"]
 class Step:
     """One forward pass.
 
-    `logits` is float32 ``[vocabulary]`` of the last token; `active` the share of neurons whose Combined is not
-    zero and `gate_positive` the share with positive gate, over the neurons in use of all layers and tokens.
+    `logits` is float32 ``[vocabulary]`` of the last token; `active` the share of neurons whose
+    Combined is not zero and `gate_positive` the share with positive gate, over the neurons in use
+    of all layers and tokens.
     """
 
     logits: Tensor
@@ -35,9 +36,10 @@ class Engine:
 
     Args:
         folder: packed folder.
-        road: ``cpu`` is the C++ core, ``torch`` the reference on dequantised weights; ``auto`` takes the core.
-        mode: ``exact`` skips neurons that are exactly zero, ``dense`` reads all; ``auto`` takes exact where the
-            activation has exact zeros.
+        road: ``cpu`` is the C++ core, ``torch`` the reference on dequantised weights; ``auto``
+            takes the core.
+        mode: ``exact`` skips neurons that are exactly zero, ``dense`` reads all; ``auto`` takes
+            exact where the activation has exact zeros.
         threads: of the C++ core; by default the processors that this process may use.
 
     Raises:
@@ -67,8 +69,8 @@ class Engine:
 
     def describe(self) -> str:
         return (
-            f"{self.packed.folder.name}: {self.packed.activation} {self.packed.quant}, road {self.road}, "
-            f"mode {self.mode}, {self.threads} thread{'s' * (self.threads != 1)}"
+            f"{self.packed.folder.name}: {self.packed.activation} {self.packed.quant}, "
+            f"road {self.road}, mode {self.mode}, {self.threads} thread{'s' * (self.threads != 1)}"
         )
 
     def new_cache(self) -> Cache:

@@ -32,7 +32,7 @@ class TurboSparseError(ValueError):
 
 
 def model_folder(source: str | Path) -> Path:
-    """Return the local folder of a model, downloading it if `source` is a hub id such as ``org/name``."""
+    """The local folder of a model; a hub id such as ``org/name`` is downloaded."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -67,7 +67,7 @@ def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
         raise TurboSparseError(f"{folder} has no {name}; give the folder of a model")
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # bad syntax, bad UTF-8, too deep
         raise TurboSparseError(f"{path} is not valid JSON: {error}") from error
     if not isinstance(config, dict):
         raise TurboSparseError(f"{path} holds a {type(config).__name__}, not a JSON object")
@@ -79,7 +79,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def copy_companions(source: Path, out: Path) -> None:
-    """Carry tokenizer, generation config and chat template over; a model without tokenizer is refused."""
+    """Carry tokenizer, generation config and chat template over; without tokenizer it raises."""
     if not any((source / name).is_file() for name in TOKENIZER_FILES):
         raise TurboSparseError(
             f"{source} has no tokenizer ({', '.join(TOKENIZER_FILES)}); "
@@ -92,7 +92,7 @@ def copy_companions(source: Path, out: Path) -> None:
 
 @contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
-    """Yield a temporary folder beside `out` that becomes `out` on success and vanishes on any error.
+    """Yield a temporary folder that becomes `out` on success and vanishes on any error.
 
     Raises:
         TurboSparseError: `out` exists and is not an empty folder, or the disk is full.
@@ -130,7 +130,7 @@ def check_free(out: str | Path) -> None:
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a temporary name beside `path` that replaces it on success and vanishes on any error."""
+    """Yield a temporary name that replaces `path` on success and vanishes on any error."""
     path.parent.mkdir(parents=True, exist_ok=True)
     work = path.with_name(f".{path.name}.{os.getpid()}")
     try:

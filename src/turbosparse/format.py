@@ -2,18 +2,21 @@
 
 A packed folder is a Hugging Face folder whose weights are laid out for sparse reading:
 
-* ``config.json``: the model's keys and one block ``"turbosparse"`` (`Header`): format version, quantisation, FFN
-  record, neuron order, provenance, profile, and size and SHA-256 of every weight file.
+* ``config.json``: the model's keys and one block ``"turbosparse"`` (`Header`): format version,
+  quantisation, FFN record, neuron order, provenance, profile, and size and SHA-256 of every weight
+  file.
 * tokenizer and ``generation_config.json`` as in Hugging Face.
-* ``model-0000i-of-0000n.safetensors``, readable by any safetensors reader. Data begins at a multiple of 4096
-  bytes (the JSON header is padded with spaces), and so does every tensor: ``pad.N`` tensors fill the gaps.
+* ``model-0000i-of-0000n.safetensors``, readable by any safetensors reader. Data begins at a
+  multiple of 4096 bytes (the JSON header is padded with spaces), and so does every tensor:
+  ``pad.N`` tensors fill the gaps.
 
 Tensors:
 
-* matrices (embedding, attention projections, LM head): U8 ``[rows, row_bytes]`` in a block format of `quant`;
+* matrices (embedding, attention projections, LM head): U8 ``[rows, row_bytes]`` in a block format
+  of `quant`;
 * norms, biases, router: F32, in the model's shape;
-* ``model.layers.L.ffn``, in a MoE model ``model.layers.L.experts.E.ffn``: U8 ``[neurons, 3 · row_bytes]``, one
-  record per neuron, ``gate row | up row | down column``, hot neurons first;
+* ``model.layers.L.ffn``, in a MoE model ``model.layers.L.experts.E.ffn``: U8 ``[neurons, 3 ·
+  row_bytes]``, one record per neuron, ``gate row | up row | down column``, hot neurons first;
 * ``….neuron_order``: I32 ``[neurons]``, the model's own index of each neuron.
 
 The data are mapped, not read: opening costs the same for any size.
@@ -23,6 +26,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator
 from enum import Enum
 from math import prod
@@ -40,7 +44,12 @@ from turbosparse.quant import row_bytes
 VERSION = 1
 PAGE = 4096
 SHARD_BYTES = 4 << 30
-_DTYPES = {"U8": np.dtype("u1"), "F32": np.dtype("<f4"), "I32": np.dtype("<i4")}
+_FILE_NAME = re.compile(r"model-\d{5,9}-of-\d{5,9}\.safetensors", re.ASCII)
+_DTYPES: dict[str, np.dtype[Any]] = {
+    "U8": np.dtype("u1"),
+    "F32": np.dtype("<f4"),
+    "I32": np.dtype("<i4"),
+}
 
 
 class Fault(Enum):
@@ -132,7 +141,7 @@ def layout(config: Any, quant: str) -> dict[str, Spec]:
         )
 
     plan = {names.EMBEDDING: spec((config.vocab_size, config.hidden_size))}
-    slots = list(range(names.experts(config))) or [None]
+    slots: list[int | None] = list(range(names.experts(config))) or [None]
     for layer in range(config.num_hidden_layers):
         small = names.norms(config, layer) | names.attention(config, layer)
         plan |= {name: spec(shape) for name, shape in small.items()}
@@ -148,13 +157,10 @@ def layout(config: Any, quant: str) -> dict[str, Spec]:
     return plan
 
 
-# --- writing ---------------------------------------------------------------------------------------------------
-
-
 def write_weights(
     folder: Path, plan: dict[str, Spec], tensors: Iterator[tuple[str, NDArray[Any]]]
 ) -> dict[str, File]:
-    """Stream `tensors`, which come in the order of `plan`, into weight files; one tensor is held at a time."""
+    """Stream `tensors`, in the order of `plan`, into weight files; one is held at a time."""
     shards = _split(plan)
     files: dict[str, File] = {}
     for number, shard in enumerate(shards, 1):
@@ -202,15 +208,12 @@ def _shard_bytes(
             f"{found} {array.shape} came for {name} {spec}"
         )
         array = np.ascontiguousarray(array, dtype=_DTYPES[spec.dtype])
-        yield memoryview(array).cast("B")
+        yield array.data.cast("B")
         yield bytes(-spec.nbytes % PAGE)
 
 
-# --- opening ---------------------------------------------------------------------------------------------------
-
-
 class Packed:
-    """An open packed folder: `config`, `header`, and `tensors` by name as read-only views of the mapped files.
+    """An open packed folder; `tensors` are read-only views of the mapped files, by name.
 
     Raises:
         FormatError: the folder is damaged or of another version; the message names what and where.
@@ -260,8 +263,8 @@ def _read_header(folder: Path, raw: dict[str, Any]) -> Header:
 def _map_files(folder: Path, header: Header, plan: dict[str, Spec]) -> dict[str, NDArray[Any]]:
     tensors: dict[str, NDArray[Any]] = {}
     for name, file in header.files.items():
-        if Path(name).name != name:
-            raise FormatError(folder, Fault.HEADER, f"files: {name!r} is no file name")
+        if not _FILE_NAME.fullmatch(name):
+            raise FormatError(folder, Fault.HEADER, f"files: {name!r:.80} is no weight file's name")
         path = folder / name
         if not path.is_file():
             raise FormatError(folder, Fault.FILE_MISSING, name)
@@ -282,7 +285,7 @@ def _map_files(folder: Path, header: Header, plan: dict[str, Spec]) -> dict[str,
                 )
             if start % PAGE:
                 raise FormatError(folder, Fault.ALIGNMENT, f"{tensor} at byte {start}")
-            tensors[tensor] = data[start:end].view(_DTYPES[dtype]).reshape(shape)
+            tensors[tensor] = data[start:end].view(_DTYPES[dtype]).reshape(spec.shape)
     missing = [name for name in plan if name not in tensors]
     if missing:
         raise FormatError(folder, Fault.TENSOR_MISSING, missing[0])

@@ -1,4 +1,4 @@
-"""Stage 6: text from a packed folder. `stream` is the one generation loop; everything else consumes it.
+"""Stage 6: text from a packed folder. `stream` is the one loop; everything else consumes it.
 
 turbosparse generate mistral-q4 --prompt "Once upon a time"
 """
@@ -77,7 +77,8 @@ def stream(
         stop: token ids that end the text; the last Token is then one of them, with empty text.
 
     Raises:
-        TurboSparseError: empty prompt, a prompt that fills the context, or sampling settings out of range.
+        TurboSparseError: empty prompt, a prompt that fills the context, or sampling settings out of
+            range.
     """
     from tokenizers.decoders import DecodeStream
 
@@ -86,9 +87,12 @@ def stream(
             f"the prompt has {len(prompt)} tokens; the model's context is {engine.context}, "
             "and at least one must be left to generate: shorten the prompt"
         )
-    if temperature < 0 or not 0 < top_p <= 1:
+    if max_tokens < 1:
+        raise TurboSparseError(f"max-tokens {max_tokens} must be 1 or more")
+    if not temperature >= 0 or not 0 < top_p <= 1:  # NaN compares false
         raise TurboSparseError(
-            f"temperature {temperature:g} must be 0 or more, and top-p {top_p:g} above 0 and at most 1"
+            f"temperature {temperature:g} must be 0 or more, "
+            f"and top-p {top_p:g} above 0 and at most 1"
         )
     random = torch.Generator()
     random.manual_seed(seed) if seed is not None else random.seed()
@@ -188,7 +192,7 @@ def generate(
 
 
 def summarise(tokens: list[Token], prompt_tokens: int, ran: str) -> Generated:
-    """The figures of a generation. The first token's pass is the prompt's, so speed begins at the second."""
+    """The figures of a generation; the first token's pass is the prompt's, and not in its speed."""
     decoding = tokens[1:]
     seconds = sum(token.seconds for token in decoding)
     active = statistics.fmean(token.active for token in decoding or tokens)
@@ -221,7 +225,7 @@ def prompt_ids(tokenizer: Any, prompt: str, *, chat: bool = False) -> list[int]:
 def stop_ids(
     folder: Path, tokenizer: Any, extra: list[str], *, chat: bool = False
 ) -> frozenset[int]:
-    """Token ids that end a text: of the configs, of the tokenizer in a chat, and those asked for."""
+    """Token ids that end a text: of the configs, in a chat of the tokenizer, and `extra`."""
     found: set[int] = set()
     configs = [read_config(folder)]
     if (folder / "generation_config.json").is_file():

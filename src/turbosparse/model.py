@@ -1,7 +1,8 @@
 """The decoder over a packed folder, in PyTorch: the readable twin of any faster one.
 
-Shapes: T tokens of one sequence, S positions in the cache, H hidden, N query heads, K key-value heads, D head.
-All arithmetic is float32; the matrices and the feed-forwards are those of a road (`turbosparse.ops`).
+Shapes: T tokens of one sequence, S positions in the cache, H hidden, N query heads, K key-value
+heads, D head. All arithmetic is float32; the matrices and the feed-forwards are those of a road
+(`turbosparse.ops`).
 """
 
 from __future__ import annotations
@@ -58,8 +59,8 @@ class Decoder:
             every: return logits of every token, not only of the last.
 
         Returns:
-            Logits, float32 ``[T or 1, vocabulary]``, and the neurons used, int32 ``[layers, T, 2]``: with positive
-            gate, and active (summed over a token's experts).
+            Logits, float32 ``[T or 1, vocabulary]``, and the neurons used, int32
+            ``[layers, T, 2]``: with positive gate, and active (summed over a token's experts).
         """
         rope = self.rope(cache.length, len(tokens))
         x = self.embedding.rows(tokens)
@@ -206,7 +207,7 @@ class Rotation:
 
 
 class Cache:
-    """Keys and values of one sequence, ``[K, S, D]`` per layer; it grows by doubling, up to the context."""
+    """Keys and values of one sequence, ``[K, S, D]`` per layer, growing up to the context."""
 
     def __init__(self, config: Any, context: int):
         heads, head = config.num_key_value_heads, names.config_head_dim(config)

@@ -1,7 +1,8 @@
 """Stage 5: a sparse Hugging Face folder becomes a packed folder that the engine reads.
 
-Streams tensor by tensor: a model of any size packs in the memory of one layer's (or expert's) FFN. With the
-statistics of `analyse` the neurons of each FFN are laid hot first; the function computed does not change.
+Streams tensor by tensor: a model of any size packs in the memory of one layer's (or expert's) FFN.
+With the statistics of `analyse` the neurons of each FFN are laid hot first; the function computed
+does not change.
 
     turbosparse pack mistral-sparse mistral-q4 --quant q4
 """
@@ -77,15 +78,15 @@ def pack(
     out
         New packed folder.
     quant
-        q4 and q8 have the numbers of GGUF Q4_0 and Q8_0; f16 is exact for bf16 weights in its range.
+        q4 and q8 have the numbers of GGUF Q4_0 and Q8_0; f16 is exact for bf16 weights in its
+        range.
     stats
         stats.safetensors of `analyse`; by default the one in the model folder, if any.
     """
     check_free(out)
     folder = model_folder(model)
     config = load_config(folder)
-    if getattr(config, "mlp_bias", False):
-        raise TurboSparseError(f"{folder}: mlp_bias=true is not supported")
+    ffn = FFN(activation=activation_of(config))  # type: ignore[arg-type]
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
     profile = _find_stats(folder, stats)
@@ -94,6 +95,7 @@ def pack(
     plan = layout(config, quant)
 
     with new_folder(out) as work:
+        copy_companions(folder, work)
         tensors = track(
             _tensors(config, checkpoint, plan, quant, profile), "packing", total=len(plan)
         )
@@ -101,7 +103,7 @@ def pack(
         header = Header(
             format_version=VERSION,
             quant=quant,
-            ffn=FFN(activation=activation_of(config)),  # type: ignore[arg-type]
+            ffn=ffn,
             neuron_order="hot_first" if profile else "model",
             source=str(model),
             packed_by=f"turbosparse {__version__}",
@@ -110,7 +112,6 @@ def pack(
         )
         raw = {key: value for key, value in read_config(folder).items() if key != "auto_map"}
         raw["turbosparse"] = header.model_dump(mode="json")
-        copy_companions(folder, work)
         write_json(work / "config.json", raw)
     return PackedModel(
         out=str(out),
@@ -150,7 +151,7 @@ def _tensors(
         if last == "ffn":
             layer, expert = ffns[f"{prefix}."]
             order = _order(stats, layer, expert, config.intermediate_size)
-            yield name, _records(config, checkpoint, layer, expert, order, quant)
+            yield name, _records(checkpoint, layer, expert, order, quant)
             yield f"{prefix}.neuron_order", order.int().numpy()
         elif spec.dtype == "U8":
             yield name, _quantised(checkpoint, name, quant).numpy()
@@ -166,7 +167,6 @@ def _order(stats: Stats | None, layer: int, expert: int | None, neurons: int) ->
 
 
 def _records(
-    config: Any,
     checkpoint: Checkpoint,
     layer: int,
     expert: int | None,
@@ -174,7 +174,7 @@ def _records(
     quant: str,
 ) -> NDArray[np.uint8]:
     """The FFN as one record per neuron: ``gate row | up row | down column``."""
-    gate, up, down = names.ffn(config, layer, expert)
+    gate, up, down = names.ffn(layer, expert)
     return torch.cat(
         [
             _quantised(checkpoint, gate, quant, order),

@@ -1,8 +1,8 @@
 """Stage 2: recover quality by continued training, or train from scratch.
 
-Reads a recipe (YAML) and the model folder that it names, writes a sparse Hugging Face folder. The loop is
-the Hugging Face Trainer's: it runs on one process or under ``torchrun``, and a stopped run goes on from its
-last checkpoint when the same command is given again.
+Reads a recipe (YAML) and the model folder that it names, writes a sparse Hugging Face folder. The
+loop is the Hugging Face Trainer's: it runs on one process or under ``torchrun``, and a stopped run
+goes on from its last checkpoint when the same command is given again.
 
     turbosparse train recipes/tiny_cpu.yaml --model mistral-drelu --out mistral-sparse
     turbosparse train recipes/tiny_cpu.yaml --model mistral --out dense-control --activation swiglu
@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from turbosparse.convert import Activation
 from turbosparse.data import Mixture
-from turbosparse.folders import TurboSparseError, check_free, new_folder, write_json
+from turbosparse.folders import TurboSparseError, check_free, new_file, new_folder, write_json
 
 
 class Recipe(BaseModel):
@@ -68,7 +68,8 @@ class Trained:
 
     def __str__(self) -> str:
         return (
-            f"{self.out}: {self.activation}, {self.tokens / 1e6:.2f} M tokens in {self.seconds:.0f} s, "
+            f"{self.out}: {self.activation}, {self.tokens / 1e6:.2f} M tokens "
+            f"in {self.seconds:.0f} s, "
             f"loss {self.first_loss:.3f} → {self.last_loss:.3f} nats/token, "
             f"activation sparsity {self.activation_sparsity:.1%}"
         )
@@ -141,14 +142,17 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path) -> Trained:
     from turbosparse.trainer import SparseTrainer
 
     check_free(out)
-    work = _open_work(recipe, out)
+    work = _find_work(recipe, out)
     tokenizer = load_tokenizer(_tokenizer_source(recipe))
     stream = training_stream(recipe.data, tokenizer, root=root, seed=recipe.seed)
     model = _load(recipe, tokenizer)
     model.config.use_cache = False
+    arguments = _arguments(recipe, work)
+    with new_file(work / "recipe.json") as file:
+        write_json(file, recipe.model_dump(mode="json"))
     trainer = SparseTrainer(
         model=model,
-        args=_arguments(recipe, work),
+        args=arguments,
         train_dataset=stream,
         log_file=work / "log.jsonl",
     )
@@ -156,6 +160,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path) -> Trained:
         result = trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     model.config.use_cache = True
 
+    trainer.accelerator.wait_for_everyone()  # the first process has written the log
     log = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
     trained = Trained(
         out=str(out),
@@ -167,6 +172,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path) -> Trained:
         last_loss=log[-1]["loss"],
         activation_sparsity=log[-1]["activation_sparsity"],
     )
+    trainer.accelerator.wait_for_everyone()  # everyone has read it
     if trainer.is_world_process_zero():
         with new_folder(out) as folder:
             save_model(model, tokenizer, folder)
@@ -176,10 +182,9 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path) -> Trained:
     return trained
 
 
-def _open_work(recipe: Recipe, out: Path) -> Path:
+def _find_work(recipe: Recipe, out: Path) -> Path:
     """The folder of checkpoints and log; a run that stands in it must be of this very recipe."""
     work = out.with_name(out.name + ".training")
-    work.mkdir(parents=True, exist_ok=True)
     stored, mine = work / "recipe.json", recipe.model_dump(mode="json")
     if stored.is_file():
         old = json.loads(stored.read_text())
@@ -189,15 +194,24 @@ def _open_work(recipe: Recipe, out: Path) -> Path:
                 f"{work} holds a stopped run with other settings ({', '.join(changed)}); "
                 "remove it to start anew, or give the old settings to resume"
             )
-    write_json(stored, mine)
     return work
 
 
 def _last_checkpoint(work: Path) -> str | None:
     """The newest checkpoint whose writing was completed."""
-    complete = [path.parent for path in work.glob("checkpoint-*/trainer_state.json")]
+    complete = [
+        path.parent for path in work.glob("checkpoint-*/trainer_state.json") if _is_json(path)
+    ]
     newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
     return str(newest) if newest else None
+
+
+def _is_json(path: Path) -> bool:
+    try:
+        json.loads(path.read_bytes())
+    except ValueError:
+        return False
+    return True
 
 
 def _tokenizer_source(recipe: Recipe) -> str:
@@ -270,7 +284,8 @@ def _micro_batch(recipe: Recipe) -> tuple[int, int]:
     micro = recipe.micro_batch_size or max(1, recipe.batch_size // processes)
     if recipe.batch_size % (micro * processes):
         raise TurboSparseError(
-            f"batch_size {recipe.batch_size} is no multiple of micro_batch_size {micro} × {processes} processes"
+            f"batch_size {recipe.batch_size} is no multiple of "
+            f"micro_batch_size {micro} × {processes} processes"
         )
     return micro, processes
 

@@ -18,7 +18,9 @@ from rich.progress import (
 )
 from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback
+from transformers.trainer_utils import TrainOutput
 
+from turbosparse.folders import new_file
 from turbosparse.hf.observe import observe_ffn
 
 
@@ -49,13 +51,25 @@ class SparsityMeter:
         return {"activation_sparsity": sum(layers) / max(1, len(layers))} | named
 
 
-class SparseTrainer(Trainer):  # type: ignore[misc]
-    """A Trainer that measures sparsity in the steps that it logs, and keeps the log as JSON lines."""
+class SparseTrainer(Trainer):
+    """Measures sparsity in the steps that it logs, and keeps the log as JSON lines."""
 
     def __init__(self, *, log_file: Path, **arguments: Any):
-        super().__init__(**arguments, callbacks=[_Log(log_file)])
+        self.log_callback = _Log(log_file)
+        super().__init__(**arguments, callbacks=[self.log_callback])
         self.remove_callback(PrinterCallback)
         self.meter = SparsityMeter()
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Train, or only load the weights of a checkpoint after which no step is left."""
+        if resume_from_checkpoint and _step_of(resume_from_checkpoint) >= self.args.max_steps:
+            # the library would take one step more before it looks at the number of steps
+            self._load_from_checkpoint(resume_from_checkpoint)
+            return TrainOutput(self.args.max_steps, 0.0, {"train_runtime": 0.0})
+        try:
+            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        finally:
+            self.log_callback.close()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
@@ -63,13 +77,26 @@ class SparseTrainer(Trainer):  # type: ignore[misc]
         super().log(logs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
-        step = self.state.global_step + 1
-        due = step % self.args.logging_steps == 0 or step == self.args.max_steps
+        due = _is_logged(self.args, self.state.global_step + 1)
         with self.meter.watch(self.accelerator.unwrap_model(self.model)) if due else nullcontext():
             return super().training_step(*args, **kwargs)
 
 
-class _Log(TrainerCallback):  # type: ignore[misc]
+def _is_logged(args: Any, step: int) -> bool:
+    """Every so many steps, at the end, and at each checkpoint.
+
+    The mean loss of a line then never reaches over a checkpoint, which does not hold half of it: a
+    resumed run logs what an unstopped one does.
+    """
+    often = (args.logging_steps, args.save_steps)
+    return step == args.max_steps or any(step % interval == 0 for interval in often)
+
+
+def _step_of(checkpoint: str) -> int:
+    return int(Path(checkpoint).name.split("-")[1])
+
+
+class _Log(TrainerCallback):
     """Writes the log file and shows the bar, on the first process."""
 
     def __init__(self, file: Path):
@@ -89,10 +116,10 @@ class _Log(TrainerCallback):  # type: ignore[misc]
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
             self.bar.start()
 
-    def on_step_end(self, _args: Any, state: Any, control: Any, **_: Any) -> None:
+    def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             self.bar.update(self.task, completed=state.global_step)
-        control.should_log |= state.global_step == state.max_steps
+        control.should_log |= _is_logged(args, state.global_step)
 
     def on_log(self, _args: Any, state: Any, _control: Any, **kwargs: Any) -> None:
         logs = kwargs["logs"]
@@ -102,13 +129,16 @@ class _Log(TrainerCallback):  # type: ignore[misc]
             text = f"loss {logs['loss']:.3f}  sparsity {logs['activation_sparsity']:.1%}"
             self.bar.update(self.task, description=text)
 
-    def on_train_end(self, _args: Any, _state: Any, _control: Any, **_: Any) -> None:
-        self.bar.stop()
+    def close(self) -> None:
+        """Give the terminal back, also when training failed."""
+        if self.bar.live.is_started:
+            self.bar.stop()
 
     def _trim(self, step: int) -> None:
         """Drop what a stopped run logged after the checkpoint that it resumes from."""
         if self.file.is_file():
             lines = self.file.read_text().splitlines(keepends=True)
-            self.file.write_text(
-                "".join(line for line in lines if json.loads(line)["step"] <= step)
-            )
+            # a killed run may leave half a line
+            whole = [line for line in lines if line.endswith("\n")]
+            with new_file(self.file) as work:
+                work.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))

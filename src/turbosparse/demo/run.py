@@ -1,4 +1,4 @@
-"""The whole line on a model small enough to train on a laptop: dense → dReLU → recovered → packed → text.
+"""The whole line on a model small enough for a laptop: dense → dReLU → recovered → packed → text.
 
 turbosparse demo
 """
@@ -22,7 +22,7 @@ from turbosparse.convert import convert
 from turbosparse.count import RULE, count_parameters
 from turbosparse.data import documents
 from turbosparse.demo.corpus import make_corpus
-from turbosparse.engine import Engine
+from turbosparse.engine import Engine, Mode, Road
 from turbosparse.folders import TurboSparseError, new_folder, read_config, write_json
 from turbosparse.generate import stream, summarise
 from turbosparse.hf.load import load_config, load_model, load_tokenizer
@@ -39,7 +39,12 @@ MODELS = (
     ("after surgery", "surgery", "dReLU put in, nothing trained"),
     ("recovered", "sparse", "dReLU, trained on"),
 )
-ROADS = (("torch", "dense"), ("torch", "exact"), ("cpu", "dense"), ("cpu", "exact"))
+ROADS: tuple[tuple[Road, Mode], ...] = (
+    ("torch", "dense"),
+    ("torch", "exact"),
+    ("cpu", "dense"),
+    ("cpu", "exact"),
+)
 
 
 @dataclass(frozen=True)
@@ -108,9 +113,9 @@ class Demo:
 def demo(*, out: Path = Path("demo"), quick: bool = False) -> Demo:
     """See the whole line work on a small model made here, with no network.
 
-    Makes a corpus from Python's standard library and generated arithmetic, trains a small dense model, turns it
-    into a dReLU model, recovers it beside a dense control, measures and packs all, and writes text from every
-    road. Run it again to resume.
+    Makes a corpus from Python's standard library and generated arithmetic, trains a small dense
+    model, turns it into a dReLU model, recovers it beside a dense control, measures and packs all,
+    and writes text from every road. Run it again to resume.
 
     Parameters
     ----------
@@ -171,7 +176,8 @@ def demo(*, out: Path = Path("demo"), quick: bool = False) -> Demo:
     write_json(out / "result.json", asdict(result))
     say.print(f"\n{RULE}", style="dim")
     say.print(
-        f"Everything is kept in {out}/. Try: turbosparse generate {out}/sparse-q8 --chat --prompt 'What is 12 + 7?'"
+        f"Everything is kept in {out}/. Try: turbosparse generate {out}/sparse-q8 "
+        "--chat --prompt 'What is 12 + 7?'"
     )
     return result
 
@@ -308,9 +314,7 @@ def _texts(out: Path, settings: Settings) -> dict[str, str]:
     tokenizer = load_tokenizer(out / "sparse")
     return {
         f"{quant} {road} {mode}": _generate(
-            Engine(out / f"sparse-{quant}", road=road, mode=mode),
-            tokenizer,
-            settings,  # type: ignore[arg-type]
+            Engine(out / f"sparse-{quant}", road=road, mode=mode), tokenizer, settings
         )[0]
         for quant in ("f16", "q8", "q4")
         for road, mode in ROADS
@@ -341,7 +345,7 @@ def _rows(out: Path, settings: Settings, stats: dict[str, Stats]) -> list[Row]:
 def _speeds(out: Path, settings: Settings, rounds: int = 3) -> dict[str, dict[str, float]]:
     """Median decode tokens/s of every model, road and mode; the rounds are interleaved."""
     engines = {
-        (folder, f"{road} {mode}"): Engine(out / f"{folder}-q8", road=road, mode=mode)  # type: ignore[arg-type]
+        (folder, f"{road} {mode}"): Engine(out / f"{folder}-q8", road=road, mode=mode)
         for _, folder, _ in MODELS
         for road, mode in ROADS
         if mode == "dense" or folder in ("surgery", "sparse")

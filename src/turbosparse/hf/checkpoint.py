@@ -64,8 +64,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         if faults:
             more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
             raise TurboSparseError(
-                f"{self.folder}: config.json and the tensors disagree: {'; '.join(faults[:3])}{more}; "
-                "use the config.json that belongs to these weights"
+                f"{self.folder}: config.json and the tensors disagree: "
+                f"{'; '.join(faults[:3])}{more}; use the config.json that belongs to these weights"
             )
 
 
@@ -75,9 +75,9 @@ def shard_files(folder: Path) -> list[Path]:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (json.JSONDecodeError, KeyError, AttributeError) as error:
+            paths = [folder / shard for shard in shards]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise TurboSparseError(f"{index} is not a safetensors index: {error!r}") from error
-        paths = [folder / shard for shard in shards]
     else:
         paths = [folder / "model.safetensors"]
     for path in paths:

@@ -14,6 +14,20 @@ from turbosparse.hf import names
 from turbosparse.hf.ffn_activation import ACTIVATIONS
 
 _STOCK_ACTIVATION = {"silu": "swiglu", "swish": "swiglu", "relu": "reglu"}
+# Far beyond any model: a damaged config.json must not ask for memory without end.
+_LARGEST = dict.fromkeys(("num_hidden_layers", "num_local_experts", "num_experts_per_tok"), 1000)
+_LARGEST |= dict.fromkeys(
+    (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_attention_heads",
+        "num_key_value_heads",
+        "head_dim",
+        "max_position_embeddings",
+    ),
+    2**31 - 1,
+)
 _CODE = ("ffn_activation.py", "modeling_drelu.py", "modeling_drelu_moe.py")
 
 
@@ -25,7 +39,7 @@ def _classes(base: str) -> tuple[ModuleType, str]:
 
 
 def register() -> None:
-    """Make ``AutoConfig`` and ``AutoModelForCausalLM`` know our classes; calling it again is harmless."""
+    """Make ``AutoConfig`` and ``AutoModelForCausalLM`` know our classes; it may be called again."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     for base in names.FAMILIES:
@@ -53,33 +67,56 @@ def load_config(folder: Path) -> Any:
 
     raw = read_config(folder)
     check_supported(raw, folder)
+    _check_sizes(raw, folder)
     register()
     try:
-        return AutoConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # transformers validates with several unrelated exception types
         raise TurboSparseError(f"{folder / 'config.json'} is not valid: {error}") from error
-
-
-def activation_of(config: Any) -> str:
-    """The FFN activation that a config runs with; for stock classes it follows from ``hidden_act``."""
-    if config.model_type.startswith(names.PREFIX):
-        return str(config.ffn_activation)
-    try:
-        return _STOCK_ACTIVATION[config.hidden_act]
-    except KeyError:
+    if getattr(config, "mlp_bias", False):
         raise TurboSparseError(
-            f"hidden_act {config.hidden_act!r} is not supported; known are {sorted(_STOCK_ACTIVATION)}"
-        ) from None
+            f"{folder}: mlp_bias=true is not supported: a neuron's record has no room for biases"
+        )
+    return config
 
 
-def with_activation(config: Any, activation: str) -> Any:
-    """The same architecture with another FFN activation: our config class, or the stock one for swiglu."""
-    from transformers import AutoConfig
+def _check_sizes(raw: dict[str, Any], folder: Path) -> None:
+    for key, largest in _LARGEST.items():
+        size = raw.get(key)
+        if size is not None and not (type(size) is int and 1 <= size <= largest):
+            raise TurboSparseError(
+                f"{folder / 'config.json'} is not valid: {key} is {size!r}, "
+                f"not a whole number from 1 to {largest}"
+            )
 
+
+def check_activation(activation: str) -> None:
     if activation not in ACTIVATIONS:
         raise TurboSparseError(
             f"activation {activation!r} is unknown; use {', '.join(ACTIVATIONS)}"
         )
+
+
+def activation_of(config: Any) -> str:
+    """The FFN activation of a config; for stock classes it follows from ``hidden_act``."""
+    if config.model_type.startswith(names.PREFIX):
+        activation = str(config.ffn_activation)
+        check_activation(activation)
+        return activation
+    try:
+        return _STOCK_ACTIVATION[config.hidden_act]
+    except KeyError:
+        raise TurboSparseError(
+            f"hidden_act {config.hidden_act!r} is not supported; "
+            f"known are {', '.join(sorted(_STOCK_ACTIVATION))}"
+        ) from None
+
+
+def with_activation(config: Any, activation: str) -> Any:
+    """The same architecture with another FFN activation; for swiglu the stock config class."""
+    from transformers import AutoConfig
+
+    check_activation(activation)
     register()
     base = names.family(config.model_type)
     own = {"model_type", "architectures", "auto_map", "ffn_activation", "hidden_act"}
@@ -126,11 +163,13 @@ def load_model(source: str | Path, *, activation: str | None = None, dtype: Any 
     if activation is not None:
         config = with_activation(config, activation)
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(folder, config=config, dtype=dtype or "auto")
+        return AutoModelForCausalLM.from_pretrained(
+            folder, config=config, dtype=dtype or "auto", trust_remote_code=False
+        )
 
 
 def new_model(config: dict[str, Any], *, activation: str, seed: int) -> Any:
-    """A freshly initialised model from the fields of a config, ``model_type`` (a family) included."""
+    """A freshly initialised model; the fields of `config` include ``model_type``, a family."""
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     fields = dict(config)
@@ -150,9 +189,11 @@ def load_tokenizer(source: str | Path) -> Any:
     folder = model_folder(source)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise TurboSparseError(
-            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); copy the original model's into it"
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); "
+            "copy the original model's into it"
         )
-    return AutoTokenizer.from_pretrained(folder)
+    register()  # or it asks to run the code inside a converted folder
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
 
 
 def sparse_keys(base: str) -> dict[str, Any]:

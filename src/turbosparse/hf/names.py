@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint on disk: their names and shapes, for the four families. Loads no torch.
+"""The tensors of a checkpoint on disk: names and shapes, for the four families. Loads no torch.
 
 Shapes are ``[out, in]`` as in ``nn.Linear``; H hidden, I neurons (intermediate size), V vocabulary.
 """
@@ -34,7 +34,7 @@ def experts(config: Any) -> int:
     return config.num_local_experts if family(config.model_type) == "mixtral" else 0
 
 
-def ffn(config: Any, layer: int, expert: int | None = None) -> FFNNames:
+def ffn(layer: int, expert: int | None = None) -> FFNNames:
     """Names of the FFN matrices of `layer`, of its `expert` for a MoE model."""
     if expert is None:
         mlp = f"model.layers.{layer}.mlp."
@@ -95,7 +95,7 @@ def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
         if experts(config):
             shapes[router(layer)] = (experts(config), hidden)
     for layer, expert in ffns(config):
-        gate, up, down = ffn(config, layer, expert)
+        gate, up, down = ffn(layer, expert)
         shapes |= {gate: (neurons, hidden), up: (neurons, hidden), down: (hidden, neurons)}
     shapes[FINAL_NORM] = (hidden,)
     if not config.tie_word_embeddings:

@@ -1,4 +1,4 @@
-"""Watch the Combined vectors of a running model, dense or MoE, stock or ours, without changing it."""
+"""Watch the Combined vectors of a running model, dense or MoE, stock or ours."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-# (layer, expert or None, gate [N, I], Combined [N, I], index [N] of each row among the batch's B·T tokens)
+# (layer, expert or None, gate [N, I], Combined [N, I], rows [N]: which of the batch's B·T tokens)
 See = Callable[[int, int | None, torch.Tensor, torch.Tensor, torch.Tensor], None]
 
 
 @contextmanager
 def observe_ffn(model: Any, see: See) -> Iterator[None]:
-    """Call `see` for the FFN of every layer, or for every routed expert, in each forward pass inside."""
+    """Call `see` for each layer's FFN, or for every routed expert, in each forward pass inside."""
     handles = []
     for layer, block in enumerate(model.model.layers):
         mlp = block.mlp
@@ -49,7 +49,8 @@ def _watch_dense(layer: int, gates: list[torch.Tensor], see: See) -> Callable[..
 
 
 def _watch_experts(layer: int, see: See) -> Callable[..., None]:
-    # The fused implementations never show an expert's Combined: it is computed again, from the same input.
+    # The fused implementations never show an expert's Combined: it is computed again, from the same
+    # input.
     @torch.no_grad()
     def hook(experts: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         x, chosen = inputs[0], inputs[1]

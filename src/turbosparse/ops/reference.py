@@ -24,12 +24,12 @@ def sparse_ffn(
         x: ``[T, H]``.
         gate, up, down: ``[I, H]``, one row per neuron (`down` is the transposed down projection).
         activation: of the FFN record.
-        exact: read an up row only where a gate is positive, and a down row only where Combined is not zero.
-            Nothing is lost: what is skipped is exactly zero.
+        exact: read an up row only where a gate is positive, and a down row only where Combined is
+            not zero. Nothing is lost: what is skipped is exactly zero.
 
     Returns:
-        The output ``[T, H]``, and per token the number of neurons with positive gate and with Combined ≠ 0,
-        int32 ``[T, 2]``. In the ungated ``relu`` both speak of Combined.
+        The output ``[T, H]``, and per token the number of neurons with positive gate and with
+        Combined ≠ 0, int32 ``[T, 2]``. In the ungated ``relu`` both speak of Combined.
     """
     if exact and activation == "swiglu":
         raise ValueError("swiglu has no exact zeros to skip: use dense mode")
@@ -65,7 +65,12 @@ class Neurons:
     """The records of one feed-forward."""
 
     def __init__(
-        self, packed: NDArray[Any], hidden: int, quant: str, activation: str, threads: int
+        self,
+        packed: NDArray[Any],
+        hidden: int,
+        quant: str,
+        activation: str,
+        threads: int,  # noqa: ARG002
     ):
         records = _tensor(packed)
         self.gate, self.up, self.down = (

@@ -1,0 +1,130 @@
+"""Time the feed-forward of every road at a decode step, against the measured bandwidth.
+
+    python benchmarks/ops.py --hidden 4096 --neurons 14336 --quant q4
+
+Weights are random; a constant direction in the input that the gate rows lean against sets the
+sparsity, so that the activity is computed, not faked. Several copies are cycled, more than fits in
+the caches. Rounds are interleaved.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from turbosparse.engine import threads_to_use
+from turbosparse.ops import ROADS, road
+from turbosparse.quant import QUANTS, quantise, row_bytes
+
+RELATIVE_RMS = 1e-5  # of a kernel against the reference, before it is timed
+
+
+def bandwidth(threads: int, size: int = 1 << 29) -> float:
+    """Read bandwidth in GB/s: torch summing a large array, best of five."""
+    torch.set_num_threads(threads)
+    data = torch.ones(size // 8, dtype=torch.int64)
+    times = []
+    for _ in range(5):
+        began = time.perf_counter()
+        data.sum()
+        times.append(time.perf_counter() - began)
+    return size / min(times) / 1e9
+
+
+def make_ffn(
+    hidden: int, neurons: int, quant: str, sparsity: float
+) -> tuple[np.ndarray, torch.Tensor]:
+    """Records, and an input ``[1, hidden]`` at which about `sparsity` of the neurons is zero."""
+    positive = (1 - sparsity) ** 0.5  # gate and up are independent
+    lean = float(torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - positive)))
+    rows = torch.randn(3, neurons, hidden) / hidden**0.5
+    x = torch.randn(1, hidden)
+    x[0, 0] = 1.0
+    rows[:2, :, 0] = -lean
+    return torch.cat([quantise(part, quant) for part in rows], 1).numpy(), x
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
+    parser.add_argument("--hidden", type=int, default=2048)
+    parser.add_argument("--neurons", type=int, default=8192)
+    parser.add_argument("--quant", choices=QUANTS, default="q4")
+    parser.add_argument("--sparsity", type=float, default=0.9)
+    parser.add_argument("--copies", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--threads", type=int)
+    args = parser.parse_args()
+    threads = threads_to_use(args.threads)
+    torch.set_num_threads(threads)
+    torch.manual_seed(0)
+
+    records, x = make_ffn(args.hidden, args.neurons, args.quant, args.sparsity)
+    truth, counts = (
+        road("torch").Neurons(records, args.hidden, args.quant, "drelu", 1).forward(x, exact=False)
+    )
+    gate, active = counts[0].tolist()
+    stride = row_bytes(args.quant, args.hidden)
+    moved = {False: records.size, True: stride * (args.neurons + gate + active)}
+
+    runs: dict[str, Callable[[], object]] = {}
+    sizes: dict[str, int] = {}
+    for name in ROADS:
+        layers = [
+            road(name).Neurons(records.copy(), args.hidden, args.quant, "drelu", threads)
+            for _ in range(args.copies)
+        ]
+        for exact in (False, True):
+            y, _ = layers[0].forward(x, exact=exact)
+            error = float((y - truth).norm() / truth.norm())
+            assert error < RELATIVE_RMS, f"{name}, exact={exact}: relative RMS {error:g}"
+            key = f"{name} {'exact' if exact else 'dense'}"
+            runs[key] = lambda layers=layers, exact=exact: [
+                f.forward(x, exact=exact) for f in layers
+            ]
+            sizes[key] = moved[exact] * args.copies
+    seconds: dict[str, list[float]] = {key: [] for key in runs}
+    for _ in range(args.rounds):
+        for key, run in runs.items():
+            began = time.perf_counter()
+            run()
+            seconds[key].append(time.perf_counter() - began)
+
+    ceiling = bandwidth(threads)
+    print(f"{platform.machine()}, {threads} threads, load {os.getloadavg()[0]:.1f}")
+    print(
+        f"hidden {args.hidden}, {args.neurons} neurons, {args.quant}, {args.copies} copies in turn"
+    )
+    print(
+        f"gate > 0: {gate / args.neurons:.1%}, active: {active / args.neurons:.1%}; "
+        f"read bandwidth {ceiling:.1f} GB/s"
+    )
+    result = {
+        "machine": platform.platform(),
+        "threads": threads,
+        "bandwidth_GBps": ceiling,
+        **vars(args),
+    }
+    for key, times in seconds.items():
+        low, median, high = (
+            f(times) / args.copies * 1e6 for f in (min, statistics.median, max)
+        )  # µs per layer
+        packed = sizes[key] / args.copies
+        speed = packed / median / 1e3
+        print(
+            f"  {key:12}{median:9.0f} µs/layer [{low:.0f}..{high:.0f}] {packed / 1e6:8.2f} MB "
+            f"{speed:6.2f} GB/s {speed / ceiling:6.1%} of the ceiling"
+        )
+        result[key] = {"us_per_layer": median, "GBps": speed}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,16 @@
+// A pool of threads for work of microseconds to milliseconds.
+#pragma once
+
+namespace detail {
+using Job = void (*)(void* context, int thread);
+void run(int threads, Job job, void* context);
+}  // namespace detail
+
+// Calls work(0) ... work(threads - 1) at the same time, work(0) on the calling thread, and returns
+// when all are done. `work` must not throw. Callers take turns: one parallel section runs at a time
+// in a process.
+template <typename Work>
+void parallel(int threads, Work&& work) {
+  detail::run(
+      threads, [](void* context, int thread) { (*static_cast<Work*>(context))(thread); }, &work);
+}

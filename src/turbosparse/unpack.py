@@ -1,0 +1,32 @@
+"""A packed folder back to plain tensors: the weights that it stands for."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from turbosparse.format import Packed, ffn_prefix
+from turbosparse.hf import names
+from turbosparse.quant import dequantise
+
+
+def state_dict(packed: Packed) -> dict[str, Tensor]:
+    """Float32 tensors by their names on disk, neurons in the model's own order."""
+    shapes = names.tensor_shapes(packed.config)
+    tensors: dict[str, Tensor] = {}
+    for name, spec in packed.plan.items():
+        if name in shapes:
+            data = torch.tensor(packed.tensors[name])
+            quantised = spec.dtype == "U8"
+            tensors[name] = dequantise(data, packed.quant, shapes[name][1]) if quantised else data
+    for layer, expert in names.ffns(packed.config):
+        prefix = ffn_prefix(layer, expert)
+        order = torch.tensor(packed.tensors[f"{prefix}neuron_order"]).argsort()
+        records = torch.tensor(packed.tensors[f"{prefix}ffn"])[order]
+        gate, up, down = (
+            dequantise(part, packed.quant, packed.config.hidden_size)
+            for part in records.chunk(3, dim=1)
+        )
+        own = names.ffn(layer, expert)
+        tensors |= {own.gate: gate, own.up: up, own.down: down.T}
+    return tensors

@@ -1,0 +1,145 @@
+"""Toy models of the four families, small enough to build in a second, and a tokenizer for them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+# before huggingface_hub is imported: no test may reach for the network
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import torch
+
+from turbosparse.convert import convert
+from turbosparse.hf.load import quiet
+
+FAMILIES = ("mistral", "llama", "qwen2", "mixtral")
+VOCABULARY = 320
+CONTEXT = 160
+WINDOW = 24  # shorter than the contexts that tests use
+
+# what each family has that the others have not
+_SPECIAL = {
+    "mistral": {"sliding_window": WINDOW, "head_dim": 24},
+    "llama": {
+        "attention_bias": True,
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 40,
+        },
+    },
+    "qwen2": {
+        "use_sliding_window": True,
+        "sliding_window": WINDOW,
+        "max_window_layers": 1,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 40,
+        },
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+}
+
+
+def make_tokenizer(folder: Path) -> None:
+    """A byte-level BPE of `VOCABULARY` tokens with BOS 0, EOS 1 and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator([Path(__file__).read_text()], trainer)
+    bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    fast = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
+    fast.chat_template = (
+        "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}[assistant] "
+    )
+    fast.save_pretrained(folder)
+
+
+def make_model(family: str, folder: Path, *, seed: int = 0, **changes: object) -> Path:
+    """A dense toy model of `family` with random weights, in Hugging Face form."""
+    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+
+    fields = {
+        "vocab_size": VOCABULARY,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": 0,
+        "eos_token_id": 1,
+        "initializer_range": 0.15,  # so that logits differ enough for greedy tokens to be stable
+        **_SPECIAL[family],
+        **changes,
+    }
+    set_seed(seed)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("bias"):
+                parameter.normal_(std=0.1)
+    with quiet():
+        model.save_pretrained(folder)
+    make_tokenizer(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """dense(family): the folder of a dense toy model; do not write into it."""
+    root = tmp_path_factory.mktemp("dense")
+
+    def folder(family: str) -> Path:
+        path = root / family
+        return path if path.exists() else make_model(family, path)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sparse(
+    dense: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """sparse(family, activation="drelu"): a converted toy model; do not write into it."""
+    root = tmp_path_factory.mktemp("sparse")
+
+    def folder(family: str, activation: str = "drelu") -> Path:
+        path = root / f"{family}-{activation}"
+        if not path.exists():
+            convert(str(dense(family)), path, activation=activation)
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small JSON-lines corpus of 40 documents."""
+    import json
+
+    path = tmp_path_factory.mktemp("corpus") / "corpus.jsonl"
+    text = "The {} small boats and the {} gulls went home. "
+    rows = [{"text": text.format(n, n * 7 % 11) * (n % 5 + 1)} for n in range(40)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path

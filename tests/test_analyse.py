@@ -1,0 +1,282 @@
+"""What `analyse` measures, against the same figures worked out by hand."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import FAMILIES
+from safetensors.torch import save_file
+from turbosparse.analyse import Stats, analyse, measure
+from turbosparse.data import documents
+from turbosparse.folders import TurboSparseError
+from turbosparse.hf import names
+from turbosparse.hf.checkpoint import Checkpoint
+from turbosparse.hf.load import load_model, load_tokenizer
+from turbosparse.trainer import SparsityMeter
+
+Make = Callable[..., Path]
+
+
+@pytest.fixture(scope="session")
+def texts(corpus: Path) -> list[str]:
+    """Documents of quite different lengths: 1 to 5 sentences."""
+    return list(documents(corpus))[:7]
+
+
+def double(folder: Path) -> Any:
+    """The model in float64, where no rounding moves a pre-activation across zero."""
+    return load_model(folder, dtype=torch.float64).eval()
+
+
+def token_ids(folder: Path, texts: list[str]) -> list[list[int]]:
+    tokenizer = load_tokenizer(folder)
+    return [tokenizer(text)["input_ids"] for text in texts]
+
+
+@torch.no_grad()
+def nats_by_hand(model: Any, ids: list[int]) -> float:
+    """What a model that reads `ids` in one piece pays for all but the first."""
+    logits = model(torch.tensor([ids])).logits[0, :-1].double()
+    return -float(logits.log_softmax(-1)[range(len(ids) - 1), ids[1:]].sum())
+
+
+@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+def test_nats_per_token_are_those_of_one_forward_per_document(
+    sparse: Make, texts: list[str], family: str
+) -> None:
+    folder = sparse(family)
+    model, ids = double(folder), token_ids(folder, texts)
+    stats = measure(model, load_tokenizer(folder), {"boats": texts})
+    expected = sum(nats_by_hand(model, document) for document in ids)
+    count = sum(len(document) - 1 for document in ids)
+    assert stats.predicted == {"boats": count}
+    assert stats.nats_per_token("boats") == pytest.approx(expected / count, rel=1e-6)
+    assert stats.perplexity("boats") == pytest.approx(math.exp(expected / count), rel=1e-5)
+
+
+@pytest.mark.parametrize("truncate", [False, True])
+@pytest.mark.parametrize("window", [1, 10, 47])
+def test_each_token_of_a_long_document_is_predicted_once(
+    sparse: Make, texts: list[str], window: int, truncate: bool
+) -> None:
+    folder = sparse("llama")
+    model, ids = double(folder), token_ids(folder, texts)
+    expected, count = 0.0, 0
+    for document in ids:
+        position = 1  # of the next token to predict
+        while position < len(document) and not (truncate and position > 1):
+            piece = document[position - 1 : position + window]
+            expected += nats_by_hand(model, piece)
+            count += len(piece) - 1
+            position += window
+    if not truncate:
+        assert count == sum(len(document) - 1 for document in ids)
+    stats = measure(
+        model, load_tokenizer(folder), {"boats": texts}, window=window, truncate=truncate
+    )
+    assert stats.predicted["boats"] == count
+    assert stats.nats["boats"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_max_tokens_stops_each_corpus(sparse: Make, texts: list[str]) -> None:
+    folder = sparse("llama")
+    corpora = {"one": texts, "two": texts[::-1]}
+    stats = measure(load_model(folder), load_tokenizer(folder), corpora, window=8, max_tokens=50)
+    assert all(50 <= count < 50 + 8 for count in stats.predicted.values())
+
+
+def test_padding_counts_for_nothing(sparse: Make, texts: list[str]) -> None:
+    """Documents of other lengths in the batch leave no trace."""
+    folder = sparse("mixtral")
+    model, tokenizer = double(folder), load_tokenizer(folder)
+    together = measure(model, tokenizer, {"boats": texts})
+    singles = [measure(model, tokenizer, {"boats": [text]}) for text in texts]
+    for counts in ("active", "gate_positive", "tokens"):
+        assert torch.equal(getattr(together, counts), sum(getattr(one, counts) for one in singles))
+    assert together.nats["boats"] == pytest.approx(sum(one.nats["boats"] for one in singles))
+
+
+@pytest.mark.parametrize("activation", ["drelu", "reglu", "relu", "swiglu"])
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+def test_counts_are_those_of_the_written_out_feed_forward(
+    sparse: Make, texts: list[str], family: str, activation: str
+) -> None:
+    """Each FFN computed anew from its input and the tensors on disk, token by token and expert."""
+    folder = sparse(family, activation)
+    model, tensors = double(folder), Checkpoint(folder)
+    inputs: list[torch.Tensor] = []
+    for block in model.model.layers:
+        block.mlp.register_forward_pre_hook(lambda _module, args: inputs.append(args[0][0]))
+    expected = Stats.empty(model.config)
+    layers, experts, _ = expected.active.shape
+    for ids in token_ids(folder, texts):
+        inputs.clear()
+        with torch.no_grad():
+            model(torch.tensor([ids[:-1]]))  # the last token predicts nothing
+        for layer in range(layers):
+            x = inputs[layer]
+            chosen = torch.zeros(len(x), 1, dtype=torch.int64)
+            if family == "mixtral":
+                router = tensors[names.router(layer)].double()
+                chosen = (x @ router.T).topk(2).indices
+            for expert in range(experts):
+                mine = x[(chosen == expert).any(-1)]
+                ffn = names.ffn(model.config, layer, expert if family == "mixtral" else None)
+                gate, up = mine @ tensors[ffn.gate].double().T, mine @ tensors[ffn.up].double().T
+                fires = {
+                    "drelu": (gate > 0) & (up > 0),
+                    "reglu": gate > 0,
+                    "relu": up > 0,
+                    "swiglu": gate != 0,
+                }[activation]
+                expected.active[layer, expert] += fires.sum(0)
+                expected.gate_positive[layer, expert] += (gate > 0).sum(0)
+                expected.tokens[layer, expert] += len(mine)
+
+    stats = measure(model, load_tokenizer(folder), {"boats": texts})
+    assert torch.equal(stats.tokens, expected.tokens)
+    assert torch.equal(stats.active, expected.active)
+    assert torch.equal(stats.gate_positive, expected.gate_positive)
+    top = 2 if family == "mixtral" else 1
+    assert stats.tokens.sum(-1).tolist() == [top * stats.predicted["boats"]] * layers
+    if activation == "swiglu":
+        assert stats.activation_sparsity() == 0
+    else:
+        assert 0.3 < stats.activation_sparsity() < 0.9
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_training_logs_the_sparsity_that_the_analysis_finds(
+    sparse: Make, texts: list[str], family: str
+) -> None:
+    folder = sparse(family)
+    model = double(folder)
+    stats = measure(model, load_tokenizer(folder), {"boats": texts[4:5]})
+    (ids,) = token_ids(folder, texts[4:5])
+    meter = SparsityMeter()
+    with meter.watch(model), torch.no_grad():
+        model(torch.tensor([ids[:-1]]))
+    read = meter.read()
+    layers = [read["sparsity/layer_00"], read["sparsity/layer_01"]]
+    assert layers == pytest.approx((1 - stats.per_layer(stats.active_ratio())).tolist(), abs=1e-12)
+    assert read["activation_sparsity"] == pytest.approx(stats.activation_sparsity(), abs=1e-12)
+
+
+def test_corpora_are_measured_side_by_side(sparse: Make, texts: list[str]) -> None:
+    folder = sparse("mistral")
+    model, tokenizer = double(folder), load_tokenizer(folder)
+    corpora = {"boats": texts, "other": ["Quite another text, of a rarer kind?"]}
+    both = measure(model, tokenizer, corpora)
+    alone = {name: measure(model, tokenizer, {name: own}) for name, own in corpora.items()}
+    assert torch.equal(both.active, alone["boats"].active + alone["other"].active)
+    for name in corpora:
+        assert both.nats_per_token(name) == pytest.approx(alone[name].nats_per_token())
+    mean = sum(both.nats.values()) / sum(both.predicted.values())
+    assert both.nats_per_token() == pytest.approx(mean)
+
+
+def test_a_corpus_without_a_token_to_predict_is_refused(sparse: Make) -> None:
+    folder = sparse("mistral")
+    with pytest.raises(TurboSparseError, match="'empty' holds no document of two tokens or more"):
+        measure(load_model(folder), load_tokenizer(folder), {"empty": [""]})
+
+
+def counted(active: list[list[list[int]]], tokens: list[list[int]]) -> Stats:
+    counts = torch.tensor(active)
+    return Stats(counts, counts.clone(), torch.tensor(tokens))
+
+
+def test_experts_count_by_the_tokens_they_saw_and_layers_alike() -> None:
+    """Two neurons; the expert that no token reached does not count."""
+    stats = counted([[[1, 0], [6, 6]], [[4, 4], [0, 0]]], [[1, 9], [10, 0]])
+    assert stats.active_ratio().tolist() == [[0.5, 12 / 18], [0.4, 0.0]]
+    used = [(0.5 * 1 + 12 / 18 * 9) / 10, 0.4]
+    assert stats.per_layer(stats.active_ratio()).tolist() == pytest.approx(used)
+    assert stats.activation_sparsity() == pytest.approx(1 - sum(used) / 2)
+
+
+def test_statistics_are_read_back_as_they_were(tmp_path: Path) -> None:
+    stats = counted([[[1, 2]]], [[3]])
+    stats.nats, stats.predicted, stats.about = {"é": 1.25}, {"é": 3}, {"activation": "drelu"}
+    path = tmp_path / "new" / "stats.safetensors"
+    stats.save(path)
+    again = Stats.load(path)
+    for counts in ("active", "gate_positive", "tokens"):
+        assert torch.equal(getattr(again, counts), getattr(stats, counts))
+    assert (again.nats, again.predicted, again.about) == (stats.nats, stats.predicted, stats.about)
+    assert [child.name for child in path.parent.iterdir()] == ["stats.safetensors"]
+
+
+@pytest.mark.parametrize(
+    "damage", ["missing", "folder", "cut short", "text", "a model", "other metadata", "no JSON"]
+)
+def test_a_file_that_is_no_statistics_is_refused(
+    sparse: Make, tmp_path: Path, damage: str
+) -> None:
+    path = tmp_path / "stats.safetensors"
+    counted([[[1, 2]]], [[3]]).save(path)
+    if damage == "cut short":
+        path.write_bytes(path.read_bytes()[:-5])
+    elif damage == "text":
+        path.write_text("not at all")
+    elif damage == "a model":
+        shutil.copyfile(sparse("llama") / "model.safetensors", path)
+    elif damage == "other metadata":
+        save_file({"active": torch.zeros(1)}, path, metadata={"turbosparse": "{}"})
+    elif damage == "no JSON":
+        save_file({"active": torch.zeros(1)}, path, metadata={"turbosparse": "{"})
+    else:
+        path.unlink()
+        if damage == "folder":
+            path.mkdir()
+    with pytest.raises(
+        TurboSparseError, match=r"stats\.safetensors is no statistics file .*`turbosparse analyse`"
+    ):
+        Stats.load(path)
+
+
+def test_statistics_of_another_model_are_refused(sparse: Make) -> None:
+    config = load_model(sparse("mixtral")).config
+    Stats.empty(config).check(config)
+    with pytest.raises(
+        TurboSparseError,
+        match=r"neurons\] \[1, 1, 2\], this one has \[2, 4, 96\]; run `turbosparse analyse`",
+    ):
+        counted([[[1, 2]]], [[3]]).check(config)
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_command_writes_statistics_into_the_model_folder(
+    sparse: Make, corpus: Path, tmp_path: Path, family: str
+) -> None:
+    folder = shutil.copytree(sparse(family), tmp_path / "model")
+    found = analyse(str(folder), data=[corpus], last=3, max_tokens=200)
+    stats = Stats.load(folder / "stats.safetensors")
+    assert found.out == str(folder / "stats.safetensors")
+    assert stats.about == {"model": str(folder), "activation": "drelu"}
+    assert found.tokens == stats.predicted[str(corpus)]
+    assert found.perplexity == {str(corpus): stats.perplexity()}
+    assert found.activation_sparsity == stats.activation_sparsity()
+    for layer, shares in enumerate(found.expert_share):
+        assert sum(shares) == pytest.approx(1)
+        for expert, dead in enumerate(found.dead_neurons[layer]):
+            assert dead == int((stats.active[layer, expert] == 0).sum())
+
+
+def test_a_model_of_the_hub_needs_a_place_for_its_statistics(
+    sparse: Make, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = sparse("llama")
+    before = sorted(folder.iterdir())
+    monkeypatch.setattr("turbosparse.analyse.model_folder", lambda _: folder)
+    with pytest.raises(TurboSparseError, match="org/model is a model of the hub: say with --out"):
+        analyse("org/model", data=[corpus])
+    analyse("org/model", data=[corpus], out=tmp_path / "stats", last=1)
+    assert (tmp_path / "stats" / "stats.safetensors").is_file()
+    assert sorted(folder.iterdir()) == before, "nothing is written into the hub's cache"

@@ -1,0 +1,317 @@
+"""Documents from files, packed into sequences, mixed in the proportions that a recipe asks for."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Callable
+from itertools import chain, islice
+from math import sqrt
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+
+from turbosparse.data import (
+    Mixture,
+    documents,
+    drop_last,
+    packed_sequences,
+    take_last,
+    training_stream,
+)
+from turbosparse.folders import TurboSparseError
+from turbosparse.hf.load import load_tokenizer
+
+BOS, EOS = 0, 1
+LENGTH = 16
+
+
+@pytest.fixture(scope="session")
+def tokenizer(dense: Callable[[str], Path]) -> Any:
+    return load_tokenizer(dense("mistral"))
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    """Write a corpus file, compressed if its name says so."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    raw = content if isinstance(content, bytes) else content.encode()
+    path.write_bytes(gzip.compress(raw) if path.suffix == ".gz" else raw)
+    return path
+
+
+def rows(*texts: str) -> str:
+    return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def mixture(*sources: dict[str, object], **changes: object) -> Mixture:
+    return Mixture.model_validate({"sources": list(sources), "sequence_length": LENGTH, **changes})
+
+
+# --- documents
+# ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("packing", ["", ".gz"])
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("a.txt", "one\r\ntwo\n", ["one\ntwo\n"]),
+        ("a.md", "# é ×\n", ["# é ×\n"]),
+        ("a.jsonl", rows("one", "two") + "\n" + rows("three"), ["one", "two", "three"]),
+    ],
+)
+def test_a_file_gives_its_documents(
+    tmp_path: Path, name: str, content: str, expected: list[str], packing: str
+) -> None:
+    assert list(documents(write(tmp_path / (name + packing), content))) == expected
+
+
+def test_a_folder_gives_the_documents_of_its_files_in_the_order_of_their_names(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path / "b.txt", "second")
+    write(tmp_path / "a" / "z.jsonl.gz", rows("first"))
+    write(tmp_path / "c.md", "third")
+    write(tmp_path / "weights.bin", b"\xff\x00")  # no corpus file: left alone
+    assert list(documents(tmp_path)) == ["first", "second", "third"]
+
+
+def test_a_separator_cuts_a_text_file_and_empty_documents_are_left_out(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", "one\n===\n\n===\n two \n===\n")
+    assert list(documents(path, separator="===")) == ["one", "two"]
+
+
+def test_a_template_makes_text_of_a_row(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"question": "1+1", "answer": 2}\n')
+    assert list(documents(path, template="{question} = {answer}")) == ["1+1 = 2"]
+
+
+def test_a_corpus_that_is_not_there_or_holds_nothing_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(TurboSparseError, match=r"no such file or folder: .*nowhere"):
+        list(documents(tmp_path / "nowhere"))
+    with pytest.raises(TurboSparseError, match=r"holds no corpus file; known are \.txt"):
+        list(documents(tmp_path))
+    write(tmp_path / "a.txt", " \n")
+    write(tmp_path / "b.jsonl", rows("", "\t"))
+    with pytest.raises(TurboSparseError, match="holds no text: every document in it is empty"):
+        list(documents(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8 text \(byte 0xe9 at 3\)"),
+        (
+            "a.jsonl",
+            rows(*["x" * 500] * 40).encode() + b'{"text": "\xff"}\n',
+            r"a\.jsonl:41 is not UTF-8 text \(byte 0xff at 10\)",
+        ),
+        ("a.jsonl", rows("one") + '{"text": \n', r"a\.jsonl:2 is not valid JSON"),
+        (
+            "a.jsonl",
+            '{"title": "T", "body": "B"}\n',
+            r"a\.jsonl:1 does not fit the template '\{text\}': the row has title, body",
+        ),
+        ("a.jsonl", "[1, 2]\n", r"a\.jsonl:1 does not fit .*: the row has list"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named_with_the_place(
+    tmp_path: Path, name: str, content: str | bytes, message: str
+) -> None:
+    with pytest.raises(TurboSparseError, match=message):
+        list(documents(write(tmp_path / name, content)))
+
+
+@pytest.mark.parametrize("template", ["{text", "{}", "{text[0]} {text.title.nothing}"])
+def test_a_template_that_is_none_is_refused(tmp_path: Path, template: str) -> None:
+    path = write(tmp_path / "a.jsonl", rows("one"))
+    with pytest.raises(TurboSparseError, match="does not fit the template"):
+        list(documents(path, template=template))
+
+
+@pytest.mark.parametrize("damage", ["no gzip", "cut short", "garbled"])
+def test_a_broken_gzip_file_is_named(tmp_path: Path, damage: str) -> None:
+    whole = gzip.compress(bytes(range(32, 127)) * 50)
+    garbled = whole[:12] + bytes(byte ^ 0xFF for byte in whole[12:40]) + whole[40:]
+    content = {"no gzip": b"plain text", "cut short": whole[:-12], "garbled": garbled}[damage]
+    (tmp_path / "a.txt.gz").write_bytes(content)
+    with pytest.raises(TurboSparseError, match=r"a\.txt\.gz is a broken gzip file"):
+        list(documents(tmp_path))
+
+
+@pytest.mark.parametrize("count", [0, 1, 3, 9])
+def test_the_last_documents_held_out_are_those_that_training_skips(count: int) -> None:
+    items = list("abcde")
+    kept, held_out = list(drop_last(items, count)), take_last(items, count)
+    assert kept + held_out == items
+    assert len(held_out) == min(count, 5)
+    assert take_last(items, None) == items
+
+
+# --- packing
+# -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("length", [8, 32])
+@pytest.mark.parametrize("append_eos", [True, False])
+def test_packing_keeps_every_token_in_order_but_the_tail(
+    tokenizer: Any, corpus: Path, length: int, append_eos: bool
+) -> None:
+    texts = list(documents(corpus))
+    sequences = list(packed_sequences(texts, tokenizer, length, append_eos=append_eos))
+    whole = [
+        token
+        for text in texts
+        for token in tokenizer(text)["input_ids"] + ([EOS] if append_eos else [])
+    ]
+    assert {len(sequence) for sequence in sequences} == {length}
+    assert list(chain.from_iterable(sequences)) == whole[: len(whole) // length * length]
+
+
+def test_each_document_stands_between_bos_and_eos(tokenizer: Any) -> None:
+    (sequence,) = packed_sequences(["ab" * 9, "c" * 40], tokenizer, 32, append_eos=True)
+    end = sequence.index(EOS)
+    assert sequence[0] == BOS
+    assert sequence[end + 1] == BOS
+    assert tokenizer.decode(sequence[1:end]) == "ab" * 9
+
+
+# --- mixtures
+# ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("sources", "message"),
+    [
+        (
+            [
+                {"name": "web", "path": "a", "proportion": 0.5},
+                {"name": "code", "path": "b", "proportion": 0.4},
+            ],
+            r"add up to 0\.9, not 1 \(web 0\.5, code 0\.4\)",
+        ),
+        ([{"name": "web", "path": "a", "proportion": 0.5}] * 2, "two sources have the same name"),
+        ([{"name": "web", "proportion": 1}], "'web' needs exactly one of path and dataset"),
+        (
+            [{"name": "web", "proportion": 1, "path": "a", "dataset": "org/b"}],
+            "'web' needs exactly one of path and dataset",
+        ),
+        ([{"name": "web", "proportion": 1, "path": "a", "weight": 2}], r"weight\n.*not permitted"),
+        ([], "at least 1 item"),
+    ],
+)
+def test_a_mixture_that_means_nothing_is_refused(
+    sources: list[dict[str, object]], message: str
+) -> None:
+    with pytest.raises(ValidationError, match=message):
+        mixture(*sources)
+
+
+@pytest.fixture
+def two_sources(tmp_path: Path) -> list[dict[str, object]]:
+    """80 % from documents of one letter `a`, 20 % from documents of 150 letters `b`."""
+    write(tmp_path / "short.jsonl", rows(*["a"] * 2000))
+    write(tmp_path / "long.jsonl", rows(*["b " * 150] * 20))
+    return [
+        {"name": "short", "path": "short.jsonl", "proportion": 0.8},
+        {"name": "long", "path": "long.jsonl", "proportion": 0.2},
+    ]
+
+
+def test_proportions_hold_in_tokens_whatever_the_lengths_of_the_documents(
+    tmp_path: Path, tokenizer: Any, two_sources: list[dict[str, object]]
+) -> None:
+    stream = training_stream(mixture(*two_sources), tokenizer, root=tmp_path, seed=0)
+    count = 500
+    drawn = [tokenizer.decode(row["input_ids"]) for row in islice(stream, count)]
+    assert not any("a" in text and "b" in text for text in drawn)
+    share = sum("a" in text for text in drawn) / count
+    assert share == pytest.approx(0.8, abs=4 * sqrt(0.8 * 0.2 / count))
+
+
+def numbered(tmp_path: Path, name: str, count: int) -> dict[str, object]:
+    """A source whose sequences all differ."""
+    write(tmp_path / f"{name}.jsonl", rows(*(f"{name} {n} {n * n}" for n in range(count))))
+    return {"name": name, "path": f"{name}.jsonl", "proportion": 0.5}
+
+
+def draw(tmp_path: Path, tokenizer: Any, mix: Mixture, seed: int, count: int) -> list[list[int]]:
+    stream = training_stream(mix, tokenizer, root=tmp_path, seed=seed)
+    return [row["input_ids"] for row in islice(stream, count)]
+
+
+def test_the_seed_alone_decides_the_order(tmp_path: Path, tokenizer: Any) -> None:
+    mix = mixture(numbered(tmp_path, "x", 100), numbered(tmp_path, "y", 100))
+    first = draw(tmp_path, tokenizer, mix, 3, 40)
+    assert draw(tmp_path, tokenizer, mix, 3, 40) == first
+    assert draw(tmp_path, tokenizer, mix, 4, 40) != first
+
+
+def test_sources_are_shuffled_and_small_ones_repeat_without_end(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    source = {**numbered(tmp_path, "x", 10), "proportion": 1}
+    mix = mixture(source)
+    once = list(
+        packed_sequences(documents(tmp_path / "x.jsonl"), tokenizer, LENGTH, append_eos=True)
+    )
+    drawn = draw(tmp_path, tokenizer, mix, 0, 3 * len(once))
+    assert drawn[: len(once)] != once
+    assert sorted(drawn) == sorted(once * 3)
+
+
+def test_labels_are_the_tokens_themselves(tmp_path: Path, tokenizer: Any) -> None:
+    mix = mixture({**numbered(tmp_path, "x", 10), "proportion": 1})
+    row = next(iter(training_stream(mix, tokenizer, root=tmp_path, seed=0)))
+    assert row["labels"] == row["input_ids"]
+
+
+def test_documents_kept_for_measuring_never_reach_training(tmp_path: Path, tokenizer: Any) -> None:
+    write(tmp_path / "x.jsonl", rows(*["a" * 30] * 20, *["b" * 30] * 5))
+    source = {"name": "x", "path": "x.jsonl", "proportion": 1, "skip_last": 5}
+    drawn = draw(tmp_path, tokenizer, mixture(source), 0, 100)
+    assert not any("b" in tokenizer.decode(ids) for ids in drawn)
+
+
+def test_a_source_shorter_than_a_sequence_is_refused_before_anything_is_drawn(
+    tmp_path: Path, tokenizer: Any
+) -> None:
+    write(tmp_path / "tiny.txt", "ab")
+    mix = mixture(
+        numbered(tmp_path, "x", 50), {"name": "tiny", "path": "tiny.txt", "proportion": 0.5}
+    )
+    with pytest.raises(
+        TurboSparseError, match=r"source 'tiny' holds less than one sequence of 16 tokens; give"
+    ):
+        training_stream(mix, tokenizer, root=tmp_path, seed=0)
+
+
+def test_a_fault_deep_in_a_source_names_its_line(tmp_path: Path, tokenizer: Any) -> None:
+    write(tmp_path / "x.jsonl", rows(*["some words here"] * 30) + "{\n")
+    mix = mixture({"name": "x", "path": "x.jsonl", "proportion": 1})
+    with pytest.raises(TurboSparseError, match=r"x\.jsonl:31 is not valid JSON"):
+        draw(tmp_path, tokenizer, mix, 0, 100)
+
+
+def test_a_hub_data_set_that_cannot_be_opened_is_named(tmp_path: Path, tokenizer: Any) -> None:
+    mix = mixture({"name": "web", "dataset": "nobody/nothing", "proportion": 1})
+    with pytest.raises(
+        TurboSparseError, match=r"source 'web': data set 'nobody/nothing' cannot be opened"
+    ):
+        training_stream(mix, tokenizer, root=tmp_path, seed=0)
+
+
+def test_rows_of_a_hub_data_set_pass_through_the_template(
+    tmp_path: Path, tokenizer: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import datasets
+
+    table = [{"q": "what is it", "a": "a boat"}] * 9
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_args, **_kwargs: table)
+    source = {"name": "web", "dataset": "org/set", "proportion": 1, "template": "{q}? {a}"}
+    text = "".join(map(tokenizer.decode, draw(tmp_path, tokenizer, mixture(source), 0, 99)))
+    assert "<s>what is it? a boat</s>" in text
+    with pytest.raises(TurboSparseError, match=r"org/set does not fit .*: the row has q, a"):
+        draw(tmp_path, tokenizer, mixture({**source, "template": "{text}"}), 0, 1)

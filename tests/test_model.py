@@ -1,0 +1,244 @@
+"""One toy model of each family, the same tokens from every road, mode and quantisation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONTEXT, FAMILIES, WINDOW
+
+from turbosparse.analyse import analyse
+from turbosparse.engine import Engine
+from turbosparse.folders import TurboSparseError
+from turbosparse.format import Packed
+from turbosparse.hf.load import load_config, load_model, with_activation
+from turbosparse.model import Cache, causal_mask
+from turbosparse.ops import ROADS
+from turbosparse.pack import pack
+from turbosparse.unpack import state_dict
+
+TOKENS = 100
+PROMPT = list(range(20, 20 + WINDOW + 6))  # already beyond the sliding window
+SAME_LOGITS = 1e-4  # relative RMS between float32 roads, which sum in another order
+
+Make = Callable[..., Path]
+
+
+def relative_rms(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value - truth).norm() / truth.norm())
+
+
+@pytest.fixture(scope="session")
+def packed(sparse: Make, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """packed(family, quant, activation="drelu"): a packed toy model, hot neurons first."""
+    root = tmp_path_factory.mktemp("packed")
+
+    def folder(family: str, quant: str, activation: str = "drelu") -> Path:
+        path = root / f"{family}-{quant}-{activation}"
+        if not path.exists():
+            model = sparse(family, activation)
+            analyse(str(model), data=[corpus], out=root / "stats")
+            pack(str(model), path, quant=quant, stats=root / "stats" / "stats.safetensors")
+        return path
+
+    return folder
+
+
+def dequantised_hf_model(folder: Path) -> torch.nn.Module:
+    """The transformers model whose weights are those that a packed folder stands for."""
+    from transformers import AutoModelForCausalLM
+
+    packed = Packed(folder)
+    config = with_activation(load_config(folder), packed.activation)
+    model = AutoModelForCausalLM.from_config(config)
+    fused = fuse_experts(state_dict(packed), config)
+    missing, unexpected = model.load_state_dict(fused, strict=False)
+    assert not unexpected
+    assert set(missing) <= {"lm_head.weight"}  # tied
+    model.tie_weights()
+    return model.eval()
+
+
+def fuse_experts(tensors: dict[str, torch.Tensor], config: object) -> dict[str, torch.Tensor]:
+    """On-disk Mixtral names to the fused ones that the class has in memory, written out by hand."""
+    experts = getattr(config, "num_local_experts", 0)
+    if not experts:
+        return tensors
+    out = {
+        name.replace("block_sparse_moe", "mlp"): tensor
+        for name, tensor in tensors.items()
+        if ".experts." not in name
+    }
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}.block_sparse_moe.experts"
+        gate_up = [
+            torch.cat((tensors[f"{prefix}.{e}.w1.weight"], tensors[f"{prefix}.{e}.w3.weight"]))
+            for e in range(experts)
+        ]
+        down = [tensors[f"{prefix}.{e}.w2.weight"] for e in range(experts)]
+        out[f"model.layers.{layer}.mlp.experts.gate_up_proj"] = torch.stack(gate_up)
+        out[f"model.layers.{layer}.mlp.experts.down_proj"] = torch.stack(down)
+    return out
+
+
+@torch.inference_mode()
+def hf_greedy(model: torch.nn.Module, prompt: list[int]) -> list[int]:
+    """Greedy tokens of transformers, the whole text read anew for each."""
+    tokens = list(prompt)
+    for _ in range(TOKENS):
+        logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
+        tokens.append(int(logits.argmax()))
+    return tokens[len(prompt) :]
+
+
+def engine_greedy(engine: Engine, prompt: list[int], chunk: int = 512) -> list[int]:
+    cache = engine.new_cache()
+    step = engine.prefill(prompt, cache, chunk=chunk)
+    tokens: list[int] = []
+    for _ in range(TOKENS):
+        tokens.append(int(step.logits.argmax()))
+        step = engine.step(tokens[-1:], cache)
+    return tokens
+
+
+@pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_road_and_mode_prints_the_tokens_of_transformers(
+    packed: Make, family: str, quant: str
+) -> None:
+    folder = packed(family, quant)
+    truth = hf_greedy(dequantised_hf_model(folder), PROMPT)
+    assert len(set(truth)) > 5, "a text that repeats one token would prove little"
+    for road in ROADS:
+        for mode in ("dense", "exact"):
+            engine = Engine(folder, road=road, mode=mode)
+            assert engine_greedy(engine, PROMPT) == truth, (road, mode)
+
+
+@pytest.mark.parametrize("activation", ["swiglu", "reglu", "relu"])
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_the_other_activations_print_the_tokens_of_transformers(
+    packed: Make, family: str, activation: str
+) -> None:
+    folder = packed(family, "q8", activation)
+    truth = hf_greedy(dequantised_hf_model(folder), PROMPT)
+    modes = ("dense",) if activation == "swiglu" else ("dense", "exact")
+    for road in ROADS:
+        for mode in modes:
+            engine = Engine(folder, road=road, mode=mode)
+            assert engine_greedy(engine, PROMPT) == truth, (road, mode)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_f16_logits_are_those_of_the_source_model(packed: Make, sparse: Make, family: str) -> None:
+    """Packing to f16 loses at most fp16's rounding of the float32 weights."""
+    source = load_model(sparse(family)).eval()
+    with torch.inference_mode():
+        truth = source(torch.tensor([PROMPT])).logits[0]
+    engine = Engine(packed(family, "f16"), road="torch", mode="dense")
+    logits, _ = engine.decoder(PROMPT, engine.new_cache(), exact=False, every=True)
+    assert relative_rms(logits, truth) < 2e-3
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_exact_mode_equals_dense_mode(packed: Make, family: str, road: str) -> None:
+    results = {}
+    for mode in ("dense", "exact"):
+        engine = Engine(packed(family, "q4"), road=road, mode=mode)
+        exact = mode == "exact"
+        results[mode] = engine.decoder(PROMPT, engine.new_cache(), exact=exact, every=True)
+    (dense_logits, dense_counts), (exact_logits, exact_counts) = results["dense"], results["exact"]
+    assert relative_rms(exact_logits, dense_logits) < SAME_LOGITS
+    assert torch.equal(exact_counts, dense_counts)
+
+
+@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_prompt_in_chunks_equals_token_by_token(packed: Make, family: str, road: str) -> None:
+    engine = Engine(packed(family, "q8"), road=road)
+    whole = engine.prefill(PROMPT, engine.new_cache()).logits
+    for chunk in (1, 7):
+        logits = engine.prefill(PROMPT, engine.new_cache(), chunk=chunk).logits
+        assert relative_rms(logits, whole) < SAME_LOGITS
+
+
+def test_counts_are_those_of_the_analysis(packed: Make, sparse: Make, corpus: Path) -> None:
+    """The engine and `analyse` see the same neurons fire."""
+    from turbosparse.analyse import measure
+    from turbosparse.hf.load import load_tokenizer
+
+    folder = packed("mixtral", "f16")
+    model, tokenizer = dequantised_hf_model(folder), load_tokenizer(folder)
+    text = corpus.read_text()[:150]
+    stats = measure(model, tokenizer, {"one": [text]})
+    tokens = tokenizer(text)["input_ids"][:-1]  # the last token predicts nothing
+    engine = Engine(folder, road="cpu")
+    _, counts = engine.decoder(tokens, engine.new_cache(), exact=True)
+    assert counts[..., 0].sum(1).tolist() == stats.gate_positive.sum((1, 2)).tolist()
+    assert counts[..., 1].sum(1).tolist() == stats.active.sum((1, 2)).tolist()
+
+
+def test_neurons_stand_hot_first(packed: Make, sparse: Make, corpus: Path, tmp_path: Path) -> None:
+    from turbosparse.analyse import Stats
+
+    analyse(str(sparse("mistral")), data=[corpus], out=tmp_path)
+    stats = Stats.load(tmp_path / "stats.safetensors")
+    order = Packed(packed("mistral", "q8")).tensors["model.layers.1.neuron_order"]
+    counts = stats.active[1, 0][order.tolist()]
+    assert counts.tolist() == sorted(counts.tolist(), reverse=True)
+    assert counts[0] > counts[-1]
+
+
+def test_the_cache_grows_to_the_context_and_not_beyond(packed: Make) -> None:
+    engine = Engine(packed("llama", "q8"))
+    cache = engine.new_cache()
+    engine.prefill(list(range(2, CONTEXT + 2)), cache)
+    assert cache.length == CONTEXT
+    message = f"{CONTEXT + 1} tokens do not fit the context of {CONTEXT}"
+    with pytest.raises(TurboSparseError, match=message):
+        engine.step([5], cache)
+
+
+def test_swiglu_has_no_exact_mode(packed: Make) -> None:
+    folder = packed("llama", "q8", "swiglu")
+    assert Engine(folder).mode == "dense"
+    with pytest.raises(TurboSparseError, match="no exact zeros"):
+        Engine(folder, mode="exact")
+
+
+def test_rope_with_changing_frequencies_is_refused(packed: Make, tmp_path: Path) -> None:
+    import json
+    import shutil
+
+    folder = shutil.copytree(packed("mistral", "q8"), tmp_path / "dynamic")
+    config = json.loads((folder / "config.json").read_text())
+    config["rope_parameters"] = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(TurboSparseError, match="rope_type 'dynamic' is not supported"):
+        Engine(folder)
+
+
+def test_threads_outside_the_machine_are_refused(packed: Make) -> None:
+    with pytest.raises(TurboSparseError, match="--threads 4096: this process may use 1 to"):
+        Engine(packed("llama", "q8"), threads=4096)
+
+
+def test_mask_of_a_window() -> None:
+    assert causal_mask(2, 4, 2).tolist() == [[False, True, True, False], [False, False, True, True]]
+
+
+def test_cache_keeps_what_it_held_when_it_grows() -> None:
+    from types import SimpleNamespace
+
+    config = SimpleNamespace(num_key_value_heads=1, num_hidden_layers=1, head_dim=2)
+    cache = Cache(config, context=200)
+    first = torch.arange(128.0).reshape(1, 64, 2)
+    cache.append(0, first, -first)
+    cache.length = 64
+    keys, values = cache.append(0, torch.ones(1, 100, 2), torch.ones(1, 100, 2))
+    assert torch.equal(keys[:, :64], first)
+    assert torch.equal(values[:, :64], -first)
+    assert keys.shape == (1, 164, 2)

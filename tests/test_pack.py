@@ -1,0 +1,300 @@
+"""Packing: nothing lost, nothing half-written, and the figures of `inspect`."""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import CONTEXT, FAMILIES, VOCABULARY, make_model
+from safetensors.torch import load_file, save_file
+
+from turbosparse import pack as packing
+from turbosparse.analyse import Stats
+from turbosparse.count import RULE
+from turbosparse.folders import TurboSparseError
+from turbosparse.format import Packed
+from turbosparse.hf.load import load_config
+from turbosparse.inspect import inspect, validate
+from turbosparse.pack import pack
+from turbosparse.unpack import state_dict
+
+Make = Callable[..., Path]
+F16_ROUNDING = 2**-11  # relative; below the normal range 2^-25 absolute
+
+
+@pytest.fixture(scope="module")
+def statistics(sparse: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """statistics(family): a made-up stats.safetensors; the highest indices are the hottest."""
+    root = tmp_path_factory.mktemp("statistics")
+
+    def file(family: str) -> Path:
+        stats = Stats.empty(load_config(sparse(family)))
+        stats.active += torch.arange(stats.active.shape[-1])
+        stats.gate_positive += stats.active + 1
+        stats.tokens += 200
+        stats.nats, stats.predicted = {"corpus": 500.0}, {"corpus": 250}
+        stats.save(root / f"{family}.safetensors")
+        return root / f"{family}.safetensors"
+
+    return file
+
+
+@pytest.mark.parametrize("with_statistics", [False, True], ids=["model order", "hot first"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unpacking_f16_gives_the_source_back(
+    sparse: Make, statistics: Make, tmp_path: Path, family: str, with_statistics: bool
+) -> None:
+    stats = statistics(family) if with_statistics else None
+    pack(str(sparse(family)), tmp_path / "packed", quant="f16", stats=stats)
+    packed = Packed(tmp_path / "packed")
+    assert packed.header.neuron_order == ("hot_first" if with_statistics else "model")
+    source, unpacked = load_file(sparse(family) / "model.safetensors"), state_dict(packed)
+    assert unpacked.keys() == source.keys()
+    for name, tensor in source.items():
+        torch.testing.assert_close(unpacked[name], tensor, rtol=F16_ROUNDING, atol=2**-25)
+
+
+def test_hot_neurons_come_first(sparse: Make, statistics: Make, tmp_path: Path) -> None:
+    pack(str(sparse("mixtral")), tmp_path / "packed", quant="q8", stats=statistics("mixtral"))
+    order = Packed(tmp_path / "packed").tensors["model.layers.1.experts.3.neuron_order"]
+    assert order.tolist() == list(range(95, -1, -1))
+
+
+def test_statistics_in_the_model_folder_are_found(
+    sparse: Make, statistics: Make, tmp_path: Path
+) -> None:
+    model = shutil.copytree(sparse("mistral"), tmp_path / "model")
+    shutil.copyfile(statistics("mistral"), model / "stats.safetensors")
+    assert pack(str(model), tmp_path / "packed", quant="q8").neuron_order == "hot_first"
+    profile = Packed(tmp_path / "packed").header.profile
+    assert profile is not None
+    assert (profile.tokens, profile.nats_per_token) == (250, 2.0)
+
+
+def test_a_dense_model_packs_as_swiglu(dense: Make, tmp_path: Path) -> None:
+    assert pack(str(dense("llama")), tmp_path / "packed", quant="q8").activation == "swiglu"
+
+
+def test_what_travels_with_the_model_is_packed_too(sparse: Make, tmp_path: Path) -> None:
+    pack(str(sparse("qwen2")), tmp_path / "packed", quant="q8")
+    names = {path.name for path in (tmp_path / "packed").iterdir()}
+    assert {"tokenizer.json", "generation_config.json", "chat_template.jinja"} <= names
+    assert not {name for name in names if name.endswith(".py")}
+    assert "auto_map" not in json.loads((tmp_path / "packed" / "config.json").read_text())
+
+
+# --- inspect and validate -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
+def test_the_parts_add_up(sparse: Make, tmp_path: Path, quant: str) -> None:
+    written = pack(str(sparse("mixtral")), tmp_path / "packed", quant=quant)
+    found = inspect(tmp_path / "packed")
+    padding = found.bytes - sum(found.parts.values())
+    tensors = len(Packed(tmp_path / "packed").plan)
+    assert 0 <= padding < 4096 * (tensors + 2)
+    on_disk = sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
+    assert found.bytes == on_disk == written.bytes
+    row = {"f16": 128, "q8": 128, "q4": 64}[quant]  # 64 weights, in cache lines
+    assert found.parts["feed-forward"] == 2 * 4 * (96 * 3 * row + 4 * 96)
+    assert found.parts["embedding and head"] == 2 * VOCABULARY * row
+    assert found.parts["norms and router"] == 4 * (5 * 64 + 2 * 4 * 64)
+
+
+def test_inspect_counts_activated_parameters_by_the_rule(
+    sparse: Make, statistics: Make, tmp_path: Path
+) -> None:
+    pack(str(sparse("mixtral")), tmp_path / "packed", quant="q8", stats=statistics("mixtral"))
+    found = inspect(tmp_path / "packed")
+    attention = 2 * (64 * 64) + 2 * (32 * 64)  # q and o; k and v of two heads
+    layer = attention + 2 * 64 + 4 * 64  # norms and router
+    ffn = 3 * 64 * 96
+    active = (95 / 2) / 200  # mean of 0…95, over 200 tokens
+    table = VOCABULARY * 64
+    assert found.parameters == 2 * table + 2 * (layer + 4 * ffn) + 64
+    assert found.activated_parameters == round(64 + table + 2 * layer + 64 + 4 * ffn * active)
+    assert found.activation_sparsity == pytest.approx(1 - active)
+    assert "no predictor" in RULE
+
+
+def test_inspect_says_what_the_model_is(sparse: Make, tmp_path: Path) -> None:
+    pack(str(sparse("mistral")), tmp_path / "packed", quant="q4")
+    found = inspect(tmp_path / "packed")
+    assert (found.architecture, found.activation, found.quant) == ("drelu_mistral", "drelu", "q4")
+    assert (found.layers, found.experts, found.neurons, found.hidden) == (2, 0, 96, 64)
+    assert (found.context, found.source) == (CONTEXT, str(sparse("mistral")))
+    assert found.activated_parameters is found.activation_sparsity is None  # no profile
+
+
+def test_validate_finds_one_flipped_bit(sparse: Make, tmp_path: Path) -> None:
+    pack(str(sparse("mistral")), tmp_path / "packed", quant="q8")
+    assert validate(tmp_path / "packed") == f"{tmp_path / 'packed'}: whole"
+    (path,) = (tmp_path / "packed").glob("*.safetensors")
+    data = bytearray(path.read_bytes())
+    data[5 * 4096 + 17] ^= 4
+    path.write_bytes(data)
+    Packed(tmp_path / "packed")  # opening does not read the data
+    with pytest.raises(TurboSparseError, match=f"changed bytes.*{path.name}"):
+        validate(tmp_path / "packed")
+
+
+# --- refusals, with nothing left behind -----------------------------------------------------------
+
+
+def refused(model: Path, out: Path, message: str, **options: object) -> None:
+    """Packing raises `message` and leaves neither `out` nor a temporary folder."""
+    before = set(out.parent.iterdir())
+    with pytest.raises(TurboSparseError, match=message):
+        pack(str(model), out, **options)
+    assert set(out.parent.iterdir()) == before
+
+
+def test_statistics_of_another_shape_are_refused(
+    sparse: Make, statistics: Make, tmp_path: Path
+) -> None:
+    message = r"\[layers, experts, neurons\] \[2, 4, 96\], this one has \[2, 1, 96\]"
+    refused(sparse("mistral"), tmp_path / "packed", message, stats=statistics("mixtral"))
+
+
+def test_missing_statistics_are_named(sparse: Make, tmp_path: Path) -> None:
+    missing = tmp_path / "none.safetensors"
+    message = f"no such statistics file: {missing}; make one with `turbosparse analyse`"
+    refused(sparse("mistral"), tmp_path / "packed", message, stats=missing)
+
+
+@pytest.mark.parametrize("tensors", [None, {"active": torch.zeros(2, 1, 96)}])
+def test_a_file_without_statistics_is_refused(
+    sparse: Make, tmp_path: Path, tensors: dict[str, torch.Tensor] | None
+) -> None:
+    path = tmp_path / "stats.safetensors"
+    if tensors:
+        save_file(tensors, path)
+    else:
+        path.write_bytes(b"not safetensors")
+    refused(sparse("mistral"), tmp_path / "packed", f"{path} is no statistics file", stats=path)
+
+
+def with_tensor(model: Path, name: str, value: float, copy: Path) -> Path:
+    shutil.copytree(model, copy)
+    tensors = load_file(copy / "model.safetensors")
+    tensors[name][3, 5] = value
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+@pytest.mark.parametrize("name", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+@pytest.mark.parametrize("value", [7e4, float("nan")])
+def test_a_weight_that_does_not_fit_is_named(
+    sparse: Make, tmp_path: Path, name: str, value: float
+) -> None:
+    model = with_tensor(sparse("mistral"), name, value, tmp_path / "model")
+    refused(model, tmp_path / "packed", rf"^{name}: .*does not fit f16", quant="f16")
+
+
+def test_widths_off_the_block_are_sent_to_f16(tmp_path: Path) -> None:
+    model = make_model("llama", tmp_path / "model", hidden_size=40, num_hidden_layers=1)
+    refused(model, tmp_path / "packed", "multiple of 32 weights, not 40; use f16", quant="q4")
+    pack(str(model), tmp_path / "packed", quant="f16")
+
+
+def test_a_folder_that_exists_is_not_overwritten(sparse: Make, tmp_path: Path) -> None:
+    (tmp_path / "packed").mkdir()
+    pack(str(sparse("mistral")), tmp_path / "packed", quant="q4")  # an empty one is fine
+    refused(sparse("mistral"), tmp_path / "packed", "exists already; remove it or choose another")
+    assert validate(tmp_path / "packed")
+
+
+def test_a_model_without_tokenizer_is_refused(sparse: Make, tmp_path: Path) -> None:
+    model = shutil.copytree(sparse("mistral"), tmp_path / "model")
+    (model / "tokenizer.json").unlink()
+    refused(model, tmp_path / "packed", "has no tokenizer .* copy the tokenizer files")
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "message"),
+    [
+        (
+            "mistral",
+            {"ffn_activation": "gelu"},
+            "activation 'gelu' is unknown; use drelu, reglu, relu",
+        ),
+        ("dense", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
+        ("dense", {"mlp_bias": True}, "mlp_bias=true is not supported"),
+    ],
+)
+def test_feed_forwards_that_we_cannot_run_are_refused_before_work_begins(
+    sparse: Make,
+    dense: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    family: str,
+    change: dict[str, object],
+    message: str,
+) -> None:
+    source = dense("llama") if family == "dense" else sparse(family)
+    model = shutil.copytree(source, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | change))
+    monkeypatch.setattr(packing, "quantise", None)
+    refused(model, tmp_path / "packed", message)
+
+
+@pytest.mark.parametrize(
+    ("stop", "seen", "message"),
+    [
+        (KeyboardInterrupt(), KeyboardInterrupt, None),
+        (OSError(errno.ENOSPC, "No space left on device"), TurboSparseError, "^disk full while"),
+        (OSError(errno.EIO, "Input/output error"), OSError, "Input/output error"),
+    ],
+    ids=["Ctrl-C", "disk full", "disk broken"],
+)
+def test_an_interrupted_pack_leaves_nothing(
+    sparse: Make,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stop: BaseException,
+    seen: type[BaseException],
+    message: str | None,
+) -> None:
+    calls = itertools.count()
+    quantise = packing.quantise
+
+    def quantise_and_stop(*args: object) -> torch.Tensor:
+        if next(calls) == 5:
+            raise stop
+        return quantise(*args)
+
+    monkeypatch.setattr(packing, "quantise", quantise_and_stop)
+    with pytest.raises(seen, match=message):
+        pack(str(sparse("mistral")), tmp_path / "packed")
+    assert next(calls) == 6
+    assert not list(tmp_path.iterdir())
+
+
+def test_at_most_one_feed_forward_is_held_in_memory(
+    sparse: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import weakref
+
+    from turbosparse.hf.checkpoint import Checkpoint
+
+    alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+    most = 0
+    read = Checkpoint.__getitem__
+
+    def read_and_count(self: Checkpoint, name: str) -> torch.Tensor:
+        nonlocal most
+        tensor = read(self, name)
+        alive.add(tensor)
+        most = max(most, len(alive))
+        return tensor
+
+    monkeypatch.setattr(Checkpoint, "__getitem__", read_and_count)
+    pack(str(sparse("mixtral")), tmp_path / "packed", quant="q8")
+    assert 1 <= most <= 3

@@ -1,0 +1,131 @@
+"""Block formats against the independent `gguf` package, and their losses and limits."""
+
+from __future__ import annotations
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from turbosparse.folders import TurboSparseError
+from turbosparse.quant import ALIGNMENT, QUANTS, dequantise, quantise, row_bytes, sqnr
+
+GGUF = {
+    "f16": gguf.GGMLQuantizationType.F16,
+    "q8": gguf.GGMLQuantizationType.Q8_0,
+    "q4": gguf.GGMLQuantizationType.Q4_0,
+}
+# around the q4 tile of 512 weights and the cache line of 64 bytes
+WIDTHS = (32, 96, 512, 544, 1056)
+ODD_WIDTHS = (1, 7, 172)
+# least signal to quantisation noise ratio on normal weights, dB
+MIN_SQNR = {"f16": 70, "q8": 40, "q4": 18}
+
+
+def oracle(w: torch.Tensor, quant: str) -> torch.Tensor:
+    """What llama.cpp's own Python package makes of the weights."""
+    packed = gguf.quants.quantize(w.numpy(), GGUF[quant])
+    return torch.from_numpy(gguf.quants.dequantize(packed, GGUF[quant])).float()
+
+
+def round_trip(w: torch.Tensor, quant: str) -> torch.Tensor:
+    return dequantise(quantise(w, quant), quant, w.shape[1])
+
+
+def normal(rows: int, cols: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, cols, generator=torch.Generator().manual_seed(seed))
+
+
+CASES = [(quant, cols) for quant in QUANTS for cols in WIDTHS] + [("f16", c) for c in ODD_WIDTHS]
+
+
+@pytest.mark.parametrize(("quant", "cols"), CASES)
+def test_numbers_are_those_of_gguf_bit_for_bit(quant: str, cols: int) -> None:
+    scales = 10.0 ** torch.arange(-9.0, 4.0)[:, None]  # fp16 subnormals and zero scales too
+    w = torch.cat((normal(64, cols), normal(13, cols, seed=1) * scales))
+    assert torch.equal(round_trip(w, quant), oracle(w, quant))
+
+
+@pytest.mark.parametrize("quant", ["q8", "q4"])
+def test_values_halfway_between_two_steps_round_as_gguf_does(quant: str) -> None:
+    top = 127.0 if quant == "q8" else -8.0  # so that the scale is 1
+    halves = torch.arange(-7.5, 7.5, 0.5)
+    w = torch.cat((torch.tensor([top]), halves, torch.tensor([0.0])))[None]
+    assert w.shape == (1, 32)
+    assert torch.equal(round_trip(w, quant), oracle(w, quant))
+
+
+@pytest.mark.parametrize(("quant", "cols"), CASES)
+def test_rows_are_padded_to_whole_cache_lines(quant: str, cols: int) -> None:
+    packed = quantise(normal(3, cols), quant)
+    assert packed.dtype == torch.uint8
+    assert packed.shape == (3, row_bytes(quant, cols))
+    assert row_bytes(quant, cols) % ALIGNMENT == 0
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_zero_blocks_stay_exactly_zero(quant: str) -> None:
+    w = normal(4, 96)
+    w[1] = 0
+    w[2, 32:64] = 0
+    assert not round_trip(w, quant)[1].any()
+    assert not round_trip(w, quant)[2, 32:64].any()
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_loss_on_normal_weights_is_bounded(quant: str) -> None:
+    w = normal(64, 1056) * 0.02
+    assert sqnr(w, round_trip(w, quant)) >= MIN_SQNR[quant]
+
+
+def test_f16_is_exact_for_bf16_sources_in_its_range() -> None:
+    exponents = 2.0 ** torch.arange(-14, 15)[:, None]
+    w = (normal(29, 172).sign() * (1 + torch.rand(29, 172)) * exponents).bfloat16()
+    assert torch.equal(round_trip(w, "f16"), w.float())
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf, 1e9])
+@pytest.mark.parametrize("quant", QUANTS)
+def test_weights_that_do_not_fit_are_refused(quant: str, bad: float) -> None:
+    w = normal(2, 64)
+    w[1, 40] = bad
+    with pytest.raises(TurboSparseError, match=f"magnitude .* does not fit {quant}"):
+        quantise(w, quant)
+
+
+@pytest.mark.parametrize(("quant", "largest"), [("f16", 65504.0), ("q8", 8.3e6), ("q4", 5.2e5)])
+def test_the_largest_weights_stay_finite(quant: str, largest: float) -> None:
+    w = torch.full((1, 32), -largest)
+    assert torch.allclose(round_trip(w, quant), w, rtol=0.01)
+
+
+@pytest.mark.parametrize("quant", ["q8", "q4"])
+@pytest.mark.parametrize("cols", [1, 31, 172])
+def test_widths_off_the_block_are_sent_to_f16(quant: str, cols: int) -> None:
+    with pytest.raises(TurboSparseError, match=f"multiple of 32 weights, not {cols}; use f16"):
+        quantise(normal(1, cols), quant)
+
+
+def test_unknown_format_lists_the_known_ones() -> None:
+    with pytest.raises(TurboSparseError, match="'q5' is unknown; use f16, q8, q4"):
+        row_bytes("q5", 32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    quant=st.sampled_from(QUANTS),
+    blocks=st.integers(1, 18),
+    seed=st.integers(0, 2**32 - 1),
+    exponent=st.integers(-8, 4),
+    kept=st.floats(0, 1),
+)
+def test_packing_what_was_packed_changes_nothing(
+    quant: str, blocks: int, seed: int, exponent: int, kept: float
+) -> None:
+    random = np.random.default_rng(seed)
+    w = random.standard_normal((3, 32 * blocks)) * 10.0**exponent
+    w *= random.random(w.shape) < kept
+    once = round_trip(torch.from_numpy(w), quant)
+    assert torch.equal(round_trip(once, quant), once)

@@ -1,0 +1,589 @@
+"""Training by a recipe: what it writes and logs, and that a stopped run ends like any other."""
+
+from __future__ import annotations
+
+import errno
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import CONTEXT, VOCABULARY
+from safetensors.torch import load_file
+
+from turbosparse.folders import TurboSparseError
+from turbosparse.hf.load import load_model, load_tokenizer
+from turbosparse.train import Recipe, _arguments, read_recipe, train
+
+LENGTH, BATCH, STEPS = 32, 4, 6
+FROM_SCRATCH = {
+    "model_type": "mistral",
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+
+Dense = Callable[[str], Path]
+Write = Callable[..., Path]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Toy matrices are slower on two threads, by far where the processors are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, dense: Dense, corpus: Path) -> Write:
+    """recipe(**changes): the path of a recipe that trains the dense Mistral as a dReLU model."""
+
+    def write(**changes: Any) -> Path:
+        fields: dict[str, Any] = {
+            "model": str(dense("mistral")),
+            "activation": "drelu",
+            "data": {
+                "sources": [{"name": "boats", "path": str(corpus), "proportion": 1}],
+                "sequence_length": LENGTH,
+            },
+            "tokens": STEPS * BATCH * LENGTH,
+            "batch_size": BATCH,
+            "micro_batch_size": 2,
+            "learning_rate": 2e-3,
+            "precision": "fp32",
+            "log_every": 2,
+            "checkpoint_every": 2,
+            **changes,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump({k: v for k, v in fields.items() if v is not None}))
+        return path
+
+    return write
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The input_ids of every forward pass, in order."""
+    from turbosparse.trainer import SparseTrainer
+
+    seen: list[torch.Tensor] = []
+    step = SparseTrainer.training_step
+
+    def training_step(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        seen.append(inputs["input_ids"].clone())
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(SparseTrainer, "training_step", training_step)
+    return seen
+
+
+def stop_at(monkeypatch: pytest.MonkeyPatch, forward_pass: int, error: BaseException) -> None:
+    """Raise `error` in the forward pass of this number, counted from 1."""
+    from turbosparse.trainer import SparseTrainer
+
+    step = SparseTrainer.training_step
+    count = 0
+
+    def training_step(self: Any, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == forward_pass:
+            raise error
+        return step(self, *args)
+
+    monkeypatch.setattr(SparseTrainer, "training_step", training_step)
+
+
+def log_of(folder: Path, name: str = "training_log.jsonl") -> list[dict[str, float]]:
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_run(one: Path, other: Path) -> None:
+    assert log_of(one) == log_of(other)
+    weights, others = weights_of(one), weights_of(other)
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        assert torch.equal(weight, others[name]), name
+
+
+def python(code: str, *, home: Path, cwd: Path, launcher: tuple[str, ...] = ()) -> int:
+    """Run `code` in a fresh Python whose home and caches are `home`; return its exit status."""
+    script = home.with_suffix(".py")
+    script.write_text(code)
+    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}
+    environment = {**clean, "HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    home.mkdir()
+    command = [sys.executable, *launcher, str(script)]
+    run = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
+    if run.returncode > 0:
+        pytest.fail(run.stderr[-3000:])
+    return run.returncode
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+def test_a_dense_model_goes_on_as_a_sparse_one_and_learns(
+    recipe: Write, dense: Dense, tmp_path: Path, family: str
+) -> None:
+    out = tmp_path / "out"
+    trained = train(recipe(model=str(dense(family))), out=out)
+    log = log_of(out)
+    assert [row["step"] for row in log] == [2, 4, 6]
+    assert log[-1]["loss"] < log[0]["loss"] - 0.3
+    assert (trained.first_loss, trained.last_loss) == (log[0]["loss"], log[-1]["loss"])
+    assert (trained.steps, trained.tokens) == (STEPS, STEPS * BATCH * LENGTH)
+    assert trained.activation == "drelu"
+
+    model = load_model(out)
+    assert model.config.model_type == f"drelu_{family}"
+    assert model.config.use_cache
+    assert {weight.dtype for weight in weights_of(out).values()} == {torch.float32}
+    assert load_tokenizer(out)("boats") == load_tokenizer(dense(family))("boats")
+    assert Recipe.model_validate(json.loads((out / "recipe.json").read_text())).tokens == 768
+
+
+def test_a_trained_model_runs_without_this_package(recipe: Write, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    train(recipe(tokens=BATCH * LENGTH), out=out)
+    code = f"""
+import sys
+sys.modules["turbosparse"] = None
+import torch
+from transformers import AutoModelForCausalLM
+model = AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)
+torch.save(model(torch.arange(20)[None]).logits.detach(), {str(tmp_path / "logits")!r})
+"""
+    python(code, home=tmp_path / "home", cwd=tmp_path)
+    with torch.no_grad():
+        expected = load_model(out)(torch.arange(20)[None]).logits
+    torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_dense_control_is_a_stock_model_that_saw_the_same_batches(
+    recipe: Write, tmp_path: Path, batches: list[torch.Tensor]
+) -> None:
+    path = recipe()
+    train(path, out=tmp_path / "sparse")
+    of_sparse = list(batches)
+    batches.clear()
+    train(path, out=tmp_path / "control", activation="swiglu")
+    assert torch.equal(torch.cat(batches), torch.cat(of_sparse))
+    config = json.loads((tmp_path / "control" / "config.json").read_text())
+    assert (config["model_type"], config["hidden_act"]) == ("mistral", "silu")
+    assert "auto_map" not in config
+    assert not list((tmp_path / "control").glob("*.py"))
+
+
+@pytest.mark.parametrize("activation", [None, "drelu"])
+def test_a_model_is_trained_from_scratch(
+    recipe: Write, dense: Dense, tmp_path: Path, activation: str | None
+) -> None:
+    path = recipe(model=FROM_SCRATCH, tokenizer=str(dense("mistral")), activation=activation)
+    trained = train(path, out=tmp_path / "out")
+    assert trained.activation == (activation or "swiglu")
+    assert trained.first_loss == pytest.approx(math.log(VOCABULARY), abs=0.3)
+    assert trained.last_loss < trained.first_loss
+    other = train(path, out=tmp_path / "other", seed=1)
+    assert other.first_loss != trained.first_loss
+
+
+@pytest.mark.parametrize("activation", ["drelu", "reglu", "swiglu"])
+def test_the_log_holds_the_exact_zeros_of_the_forward_passes(
+    recipe: Write,
+    dense: Dense,
+    tmp_path: Path,
+    batches: list[torch.Tensor],
+    activation: str,
+) -> None:
+    train(recipe(activation=activation, tokens=BATCH * LENGTH), out=tmp_path / "out")
+    (logged,) = log_of(tmp_path / "out")
+
+    model = load_model(dense("mistral"), activation=activation)
+    zeros: list[list[float]] = [[], []]
+    for layer, block in enumerate(model.model.layers):
+        block.mlp.down_proj.register_forward_pre_hook(
+            lambda _module, inputs, layer=layer: zeros[layer].append(
+                float((inputs[0] == 0).double().mean())
+            )
+        )
+    with torch.no_grad():
+        for ids in batches:
+            model(ids)
+    by_layer = [sum(shares) / len(shares) for shares in zeros]
+    found = [logged["sparsity/layer_00"], logged["sparsity/layer_01"]]
+    assert found == pytest.approx(by_layer, abs=1e-12)
+    assert logged["activation_sparsity"] == pytest.approx(sum(by_layer) / 2, abs=1e-12)
+    low, high = {"drelu": (0.6, 0.9), "reglu": (0.3, 0.7), "swiglu": (0, 0)}[activation]
+    assert low <= logged["activation_sparsity"] <= high
+
+
+def test_the_learning_rate_warms_up_and_falls_to_its_minimum(recipe: Write, tmp_path: Path) -> None:
+    top, least, warmup = 2e-3, 5e-4, 2
+    path = recipe(min_learning_rate=least, warmup_steps=warmup, log_every=1)
+    train(path, out=tmp_path / "out")
+
+    def rate(done: int) -> float:
+        if done < warmup:
+            return top * done / warmup
+        cosine = (1 + math.cos(math.pi * (done - warmup) / (STEPS - warmup))) / 2
+        return least + (top - least) * cosine
+
+    log = log_of(tmp_path / "out")
+    assert [row["step"] for row in log] == list(range(1, STEPS + 1))
+    assert [row["learning_rate"] for row in log] == pytest.approx([rate(s) for s in range(STEPS)])
+
+
+def test_the_last_step_is_logged_whatever_the_interval(recipe: Write, tmp_path: Path) -> None:
+    """With the mean loss of the steps since the line before."""
+    for name, interval in (("each", 1), ("some", 4)):
+        train(recipe(log_every=interval, checkpoint_every=100), out=tmp_path / name)
+    each, some = log_of(tmp_path / "each"), log_of(tmp_path / "some")
+    assert [row["step"] for row in some] == [4, 6]
+    losses = [row["loss"] for row in each]
+    expected = [sum(losses[:4]) / 4, sum(losses[4:]) / 2]
+    assert [row["loss"] for row in some] == pytest.approx(expected, rel=1e-6)
+    for key in ("learning_rate", "grad_norm", "activation_sparsity"):
+        assert some[-1][key] == pytest.approx(each[-1][key], rel=1e-9)
+
+
+def test_the_split_into_micro_batches_changes_nothing(recipe: Write, tmp_path: Path) -> None:
+    for micro in (1, None):
+        train(recipe(micro_batch_size=micro), out=tmp_path / f"{micro}")
+    losses = [[row["loss"] for row in log_of(tmp_path / f"{micro}")] for micro in (1, None)]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_settings_reach_the_optimiser(recipe: Write, tmp_path: Path) -> None:
+    changes = {"weight_decay": 0.03, "betas": [0.8, 0.9], "clip_norm": 0.5, "seed": 7}
+    arguments = _arguments(read_recipe(recipe(**changes)), tmp_path)
+    expected = {
+        "weight_decay": 0.03,
+        "adam_beta1": 0.8,
+        "adam_beta2": 0.9,
+        "max_grad_norm": 0.5,
+        "seed": 7,
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+    }
+    assert {key: getattr(arguments, key) for key in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("precision", "machine", "bf16"),
+    [
+        ("fp32", {"amx_bf16": True}, False),
+        ("bf16", {}, True),
+        ("auto", {"amx_bf16": True}, True),
+        ("auto", {"avx512_bf16": True}, True),
+        ("auto", {"avx2": True}, False),
+    ],
+)
+def test_auto_precision_takes_bf16_where_the_machine_is_made_for_it(
+    recipe: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    precision: str,
+    machine: dict[str, bool],
+    bf16: bool,
+) -> None:
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: machine)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert _arguments(read_recipe(recipe(precision=precision)), tmp_path).bf16 is bf16
+
+
+def test_bf16_training_computes_otherwise_and_still_writes_float32(
+    recipe: Write, tmp_path: Path
+) -> None:
+    for precision in ("fp32", "bf16"):
+        train(recipe(precision=precision), out=tmp_path / precision)
+    full, half = (log_of(tmp_path / p)[-1]["loss"] for p in ("fp32", "bf16"))
+    assert half != full
+    assert half == pytest.approx(full, rel=0.02)
+    assert {weight.dtype for weight in weights_of(tmp_path / "bf16").values()} == {torch.float32}
+
+
+@pytest.fixture
+def whole(recipe: Write, tmp_path: Path) -> Path:
+    """The model of a run that nothing stopped."""
+    train(recipe(), out=tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+# two forward passes are a step, and a checkpoint is written every second step
+@pytest.mark.parametrize(
+    ("stopped_in", "resumes_after"),
+    [(3, 0), (5, 2), (10, 4)],
+    ids=["before the first checkpoint", "right after one", "within a step"],
+)
+def test_a_stopped_run_goes_on_and_ends_like_any_other(
+    recipe: Write,
+    batches: list[torch.Tensor],
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    stopped_in: int,
+    resumes_after: int,
+) -> None:
+    path, out = recipe(), tmp_path / "out"
+    all_batches = list(batches)
+    with monkeypatch.context() as patch:
+        stop_at(patch, stopped_in, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(path, out=out)
+    assert not out.exists()
+    assert (tmp_path / "out.training").is_dir()
+
+    batches.clear()
+    train(path, out=out)
+    assert torch.equal(torch.cat(batches), torch.cat(all_batches[2 * resumes_after :]))
+    assert_same_run(out, whole)
+    assert not (tmp_path / "out.training").exists()
+
+
+@pytest.mark.parametrize("damage", ["no trainer_state.json", "half a trainer_state.json"])
+def test_a_half_written_checkpoint_is_passed_over(
+    recipe: Write, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    path, out = recipe(), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(path, out=out)
+    state = tmp_path / "out.training" / "checkpoint-4" / "trainer_state.json"
+    if damage == "no trainer_state.json":
+        state.unlink()
+    else:
+        state.write_bytes(state.read_bytes()[:100])
+    train(path, out=out)
+    assert_same_run(out, whole)
+
+
+def test_a_run_whose_model_could_not_be_written_only_writes_it_again(
+    recipe: Write,
+    whole: Path,
+    batches: list[torch.Tensor],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    path, out = recipe(), tmp_path / "out"
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("turbosparse.hf.load.save_model", full)
+        with pytest.raises(TurboSparseError, match=r"disk full while writing .*out"):
+            train(path, out=out)
+    assert not out.exists()
+    batches.clear()
+    trained = train(path, out=out)
+    assert not batches, "training was complete"
+    assert trained.steps == STEPS
+    assert_same_run(out, whole)
+
+
+def test_a_killed_process_goes_on_like_any_other(
+    recipe: Write, whole: Path, tmp_path: Path
+) -> None:
+    path, out = recipe(), tmp_path / "out"
+    code = f"""
+import os, signal
+from pathlib import Path
+from turbosparse.train import train
+from turbosparse.trainer import SparseTrainer
+step, count = SparseTrainer.training_step, 0
+def training_step(*args):
+    global count
+    count += 1
+    if count == 10:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(*args)
+SparseTrainer.training_step = training_step
+train(Path({str(path)!r}), out=Path({str(out)!r}))
+"""
+    assert python(code, home=tmp_path / "home", cwd=tmp_path) == -9
+    assert not out.exists()
+    with (tmp_path / "out.training" / "log.jsonl").open("a") as log:
+        log.write('{"step": 5, "lo')  # the line that it was writing
+    train(path, out=out)
+    assert_same_run(out, whole)
+
+
+def test_a_run_stopped_between_log_lines_logs_the_same_losses(
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The interval of the log is none of the checkpoints' business."""
+    path = recipe(log_every=3)
+    train(path, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(path, out=tmp_path / "out")
+    train(path, out=tmp_path / "out")
+    losses = [[row["loss"] for row in log_of(tmp_path / run)] for run in ("out", "whole")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
+
+
+def test_a_stopped_run_is_not_resumed_with_other_settings(
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 1, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(recipe(), out=out)
+    before = (tmp_path / "out.training" / "recipe.json").read_bytes()
+    with pytest.raises(TurboSparseError, match=r"other settings \(learning_rate, seed\);"):
+        train(recipe(learning_rate=1e-3), out=out, seed=3)
+    assert (tmp_path / "out.training" / "recipe.json").read_bytes() == before
+
+
+def test_the_bar_is_taken_down_when_training_fails(
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import turbosparse.trainer
+
+    bars = []
+
+    class Bar(turbosparse.trainer.Progress):
+        def start(self) -> None:
+            bars.append(self)
+            super().start()
+
+    monkeypatch.setattr(turbosparse.trainer, "Progress", Bar)
+    stop_at(monkeypatch, 2, RuntimeError("out of memory"))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(recipe(), out=tmp_path / "out")
+    (bar,) = bars
+    assert not bar.live.is_started, "the terminal would stay without a cursor"
+
+
+def test_two_processes_train_the_same_model_and_leave_nothing_else_behind(
+    recipe: Write, tmp_path: Path
+) -> None:
+    """Not in the home folder, not in the working folder, not beside the model."""
+    path, cwd = recipe(log_every=1), tmp_path / "cwd"
+    cwd.mkdir()
+    train(path, out=tmp_path / "one")
+    code = f"""
+from pathlib import Path
+from turbosparse.train import train
+train(Path({str(path)!r}), out=Path({str(tmp_path / "two")!r}))
+"""
+    torchrun = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
+    before = set(tmp_path.iterdir())
+    assert python(code, home=tmp_path / "home", cwd=cwd, launcher=torchrun) == 0
+    new = {child.name for child in set(tmp_path.iterdir()) - before}
+    assert new == {"two", "home", "home.py"}
+    assert not list((tmp_path / "home").rglob("*"))
+    assert not list(cwd.rglob("*"))
+    files = [sorted(f.name for f in (tmp_path / run).iterdir()) for run in ("one", "two")]
+    assert files[0] == files[1]
+    one, two = log_of(tmp_path / "one"), log_of(tmp_path / "two")
+    for key in ("loss", "learning_rate", "grad_norm"):
+        assert [row[key] for row in two] == pytest.approx([row[key] for row in one], rel=1e-3), key
+    sparsity = [[row["activation_sparsity"] for row in log] for log in (one, two)]
+    assert sparsity[1] == pytest.approx(sparsity[0], abs=0.02)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"lerning_rate": 1}, r"recipe\.yaml: lerning_rate: Extra inputs"),
+        ({"learning_rate": -1}, "learning_rate: Input should be greater than 0"),
+        ({"tokens": None}, "tokens: Field required"),
+        ({"activation": "gelu"}, "activation: Input should be 'drelu'"),
+        (
+            {
+                "data": {
+                    "sources": [{"name": "a", "path": "a", "proportion": 0.5}],
+                    "sequence_length": 8,
+                }
+            },
+            r"data: .*proportions add up to 0\.5",
+        ),
+        ({"batch_size": 3}, r"batch_size 3 is no multiple of micro_batch_size 2 × 1 processes"),
+        ({"model": "/nowhere"}, "no such folder: /nowhere"),
+        ({"model": FROM_SCRATCH}, "trains from scratch: name a tokenizer"),
+    ],
+)
+def test_a_mistake_in_a_recipe_is_named(
+    recipe: Write, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TurboSparseError, match=message):
+        train(recipe(**changes), out=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    assert not (tmp_path / "out.training").exists(), "it would block the corrected recipe"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (None, "no such recipe: "),
+        ("model: [", "is not valid YAML"),
+        ("only text", "it holds no keys"),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(
+    tmp_path: Path, content: str | None, message: str
+) -> None:
+    path = tmp_path / "recipe.yaml"
+    if content is not None:
+        path.write_text(content)
+    with pytest.raises(TurboSparseError, match=message):
+        train(path, out=tmp_path / "out")
+
+
+def test_sequences_longer_than_the_context_are_refused(
+    recipe: Write, tmp_path: Path, corpus: Path
+) -> None:
+    source = {"name": "a", "path": str(corpus), "proportion": 1}
+    path = recipe(data={"sources": [source], "sequence_length": 200})
+    with pytest.raises(
+        TurboSparseError, match=f"sequence_length 200 is longer than the model's context {CONTEXT}"
+    ):
+        train(path, out=tmp_path / "out")
+
+
+def test_a_tokenizer_of_another_model_is_refused(
+    recipe: Write, dense: Dense, tmp_path: Path
+) -> None:
+    small = {**FROM_SCRATCH, "vocab_size": 300}
+    path = recipe(model=small, tokenizer=str(dense("mistral")))
+    with pytest.raises(
+        TurboSparseError, match=f"the tokenizer has {VOCABULARY} tokens, the model only 300"
+    ):
+        train(path, out=tmp_path / "out")
+
+
+def test_an_existing_model_is_never_written_over(recipe: Write, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "config.json").write_text("{}")
+    with pytest.raises(TurboSparseError, match="out exists already"):
+        train(recipe(), out=out)
+    assert (out / "config.json").read_text() == "{}"
+    assert not (tmp_path / "out.training").exists()
+    shutil.rmtree(out)
+    out.mkdir()  # an empty folder is no model
+    train(recipe(), out=out)
+    assert (out / "config.json").is_file()
