@@ -3,16 +3,14 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
-#include <deque>
 #include <mutex>
 #include <thread>
 
 namespace {
 
 // A waiting thread first spins, for work follows work within microseconds in decoding; then it
-// gives its core to whoever wants it, since a spinning thread beside a busy neighbour costs the
-// neighbour's whole time slice (libgomp's barrier: 3 to 30 times slower there); a worker without
-// work for about a millisecond sleeps.
+// gives its core to whoever wants it, since a spinning thread beside a busy neighbour costs whole
+// time slices; a worker without work for about a millisecond sleeps.
 constexpr int kSpins = 2000;
 constexpr int kYields = 500;
 
@@ -24,55 +22,77 @@ void pause() {
 #endif
 }
 
-class Worker {
+// The shares of a section are claimed one by one, by the caller too: a worker that the system has
+// not scheduled is not waited for. Which thread takes a share does not change what the share
+// computes.
+class Pool {
  public:
-  explicit Worker(int index) : index_(index), thread_([this] { loop(); }) { thread_.detach(); }
-
-  void start(detail::Job job, void* context, std::atomic<int>* unfinished) {
+  void run(int shares, detail::Job job, void* context) {
+    std::lock_guard<std::mutex> turn(turn_);
+    for (; workers_ < shares - 1; ++workers_) std::thread([this] { work(); }).detach();
     job_ = job;
     context_ = context;
-    unfinished_ = unfinished;
-    ticket_.fetch_add(1);
-    if (asleep_.load()) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      wake_.notify_one();
+    unfinished_.store(shares, std::memory_order_relaxed);
+    const uint64_t section = (state_.load() >> 32) + 1;
+    state_.store(section << 32 | static_cast<uint64_t>(shares) << 16);
+    if (sleepers_.load() > 0) {
+      std::lock_guard<std::mutex> lock(sleep_);
+      wake_.notify_all();
+    }
+    work_on(section);
+    for (int turn = 0; unfinished_.load(std::memory_order_acquire) > 0; ++turn) {
+      turn < kSpins ? pause() : std::this_thread::yield();
     }
   }
 
  private:
-  void loop() {
-    for (uint64_t done = 0;; ++done) {
-      wait_for_more_than(done);
-      job_(context_, index_);
-      unfinished_->fetch_sub(1, std::memory_order_release);
+  void work() {
+    for (uint64_t seen = 0;;) {
+      seen = wait_for_section_after(seen);
+      work_on(seen);
     }
   }
 
-  void wait_for_more_than(uint64_t done) {
+  void work_on(uint64_t section) {
+    for (int share; (share = claim(section)) >= 0;) {
+      job_(context_, share);
+      unfinished_.fetch_sub(1, std::memory_order_release);
+    }
+  }
+
+  // The next share of the section, or -1. `job_` is safe to read after a claim: the section cannot
+  // end before the share does.
+  int claim(uint64_t section) {
+    uint64_t state = state_.load(std::memory_order_acquire);
+    while (state >> 32 == section && (state & 0xffff) < (state >> 16 & 0xffff)) {
+      if (state_.compare_exchange_weak(state, state + 1)) return static_cast<int>(state & 0xffff);
+    }
+    return -1;
+  }
+
+  uint64_t wait_for_section_after(uint64_t seen) {
     for (int turn = 0; turn < kSpins + kYields; ++turn) {
-      if (ticket_.load(std::memory_order_acquire) > done) return;
+      const uint64_t section = state_.load(std::memory_order_acquire) >> 32;
+      if (section != seen) return section;
       turn < kSpins ? pause() : std::this_thread::yield();
     }
-    std::unique_lock<std::mutex> lock(mutex_);
-    asleep_.store(true);
-    wake_.wait(lock, [&] { return ticket_.load() > done; });
-    asleep_.store(false);
+    std::unique_lock<std::mutex> lock(sleep_);
+    sleepers_.fetch_add(1);
+    wake_.wait(lock, [&] { return state_.load() >> 32 != seen; });
+    sleepers_.fetch_sub(1);
+    return state_.load() >> 32;
   }
 
-  const int index_;
+  std::mutex turn_;  // callers take turns
+  int workers_ = 0;
   detail::Job job_ = nullptr;
   void* context_ = nullptr;
-  std::atomic<int>* unfinished_ = nullptr;
-  std::atomic<uint64_t> ticket_{0};  // jobs given so far
-  std::atomic<bool> asleep_{false};
-  std::mutex mutex_;
+  // section number (32 bits), its shares (16), the next share to claim (16)
+  std::atomic<uint64_t> state_{0};
+  std::atomic<int> unfinished_{0};
+  std::atomic<int> sleepers_{0};
+  std::mutex sleep_;
   std::condition_variable wake_;
-  std::thread thread_;  // last: it starts when all else is there
-};
-
-struct Pool {
-  std::mutex turn;
-  std::deque<Worker> workers;  // workers[i] is thread i + 1
 };
 
 }  // namespace
@@ -80,14 +100,5 @@ struct Pool {
 void detail::run(int threads, Job job, void* context) {
   if (threads == 1) return job(context, 0);
   static Pool& pool = *new Pool;  // never destroyed: its threads end with the process
-  std::lock_guard<std::mutex> turn(pool.turn);
-  while (static_cast<int>(pool.workers.size()) < threads - 1) {
-    pool.workers.emplace_back(static_cast<int>(pool.workers.size()) + 1);
-  }
-  std::atomic<int> unfinished{threads - 1};
-  for (int i = 0; i < threads - 1; ++i) pool.workers[i].start(job, context, &unfinished);
-  job(context, 0);
-  for (int spins = 0; unfinished.load(std::memory_order_acquire) > 0; ++spins) {
-    spins < kSpins ? pause() : std::this_thread::yield();
-  }
+  pool.run(threads, job, context);
 }

@@ -6,9 +6,8 @@ using Job = void (*)(void* context, int thread);
 void run(int threads, Job job, void* context);
 }  // namespace detail
 
-// Calls work(0) ... work(threads - 1) at the same time, work(0) on the calling thread, and returns
-// when all are done. `work` must not throw. Callers take turns: one parallel section runs at a time
-// in a process.
+// Calls work(0) ... work(threads - 1), on up to that many threads at once, and returns when all are
+// done. `work` must not throw. Callers take turns: one section runs at a time in a process.
 template <typename Work>
 void parallel(int threads, Work&& work) {
   detail::run(

@@ -88,6 +88,11 @@ def test_a_template_makes_text_of_a_row(tmp_path: Path) -> None:
     assert list(documents(path, template="{question} = {answer}")) == ["1+1 = 2"]
 
 
+def test_a_field_that_is_null_is_empty_text(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.jsonl", '{"text": null}\n{"text": "one"}\n')
+    assert list(documents(path)) == ["one"]
+
+
 def test_a_corpus_that_is_not_there_or_holds_nothing_is_refused(tmp_path: Path) -> None:
     with pytest.raises(TurboSparseError, match=r"no such file or folder: .*nowhere"):
         list(documents(tmp_path / "nowhere"))

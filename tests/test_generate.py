@@ -63,18 +63,16 @@ class Script:
     prefill = step
 
 
-# --- sampling ----------------------------------------------------------------------------------------
+# --- sampling -------------------------------------------------------------------------------------
 
 
 def ids(engine: Engine, tokenizer: Any, **settings: Any) -> list[int]:
     prompt = prompt_ids(tokenizer, PROMPT)
-    return [token.id for token in stream(engine, tokenizer, prompt, max_tokens=24, **settings)]
+    return [token.id for token in stream(engine, tokenizer, prompt, max_tokens=10, **settings)]
 
 
 def test_greedy_is_repeatable_whatever_the_seed(engine: Engine, tokenizer: Any) -> None:
-    assert (
-        ids(engine, tokenizer) == ids(engine, tokenizer, seed=1) == ids(engine, tokenizer, seed=2)
-    )
+    assert ids(engine, tokenizer, seed=1) == ids(engine, tokenizer, seed=2)
 
 
 def test_a_seed_makes_sampling_repeatable(engine: Engine, tokenizer: Any) -> None:
@@ -112,6 +110,7 @@ def shares(temperature: float, top_p: float, draws: int = 4000) -> list[float]:
         (1.0, 0.4, [0, 1, 0, 0]),
         (0.5, 1.0, [0.01 / 0.345, 0.25 / 0.345, 0.0225 / 0.345, 0.0625 / 0.345]),
         (1e9, 1.0, [0.25] * 4),
+        (1e-45, 1.0, [0, 1, 0, 0]),
     ],
 )
 def test_tokens_are_drawn_by_their_probability(
@@ -130,6 +129,8 @@ def test_tokens_are_drawn_by_their_probability(
         ({"top_p": 0.0}, "top-p 0 above 0 and at most 1"),
         ({"top_p": 1.01}, "top-p 1.01 above 0"),
         ({"top_p": float("nan")}, "top-p nan above 0"),
+        ({"seed": -1}, "seed -1 must be from 0 to"),
+        ({"seed": 2**64}, "must be from 0 to"),
         ({"max_tokens": 0}, "max-tokens 0 must be 1 or more"),
     ],
 )
@@ -140,7 +141,7 @@ def test_settings_out_of_range_are_named(
         next(stream(engine, tokenizer, [5], **settings))
 
 
-# --- where a text ends -------------------------------------------------------------------------------
+# --- where a text ends ----------------------------------------------------------------------------
 
 
 def test_the_length_ends_a_text(engine: Engine, tokenizer: Any) -> None:
@@ -155,7 +156,7 @@ def test_a_stop_token_ends_a_text_and_is_not_part_of_it(tokenizer: Any) -> None:
     assert all(token.text for token in tokens[:-1])
 
 
-@pytest.mark.parametrize("prompt", [1, CONTEXT - 20, CONTEXT - 1])
+@pytest.mark.parametrize("prompt", [CONTEXT - 8, CONTEXT - 1])
 def test_the_context_ends_a_text(engine: Engine, tokenizer: Any, prompt: int) -> None:
     tokens = list(stream(engine, tokenizer, [5] * prompt, max_tokens=1000))
     assert tokens[-1].finish == "context"
@@ -190,7 +191,7 @@ def test_stop_tokens_are_asked_for_by_id_or_text(model: Path, tokenizer: Any) ->
         stop_ids(model, tokenizer, ["<end>"])
 
 
-# --- prompts -----------------------------------------------------------------------------------------
+# --- prompts --------------------------------------------------------------------------------------
 
 
 def test_prompts_begin_with_the_start_token(tokenizer: Any) -> None:
@@ -222,7 +223,7 @@ def test_a_chat_without_template_is_refused(model: Path, tmp_path: Path) -> None
         generate(folder, prompt=PROMPT, chat=True, threads=1)
 
 
-# --- text in pieces ----------------------------------------------------------------------------------
+# --- text in pieces -------------------------------------------------------------------------------
 
 TEXTS = [
     "naïve café, 12 €",
@@ -260,7 +261,7 @@ def test_any_tokens_stream(tokenizer: Any, new: list[int], data: st.DataObject) 
     assert [token.id for token in tokens] == new
 
 
-# --- generate ----------------------------------------------------------------------------------------
+# --- generate -------------------------------------------------------------------------------------
 
 
 def test_generate_prints_the_text_and_returns_the_figures(
@@ -290,3 +291,8 @@ def test_generate_reads_the_prompt_from_standard_input(
     monkeypatch.setattr("sys.stdin", SimpleNamespace(read=lambda: PROMPT))
     piped = generate(model, prompt="-", max_tokens=5, threads=1)
     assert (piped.text, piped.prompt_tokens) == (given_prompt.text, given_prompt.prompt_tokens)
+
+
+def test_a_prompt_that_is_no_text_is_refused(model: Path) -> None:
+    with pytest.raises(TurboSparseError, match="the prompt is not valid UTF-8"):
+        generate(model, prompt=b"\xff".decode(errors="surrogateescape"), threads=1)

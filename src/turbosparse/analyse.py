@@ -96,7 +96,7 @@ class Stats:
                 return cls(
                     *(file.get_tensor(n) for n in ("active", "gate_positive", "tokens")), **about
                 )
-        except (SafetensorError, OSError, KeyError, TypeError) as error:
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise TurboSparseError(
                 f"{path} is no statistics file ({error}); make one with `turbosparse analyse`"
             ) from error

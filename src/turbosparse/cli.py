@@ -47,7 +47,9 @@ app = App(
     help_epilogue="Every verb takes --json: its result as one JSON document, last line of stdout.",
     version=__version__,
     result_action="return_value",
+    suppress_keyboard_interrupt=False,  # `main` reports it
 )
+app.meta.suppress_keyboard_interrupt = False
 for _verb, (_target, _help) in VERBS.items():
     app.command(_target, name=_verb, help=_help)
 
@@ -59,7 +61,7 @@ def _launch(
 ) -> None:
     """Run one verb and show its result."""
     result = app(tokens, exit_on_error=False, print_error=False)
-    if result is None:
+    if result is None or os.environ.get("RANK", "0") != "0":  # torchrun: one process speaks
         return
     if as_json:
         print(json.dumps(result if isinstance(result, str) else dataclasses.asdict(result)))
@@ -77,15 +79,18 @@ def main() -> NoReturn:
     # a stop by a supervisor unwinds like Ctrl-C, so that nothing half-written is left behind
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
-        app.meta(result_action="return_value")
+        app.meta(sys.argv[1:], result_action="return_value")
         sys.stdout.flush()
     except (TurboSparseError, CycloptsError) as error:
         _fail(" ".join(str(error).split()), 2)
-    except KeyboardInterrupt:
-        _fail("interrupted", 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(141)
+    except OSError as error:
+        where = f" ({error.filename})" if error.filename else ""
+        _fail(f"{error.strerror or error}{where}", 1)
+    except KeyboardInterrupt:
+        _fail("interrupted", 130)
     sys.exit(0)
 
 

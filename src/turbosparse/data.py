@@ -152,7 +152,8 @@ def _row_text(line: str, template: str, where: str) -> str:
     except json.JSONDecodeError as error:
         raise TurboSparseError(f"{where} is not valid JSON: {error}") from error
     try:
-        return template.format_map(row)
+        present = {key: "" if value is None else value for key, value in row.items()}
+        return template.format_map(present)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
         fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
         raise TurboSparseError(

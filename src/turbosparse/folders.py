@@ -102,21 +102,30 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
     try:
-        work.chmod(0o755)
-        yield work
-        if out.exists():
-            out.rmdir()
-        work.rename(out)
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            free = shutil.disk_usage(out.parent).free
-            raise TurboSparseError(
-                f"disk full while writing {out} ({free / 1e9:.2f} GB free in {out.parent}); "
-                "free some space or choose another place"
-            ) from error
-        raise
+        with named_disk_errors(out):
+            work.chmod(0o755)
+            yield work
+            if out.exists():
+                out.rmdir()
+            work.rename(out)
     finally:
         shutil.rmtree(work, ignore_errors=True)
+
+
+@contextmanager
+def named_disk_errors(out: Path) -> Iterator[None]:
+    """Turn a full disk, in whatever exception a library wraps it, into a `TurboSparseError`."""
+    try:
+        yield
+    except Exception as error:
+        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if not full and "No space left on device" not in str(error):
+            raise
+        free = shutil.disk_usage(out.parent).free
+        raise TurboSparseError(
+            f"disk full while writing {out} ({free / 1e9:.2f} GB free in {out.parent}); "
+            "free some space or choose another place"
+        ) from error
 
 
 def check_free(out: str | Path) -> None:

@@ -11,9 +11,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import torch
+from cyclopts import Parameter
 from torch import Tensor
 
 from turbosparse.engine import Engine, Mode, Road
@@ -94,6 +95,8 @@ def stream(
             f"temperature {temperature:g} must be 0 or more, "
             f"and top-p {top_p:g} above 0 and at most 1"
         )
+    if seed is not None and not 0 <= seed < 2**63:
+        raise TurboSparseError(f"seed {seed} must be from 0 to {2**63 - 1}")
     random = torch.Generator()
     random.manual_seed(seed) if seed is not None else random.seed()
     text = DecodeStream(ids=prompt, skip_special_tokens=True)
@@ -122,7 +125,9 @@ def choose(logits: Tensor, temperature: float, top_p: float, random: torch.Gener
     """Pick a token from ``[vocabulary]`` logits: greedy, or nucleus sampling."""
     if temperature == 0:
         return int(logits.argmax())
-    probabilities, ids = (logits / temperature).softmax(-1).sort(descending=True)
+    # in doubles and from the largest down: no temperature, however low, overflows
+    scaled = (logits - logits.max()).double() / temperature
+    probabilities, ids = scaled.float().softmax(-1).sort(descending=True)
     before = probabilities.cumsum(-1) - probabilities
     probabilities = torch.where(before < top_p, probabilities, 0.0)  # the likeliest always stays
     return int(ids[torch.multinomial(probabilities, 1, generator=random)])
@@ -131,7 +136,7 @@ def choose(logits: Tensor, temperature: float, top_p: float, random: torch.Gener
 def generate(
     model: Path,
     *,
-    prompt: str,
+    prompt: Annotated[str, Parameter(allow_leading_hyphen=True)],
     max_tokens: int = 256,
     temperature: float = 0.0,
     top_p: float = 1.0,
@@ -171,7 +176,7 @@ def generate(
     """
     engine = Engine(model, road=road, mode=mode, threads=threads)
     tokenizer = load_tokenizer(model)
-    ids = prompt_ids(tokenizer, sys.stdin.read() if prompt == "-" else prompt, chat=chat)
+    ids = prompt_ids(tokenizer, _read(prompt), chat=chat)
     stop = stop_ids(model, tokenizer, stop_token or [], chat=chat)
     tokens: list[Token] = []
     for token in stream(
@@ -189,6 +194,15 @@ def generate(
         sys.stdout.flush()
     sys.stdout.write("\n")
     return summarise(tokens, len(ids), engine.describe())
+
+
+def _read(prompt: str) -> str:
+    try:
+        text = sys.stdin.read() if prompt == "-" else prompt
+        text.encode()
+    except UnicodeError as error:
+        raise TurboSparseError(f"the prompt is not valid UTF-8: {error}") from error
+    return text
 
 
 def summarise(tokens: list[Token], prompt_tokens: int, ran: str) -> Generated:

@@ -20,7 +20,14 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from turbosparse.convert import Activation
 from turbosparse.data import Mixture
-from turbosparse.folders import TurboSparseError, check_free, new_file, new_folder, write_json
+from turbosparse.folders import (
+    TurboSparseError,
+    check_free,
+    named_disk_errors,
+    new_file,
+    new_folder,
+    write_json,
+)
 
 
 class Recipe(BaseModel):
@@ -156,7 +163,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path) -> Trained:
         train_dataset=stream,
         log_file=work / "log.jsonl",
     )
-    with quiet():
+    with quiet(), named_disk_errors(work):
         result = trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     model.config.use_cache = True
 

@@ -1,0 +1,111 @@
+"""Every road against the formula, on awkward shapes and at every sparsity."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from torch.nn.functional import relu, silu
+
+from turbosparse import ops
+from turbosparse.folders import TurboSparseError
+from turbosparse.quant import QUANTS, dequantise, quantise
+
+SAME_SUM = 2e-5  # relative RMS of float32 sums against float64, where terms may cancel
+
+FORMULAS = {
+    "drelu": lambda g, u: relu(g) * relu(u),
+    "reglu": lambda g, u: relu(g) * u,
+    "relu": lambda g, u: relu(u),  # noqa: ARG005
+    "swiglu": lambda g, u: silu(g) * u,
+}
+
+
+def make_ffn(
+    neurons: int, hidden: int, quant: str, lean: float
+) -> tuple[np.ndarray, list[torch.Tensor]]:
+    """Records of random weights and the matrices they stand for; `lean` shifts the gates.
+
+    Gates and ups lean against feature 0, which inputs set to 1: −∞ makes every neuron inactive.
+    """
+    generator = torch.Generator().manual_seed(neurons * 1000 + hidden)
+    parts = list(torch.randn(3, neurons, hidden, generator=generator) / hidden**0.5)
+    parts[0][:, 0], parts[1][:, 0] = lean, lean
+    packed = [quantise(part, quant) for part in parts]
+    return torch.cat(packed, 1).numpy(), [dequantise(p, quant, hidden) for p in packed]
+
+
+def inputs(tokens: int, hidden: int) -> torch.Tensor:
+    x = torch.randn(tokens, hidden, generator=torch.Generator().manual_seed(tokens))
+    x[:, 0] = 1.0
+    return x
+
+
+def relative_rms(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value - truth).norm() / truth.norm().clamp(min=1e-30))
+
+
+@pytest.mark.parametrize("road", ops.ROADS)
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize(
+    ("neurons", "hidden", "tokens"), [(1, 32, 1), (7, 96, 3), (63, 544, 2), (1023, 64, 5)]
+)
+@pytest.mark.parametrize("lean", [3.0, 0.0, -1.0, -50.0])
+def test_ffn_is_the_formula(
+    road: str, quant: str, neurons: int, hidden: int, tokens: int, lean: float
+) -> None:
+    records, (gate, up, down) = make_ffn(neurons, hidden, quant, lean)
+    x = inputs(tokens, hidden)
+    for activation, formula in FORMULAS.items():
+        g, u = (x.double() @ gate.double().T), (x.double() @ up.double().T)
+        combined = formula(g, u)
+        truth = (combined @ down.double()).float()
+        ffn = ops.road(road).Neurons(records, hidden, quant, activation, 2)
+        for exact in (False, True) if activation != "swiglu" else (False,):
+            y, counts = ffn.forward(x, exact=exact)
+            assert relative_rms(y, truth) < SAME_SUM, (activation, exact)
+            first = combined if activation == "relu" else g
+            assert (
+                counts.tolist()
+                == torch.stack(((first > 0).sum(1), (combined != 0).sum(1)), 1).tolist()
+            )
+
+
+@pytest.mark.parametrize("road", ops.ROADS)
+def test_a_single_active_neuron(road: str) -> None:
+    neurons, hidden = 63, 64
+    gate, up, down = (
+        -torch.ones(neurons, hidden),
+        torch.ones(neurons, hidden),
+        torch.rand(neurons, hidden),
+    )
+    gate[41] = 1.0
+    records = torch.cat([quantise(part, "f16") for part in (gate, up, down)], 1).numpy()
+    x = torch.rand(1, hidden)
+    y, counts = ops.road(road).Neurons(records, hidden, "f16", "drelu", 2).forward(x, exact=True)
+    assert counts.tolist() == [[1, 1]]
+    assert relative_rms(y, x.sum() ** 2 * down[41].half().float()[None]) < SAME_SUM
+
+
+@pytest.mark.parametrize("road", ops.ROADS)
+def test_swiglu_refuses_exact_mode(road: str) -> None:
+    records, _ = make_ffn(7, 32, "q8", 0.0)
+    ffn = ops.road(road).Neurons(records, 32, "q8", "swiglu", 1)
+    with pytest.raises(ValueError, match="dense mode"):
+        ffn.forward(inputs(1, 32), exact=True)
+
+
+@pytest.mark.parametrize("road", ops.ROADS)
+@pytest.mark.parametrize("quant", QUANTS)
+def test_matrix_product_and_rows(road: str, quant: str) -> None:
+    packed = quantise(torch.randn(63, 1056), quant)
+    weight = dequantise(packed, quant, 1056)
+    matrix = ops.road(road).Matrix(packed.numpy(), 1056, quant, 2)
+    x = torch.randn(3, 1056)
+    assert relative_rms(matrix.matmul(x), (x.double() @ weight.double().T).float()) < SAME_SUM
+    assert torch.equal(matrix.rows([5, 62, 5]), weight[[5, 62, 5]])
+
+
+def test_an_unknown_road_is_named() -> None:
+    with pytest.raises(TurboSparseError, match="road 'tpu' is unknown; use torch, cpu"):
+        ops.road("tpu")
