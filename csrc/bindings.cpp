@@ -1,20 +1,11 @@
 // Python's view of the core: checks what comes in, releases the GIL, calls.
-#include <nanobind/nanobind.h>
-#include <nanobind/ndarray.h>
-
-#include <stdexcept>
-#include <string>
-
-#include "matrix.h"
+#include "bindings.h"
 
 namespace nb = nanobind;
 using nb::literals::operator""_a;
 
 namespace {
 
-template <typename T, int Dims>
-using Array = nb::ndarray<T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
-using Bytes = Array<const uint8_t, 2>;
 using Input = Array<const float, 2>;
 using Output = Array<float, 2>;
 using Counts = Array<int32_t, 2>;
@@ -22,16 +13,6 @@ using Counts = Array<int32_t, 2>;
 constexpr int kMaxThreads = 1024;
 constexpr const char* kQuants[] = {"f16", "q8", "q4"};  // in the order of Quant
 constexpr const char* kActivations[] = {"drelu", "reglu", "relu", "swiglu"};  // of Activation
-
-// The core's views, each with the array whose bytes it points into.
-struct OwningMatrix : Matrix {
-  Bytes owner;
-};
-struct OwningNeurons : Neurons {
-  Bytes owner;
-};
-
-[[noreturn]] void fail(const std::string& message) { throw std::invalid_argument(message); }
 
 template <typename Enum, size_t N>
 Enum parse(const char* what, const std::string& name, const char* const (&names)[N]) {
@@ -51,11 +32,6 @@ void check_shape(const char* what, const Array<T, 2>& array, size_t rows, size_t
   if (array.shape(0) == rows && array.shape(1) == cols) return;
   fail(std::string(what) + " has shape " + text(array.shape(0), array.shape(1)) + ", expected " +
        text(rows, cols));
-}
-
-void check_threads(int threads) {
-  if (threads >= 1 && threads <= kMaxThreads) return;
-  fail("threads is " + std::to_string(threads) + ", expected 1 to " + std::to_string(kMaxThreads));
 }
 
 // `parts` rows of `cols` weights lie side by side in each row of `data`.
@@ -119,6 +95,11 @@ void forward(const OwningNeurons& self, Input x, Output out, Counts counts, bool
 
 }  // namespace
 
+void check_threads(int threads) {
+  if (threads >= 1 && threads <= kMaxThreads) return;
+  fail("threads is " + std::to_string(threads) + ", expected 1 to " + std::to_string(kMaxThreads));
+}
+
 // .noconvert() everywhere: without it nanobind fills a copy of an unfit `out`, and the result is
 // lost without an error.
 NB_MODULE(_core, m) {
@@ -136,4 +117,5 @@ NB_MODULE(_core, m) {
       .def("forward", &forward, "x"_a.noconvert(), "out"_a.noconvert(), "counts"_a.noconvert(),
            "exact"_a, "threads"_a,
            "out[T, hidden] = FFN(x); counts[T, 2] = positive gates, Combined not zero");
+  bind_decoder(m);
 }

@@ -293,6 +293,13 @@ def test_generate_reads_the_prompt_from_standard_input(
     assert (piped.text, piped.prompt_tokens) == (given_prompt.text, given_prompt.prompt_tokens)
 
 
+@pytest.mark.parametrize("setting", [{"mode": "sparse"}, {"road": "gpu"}])
+def test_an_unknown_mode_or_road_is_refused(model: Path, setting: dict[str, str]) -> None:
+    ((name, value),) = setting.items()
+    with pytest.raises(TurboSparseError, match=f"{name} '{value}' is unknown; use"):
+        generate(model, prompt=PROMPT, **setting)
+
+
 def test_a_prompt_that_is_no_text_is_refused(model: Path) -> None:
     with pytest.raises(TurboSparseError, match="the prompt is not valid UTF-8"):
         generate(model, prompt=b"\xff".decode(errors="surrogateescape"), threads=1)

@@ -21,7 +21,8 @@ from turbosparse.unpack import state_dict
 
 TOKENS = 100
 PROMPT = list(range(20, 20 + WINDOW + 6))  # already beyond the sliding window
-SAME_LOGITS = 1e-4  # relative RMS between float32 roads, which sum in another order
+SAME_LOGITS = 5e-4  # relative RMS between roads: sums in another order, and what rounds to a half
+CLEAR = 5e-3  # logits: a greedy text is compared if no choice in it was closer than this
 
 Make = Callable[..., Path]
 
@@ -84,13 +85,23 @@ def fuse_experts(tensors: dict[str, torch.Tensor], config: object) -> dict[str, 
 
 
 @torch.inference_mode()
-def hf_greedy(model: torch.nn.Module, prompt: list[int]) -> list[int]:
-    """Greedy tokens of transformers, the whole text read anew for each."""
-    tokens = list(prompt)
-    for _ in range(TOKENS):
-        logits = model(torch.tensor([tokens]), use_cache=False).logits[0, -1]
-        tokens.append(int(logits.argmax()))
-    return tokens[len(prompt) :]
+def hf_greedy(model: torch.nn.Module) -> tuple[list[int], list[int]]:
+    """A prompt and the greedy tokens of transformers, the whole text read anew for each.
+
+    Of several prompts it takes the first that leads to no near tie: a half-precision cache, or sums
+    in another order, may then not change the text.
+    """
+    for first in range(60):
+        prompt = [token + first for token in PROMPT]
+        tokens = list(prompt)
+        while len(tokens) < len(prompt) + TOKENS:
+            best = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].topk(2)
+            if best.values[0] - best.values[1] < CLEAR:
+                break
+            tokens.append(int(best.indices[0]))
+        else:
+            return prompt, tokens[len(prompt) :]
+    raise AssertionError("every prompt leads to a near tie")
 
 
 def engine_greedy(engine: Engine, prompt: list[int], chunk: int = 512) -> list[int]:
@@ -109,12 +120,12 @@ def test_every_road_and_mode_prints_the_tokens_of_transformers(
     packed: Make, family: str, quant: str
 ) -> None:
     folder = packed(family, quant)
-    truth = hf_greedy(dequantised_hf_model(folder), PROMPT)
+    prompt, truth = hf_greedy(dequantised_hf_model(folder))
     assert len(set(truth)) > 5, "a text that repeats one token would prove little"
     for road in ROADS:
         for mode in ("dense", "exact"):
             engine = Engine(folder, road=road, mode=mode)
-            assert engine_greedy(engine, PROMPT) == truth, (road, mode)
+            assert engine_greedy(engine, prompt) == truth, (road, mode)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "reglu", "relu"])
@@ -123,12 +134,12 @@ def test_the_other_activations_print_the_tokens_of_transformers(
     packed: Make, family: str, activation: str
 ) -> None:
     folder = packed(family, "q8", activation)
-    truth = hf_greedy(dequantised_hf_model(folder), PROMPT)
+    prompt, truth = hf_greedy(dequantised_hf_model(folder))
     modes = ("dense",) if activation == "swiglu" else ("dense", "exact")
     for road in ROADS:
         for mode in modes:
             engine = Engine(folder, road=road, mode=mode)
-            assert engine_greedy(engine, PROMPT) == truth, (road, mode)
+            assert engine_greedy(engine, prompt) == truth, (road, mode)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -139,7 +150,7 @@ def test_f16_logits_are_those_of_the_source_model(packed: Make, sparse: Make, fa
         truth = source(torch.tensor([PROMPT])).logits[0]
     engine = Engine(packed(family, "f16"), road="torch", mode="dense")
     logits, _ = engine.decoder(PROMPT, engine.new_cache(), exact=False, every=True)
-    assert relative_rms(logits, truth) < 2e-3
+    assert relative_rms(logits, truth) < 3e-3
 
 
 @pytest.mark.parametrize("road", ROADS)
@@ -177,8 +188,9 @@ def test_counts_are_those_of_the_analysis(packed: Make, sparse: Make, corpus: Pa
     tokens = tokenizer(text)["input_ids"][:-1]  # the last token predicts nothing
     engine = Engine(folder, road="cpu")
     _, counts = engine.decoder(tokens, engine.new_cache(), exact=True)
-    assert counts[..., 0].sum(1).tolist() == stats.gate_positive.sum((1, 2)).tolist()
-    assert counts[..., 1].sum(1).tolist() == stats.active.sum((1, 2)).tolist()
+    expected = torch.stack((stats.gate_positive.sum((1, 2)), stats.active.sum((1, 2))), 1)
+    # the half-precision cache may turn the sign of a pre-activation near zero
+    assert (counts.sum(1) - expected).abs().max() <= 0.002 * expected.max()
 
 
 def test_neurons_stand_hot_first(packed: Make, sparse: Make, corpus: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""The C++ core (csrc/bindings.cpp). Arrays are taken as they are: another dtype or stride raises."""
+"""The C++ core. Arrays are taken as they are: another dtype or stride raises."""
 
 from typing import Any
 
@@ -24,4 +24,45 @@ class Neurons:
         counts: NDArray[np.int32],
         exact: bool,
         threads: int,
+    ) -> None: ...
+
+class Cache:
+    length: int
+
+class Layer:
+    def __init__(
+        self,
+        matrices: list[Matrix],
+        biases: list[NDArray[np.float32] | None],
+        attention_norm: NDArray[np.float32],
+        ffn_norm: NDArray[np.float32],
+        router: NDArray[np.float32] | None,
+        ffns: list[Neurons],
+        window: int,
+    ) -> None: ...
+
+class Decoder:
+    def __init__(
+        self,
+        embedding: Matrix,
+        head: Matrix,
+        norm: NDArray[np.float32],
+        layers: list[Layer],
+        frequencies: NDArray[Any],
+        rope_scale: float,
+        heads: int,
+        kv_heads: int,
+        experts_used: int,
+        norm_eps: float,
+    ) -> None: ...
+    def new_cache(self) -> Cache: ...
+    def step(
+        self,
+        caches: list[Cache],
+        tokens: list[NDArray[np.int32]],
+        every: bool,
+        exact: bool,
+        threads: int,
+        logits: NDArray[np.float32],
+        counts: NDArray[np.int32],
     ) -> None: ...

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
+from turbosparse import model, native
 from turbosparse.folders import TurboSparseError
 from turbosparse.format import Packed
-from turbosparse.model import Cache, Decoder
 
 Road = Literal["auto", "torch", "cpu"]
 Mode = Literal["auto", "dense", "exact"]
@@ -29,6 +29,23 @@ class Step:
     logits: Tensor
     active: float
     gate_positive: float
+
+
+class Cache(Protocol):
+    """The state of one sequence, of the kind that its decoder made."""
+
+    @property
+    def length(self) -> int: ...
+
+
+class Decoder(Protocol):
+    """What `model.Decoder` and `native.Decoder` have in common."""
+
+    def new_cache(self, context: int) -> Any: ...
+
+    def __call__(
+        self, tokens: list[int], cache: Any, *, exact: bool, every: bool = False
+    ) -> tuple[Tensor, Tensor]: ...
 
 
 class Engine:
@@ -54,6 +71,8 @@ class Engine:
         mode: Mode = "auto",
         threads: int | None = None,
     ):
+        if mode not in get_args(Mode):
+            raise TurboSparseError(f"mode {mode!r} is unknown; use {', '.join(get_args(Mode))}")
         self.packed = Packed(folder)
         sparse = self.packed.activation != "swiglu"
         if mode == "exact" and not sparse:
@@ -65,7 +84,11 @@ class Engine:
         self.threads = threads_to_use(threads)
         self.config = self.packed.config
         self.context = int(self.config.max_position_embeddings)
-        self.decoder = Decoder(self.packed, road=self.road, threads=self.threads)
+        self.decoder: Decoder
+        if self.road == "cpu":
+            self.decoder = native.Decoder(self.packed, threads=self.threads)
+        else:
+            self.decoder = model.Decoder(self.packed, road=self.road, threads=self.threads)
 
     def describe(self) -> str:
         return (
@@ -74,10 +97,22 @@ class Engine:
         )
 
     def new_cache(self) -> Cache:
-        return Cache(self.config, self.context)
+        cache: Cache = self.decoder.new_cache(self.context)
+        return cache
 
     def step(self, tokens: list[int], cache: Cache) -> Step:
-        """Read `tokens` after what `cache` holds and return the logits that follow."""
+        """Read `tokens` after what `cache` holds and return the logits that follow.
+
+        Raises:
+            TurboSparseError: a token outside the vocabulary, or a full context.
+        """
+        vocabulary = self.config.vocab_size
+        foreign = [token for token in tokens if not 0 <= token < vocabulary]
+        if foreign:
+            raise TurboSparseError(
+                f"token {foreign[0]} is outside the model's vocabulary of {vocabulary}; "
+                "use the tokenizer that belongs to the model"
+            )
         logits, counts = self.decoder(tokens, cache, exact=self.mode == "exact")
         # a token of a MoE model uses the neurons of several experts
         used = self.config.intermediate_size * getattr(self.config, "num_experts_per_tok", 1)

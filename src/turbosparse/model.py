@@ -1,8 +1,8 @@
 """The decoder over a packed folder, in PyTorch: the readable twin of any faster one.
 
 Shapes: T tokens of one sequence, S positions in the cache, H hidden, N query heads, K key-value
-heads, D head. All arithmetic is float32; the matrices and the feed-forwards are those of a road
-(`turbosparse.ops`).
+heads, D head. All arithmetic is float32, the cache holds halves; the matrices and the feed-forwards are
+those of a road (`turbosparse.ops`).
 """
 
 from __future__ import annotations
@@ -46,6 +46,9 @@ class Decoder:
         tied = config.tie_word_embeddings
         self.head = self.embedding if tied else self._matrix(names.HEAD, config.hidden_size)
         self.rope = Rope(config)
+
+    def new_cache(self, context: int) -> Cache:
+        return Cache(self.config, context)
 
     @torch.inference_mode()
     def __call__(
@@ -207,12 +210,12 @@ class Rotation:
 
 
 class Cache:
-    """Keys and values of one sequence, ``[K, S, D]`` per layer, growing up to the context."""
+    """Keys and values of one sequence in half precision, ``[K, S, D]`` per layer."""
 
     def __init__(self, config: Any, context: int):
         heads, head = config.num_key_value_heads, names.config_head_dim(config)
         self.context, self.length = context, 0
-        self._store = torch.empty(config.num_hidden_layers, 2, heads, 0, head)
+        self._store = torch.empty(config.num_hidden_layers, 2, heads, 0, head, dtype=torch.half)
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Add the T newest positions of a layer; return all."""
@@ -223,12 +226,12 @@ class Cache:
             self._grow(end)
         both = self._store[layer]
         both[0, :, self.length : end], both[1, :, self.length : end] = keys, values
-        return both[0, :, :end], both[1, :, :end]
+        return both[0, :, :end].float(), both[1, :, :end].float()
 
     def _grow(self, end: int) -> None:
         room = min(self.context, max(64, 2 * end))
         layers, two, heads, _, head = self._store.shape
-        store = torch.empty(layers, two, heads, room, head)
+        store = torch.empty(layers, two, heads, room, head, dtype=torch.half)
         store[:, :, :, : self.length] = self._store[:, :, :, : self.length]
         self._store = store
 

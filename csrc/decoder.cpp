@@ -1,0 +1,268 @@
+#include "decoder.h"
+
+#include <algorithm>
+#include <cmath>
+#include <numeric>
+
+#include "half.h"
+#include "threads.h"
+
+struct Decoder::Position {
+  Cache* cache;
+  int place;  // in its sequence
+};
+
+void Cache::reserve(int end) {
+  const size_t page = size_t{2} * layers_ * shape_.kv_heads * kPage * shape_.head;
+  while (static_cast<int>(pages_.size()) * kPage < end) {
+    pages_.push_back(std::unique_ptr<uint16_t[]>(new uint16_t[page]));
+  }
+}
+
+uint16_t* Cache::at(int layer, int part, int kv_head, int position) const {
+  const int64_t row = (int64_t{2} * layer + part) * shape_.kv_heads + kv_head;
+  return pages_[position / kPage].get() + (row * kPage + position % kPage) * shape_.head;
+}
+
+Decoder::Decoder(const Shape& shape, const Matrix& embedding, const Matrix& head, const float* norm,
+                 std::vector<Layer> layers, std::vector<float> frequencies, float rope_scale)
+    : shape_(shape),
+      embedding_(embedding),
+      head_(head),
+      norm_(norm),
+      layers_(std::move(layers)),
+      frequencies_(std::move(frequencies)),
+      rope_scale_(rope_scale) {}
+
+Decoder::~Decoder() = default;
+
+void Decoder::step(const std::vector<Sequence>& sequences, bool every, bool exact, int threads,
+                   float* logits, int32_t* counts) {
+  begin(sequences, threads);
+  for (size_t layer = 0; layer < layers_.size(); ++layer) {
+    attend(static_cast<int>(layer));
+    feed_forward(layers_[layer], exact, counts + layer * tokens_ * 2);
+  }
+  for (const Sequence& sequence : sequences) sequence.cache->advance(sequence.count);
+  if (!every) keep_last(sequences);
+  normalise(norm_);
+  head_.matmul(normed_.data(), logits, tokens_, threads_);
+}
+
+// Reads the embeddings, finds the places and their rotations, and makes room in the caches.
+void Decoder::begin(const std::vector<Sequence>& sequences, int threads) {
+  threads_ = threads;
+  positions_.clear();
+  x_.clear();
+  for (const Sequence& sequence : sequences) {
+    sequence.cache->reserve(sequence.cache->length() + sequence.count);
+    for (int i = 0; i < sequence.count; ++i) {
+      positions_.push_back({sequence.cache, sequence.cache->length() + i});
+      x_.resize(positions_.size() * shape_.hidden);
+      embedding_.row(sequence.tokens[i], &x_[x_.size() - shape_.hidden]);
+    }
+  }
+  tokens_ = static_cast<int>(positions_.size());
+
+  const size_t half = frequencies_.size();
+  cos_.resize(tokens_ * half);
+  sin_.resize(tokens_ * half);
+  for (int t = 0; t < tokens_; ++t) {
+    for (size_t i = 0; i < half; ++i) {
+      const float angle = static_cast<float>(positions_[t].place) * frequencies_[i];
+      cos_[t * half + i] = std::cos(angle) * rope_scale_;
+      sin_[t * half + i] = std::sin(angle) * rope_scale_;
+    }
+  }
+}
+
+// Leaves of the residual stream only the last token of each sequence.
+void Decoder::keep_last(const std::vector<Sequence>& sequences) {
+  int last = -1, kept = 0;
+  for (const Sequence& sequence : sequences) {
+    last += sequence.count;
+    std::copy_n(&x_[int64_t{last} * shape_.hidden], shape_.hidden,
+                &x_[int64_t{kept++} * shape_.hidden]);
+  }
+  tokens_ = kept;
+}
+
+// normed = RMSNorm(x)
+void Decoder::normalise(const float* weight) {
+  normed_.resize(x_.size());
+  const int hidden = shape_.hidden;
+  for (int t = 0; t < tokens_; ++t) {
+    const float* x = &x_[int64_t{t} * hidden];
+    float* out = &normed_[int64_t{t} * hidden];
+    const double square = std::inner_product(x, x + hidden, x, 0.0);
+    const float scale = 1 / std::sqrt(static_cast<float>(square / hidden) + shape_.norm_eps);
+    for (int i = 0; i < hidden; ++i) out[i] = x[i] * scale * weight[i];
+  }
+}
+
+// x += attention(norm(x))
+void Decoder::attend(int index) {
+  const Layer& layer = layers_[index];
+  normalise(layer.attention_norm);
+  project(layer.q, normed_, q_);
+  project(layer.k, normed_, k_);
+  project(layer.v, normed_, v_);
+  rotate(q_, shape_.heads);
+  rotate(k_, shape_.kv_heads);
+  for (int t = 0; t < tokens_; ++t) {
+    for (int head = 0; head < shape_.kv_heads; ++head) remember(index, t, head);
+  }
+  mixed_.resize(q_.size());
+  const int items = tokens_ * shape_.kv_heads;
+  const int threads = std::min(threads_, items);
+  parallel(threads, [&](int thread) {
+    for (int item = thread; item < items; item += threads) {
+      look(index, item / shape_.kv_heads, item % shape_.kv_heads);
+    }
+  });
+  project(layer.o, mixed_, y_);
+  for (size_t i = 0; i < x_.size(); ++i) x_[i] += y_[i];
+}
+
+// out = projection(in)
+void Decoder::project(const Projection& projection, const std::vector<float>& in,
+                      std::vector<float>& out) {
+  const int64_t rows = projection.matrix.rows;
+  out.resize(tokens_ * rows);
+  projection.matrix.matmul(in.data(), out.data(), tokens_, threads_);
+  if (!projection.bias) return;
+  for (int t = 0; t < tokens_; ++t) {
+    for (int64_t row = 0; row < rows; ++row) out[t * rows + row] += projection.bias[row];
+  }
+}
+
+// Turns each head's pairs (i, i + D/2) by the token's angles.
+void Decoder::rotate(std::vector<float>& x, int heads) const {
+  const int half = static_cast<int>(frequencies_.size());
+  for (int t = 0; t < tokens_; ++t) {
+    const float *cosine = &cos_[t * half], *sine = &sin_[t * half];
+    for (int head = 0; head < heads; ++head) {
+      float* left = &x[(int64_t{t} * heads + head) * shape_.head];
+      float* right = left + half;
+      for (int i = 0; i < half; ++i) {
+        const float a = left[i], b = right[i];
+        left[i] = a * cosine[i] - b * sine[i];
+        right[i] = b * cosine[i] + a * sine[i];
+      }
+    }
+  }
+}
+
+// Puts a token's key and value into its cache.
+void Decoder::remember(int layer, int token, int kv_head) {
+  const Position& position = positions_[token];
+  const int64_t from = (int64_t{token} * shape_.kv_heads + kv_head) * shape_.head;
+  uint16_t* key = position.cache->at(layer, 0, kv_head, position.place);
+  uint16_t* value = position.cache->at(layer, 1, kv_head, position.place);
+  for (int i = 0; i < shape_.head; ++i) {
+    key[i] = float_to_half(k_[from + i]);
+    value[i] = float_to_half(v_[from + i]);
+  }
+}
+
+// The attention of the query heads that share a key-value head, for one token.
+void Decoder::look(int layer, int token, int kv_head) {
+  const Position& position = positions_[token];
+  const int size = shape_.head, group = shape_.heads / shape_.kv_heads;
+  const int window = layers_[layer].window;
+  const int first = window ? std::max(0, position.place - window + 1) : 0;
+  const int seen = position.place - first + 1;
+  const int64_t at = (int64_t{token} * shape_.heads + int64_t{kv_head} * group) * size;
+  const float* query = &q_[at];
+  float* out = &mixed_[at];
+  const float scale = 1 / std::sqrt(static_cast<float>(size));
+
+  std::vector<float> row(size), scores(int64_t{group} * seen);
+  for (int s = 0; s < seen; ++s) {
+    const uint16_t* key = position.cache->at(layer, 0, kv_head, first + s);
+    for (int i = 0; i < size; ++i) row[i] = half_to_float(key[i]);
+    for (int h = 0; h < group; ++h) {
+      const float* q = query + int64_t{h} * size;
+      scores[int64_t{h} * seen + s] = scale * std::inner_product(q, q + size, row.begin(), 0.0f);
+    }
+  }
+  for (int h = 0; h < group; ++h) softmax(&scores[int64_t{h} * seen], seen);
+  std::fill_n(out, int64_t{group} * size, 0.0f);
+  for (int s = 0; s < seen; ++s) {
+    const uint16_t* value = position.cache->at(layer, 1, kv_head, first + s);
+    for (int i = 0; i < size; ++i) row[i] = half_to_float(value[i]);
+    for (int h = 0; h < group; ++h) {
+      const float share = scores[int64_t{h} * seen + s];
+      for (int i = 0; i < size; ++i) out[int64_t{h} * size + i] += share * row[i];
+    }
+  }
+}
+
+void Decoder::softmax(float* scores, int count) {
+  const float top = *std::max_element(scores, scores + count);
+  float sum = 0;
+  for (int i = 0; i < count; ++i) sum += scores[i] = std::exp(scores[i] - top);
+  for (int i = 0; i < count; ++i) scores[i] /= sum;
+}
+
+// x += ffn(norm(x))
+void Decoder::feed_forward(const Layer& layer, bool exact, int32_t* counts) {
+  normalise(layer.ffn_norm);
+  y_.resize(x_.size());
+  if (layer.router) {
+    mix_experts(layer, exact, counts);
+  } else {
+    layer.ffns[0].forward(normed_.data(), y_.data(), counts, tokens_, exact, threads_);
+  }
+  for (size_t i = 0; i < x_.size(); ++i) x_[i] += y_[i];
+}
+
+// y = Σ weight · expert(normed), over the experts that the router likes best: softmax over all, the
+// best few renormalised (Mixtral).
+void Decoder::mix_experts(const Layer& layer, bool exact, int32_t* counts) {
+  const int experts = static_cast<int>(layer.ffns.size()), hidden = shape_.hidden;
+  std::vector<std::vector<int>> chosen_by(experts);  // tokens of each expert
+  std::vector<float> weights(int64_t{tokens_} * experts);
+  for (int t = 0; t < tokens_; ++t) {
+    route(layer, t, &weights[int64_t{t} * experts]);
+    for (int e = 0; e < experts; ++e) {
+      if (weights[int64_t{t} * experts + e] > 0) chosen_by[e].push_back(t);
+    }
+  }
+  std::fill(y_.begin(), y_.end(), 0.0f);
+  std::fill_n(counts, tokens_ * 2, 0);
+  for (int e = 0; e < experts; ++e) {
+    const std::vector<int>& chosen = chosen_by[e];
+    if (chosen.empty()) continue;
+    std::vector<float> in(chosen.size() * hidden), out(in.size());
+    std::vector<int32_t> used(chosen.size() * 2);
+    for (size_t i = 0; i < chosen.size(); ++i) {
+      std::copy_n(&normed_[int64_t{chosen[i]} * hidden], hidden, &in[i * hidden]);
+    }
+    layer.ffns[e].forward(in.data(), out.data(), used.data(), chosen.size(), exact, threads_);
+    for (size_t i = 0; i < chosen.size(); ++i) {
+      const float weight = weights[int64_t{chosen[i]} * experts + e];
+      float* y = &y_[int64_t{chosen[i]} * hidden];
+      for (int j = 0; j < hidden; ++j) y[j] += weight * out[i * hidden + j];
+      for (int j = 0; j < 2; ++j) counts[2 * chosen[i] + j] += used[2 * i + j];
+    }
+  }
+}
+
+// The weight of each expert for a token; 0 for those that it does not use.
+void Decoder::route(const Layer& layer, int token, float* weights) const {
+  const int experts = static_cast<int>(layer.ffns.size()), hidden = shape_.hidden;
+  const float* x = &normed_[int64_t{token} * hidden];
+  for (int e = 0; e < experts; ++e) {
+    weights[e] = std::inner_product(x, x + hidden, layer.router + int64_t{e} * hidden, 0.0f);
+  }
+  softmax(weights, experts);
+  std::vector<int> best(experts);
+  std::iota(best.begin(), best.end(), 0);
+  std::stable_sort(best.begin(), best.end(), [&](int a, int b) { return weights[a] > weights[b]; });
+  float sum = 0;
+  for (int i = 0; i < shape_.experts_used; ++i) sum += weights[best[i]];
+  for (int i = 0; i < experts; ++i) {
+    weights[best[i]] = i < shape_.experts_used ? weights[best[i]] / sum : 0;
+  }
+}

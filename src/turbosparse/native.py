@@ -1,0 +1,128 @@
+"""The decoder in C++ (`csrc/decoder.cpp`), with the interface of its twin in `model.py`."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from turbosparse import _core
+from turbosparse.folders import TurboSparseError
+from turbosparse.format import Packed, ffn_prefix
+from turbosparse.hf import names
+from turbosparse.model import Rope, sliding_window
+
+
+class Cache:
+    """Keys and values of one sequence, in half precision, growing by pages up to the context."""
+
+    def __init__(self, native: _core.Cache, context: int):
+        self.native, self.context = native, context
+
+    @property
+    def length(self) -> int:
+        return self.native.length
+
+
+class Decoder:
+    """A packed model, ready to run: one call into the C++ core for each step.
+
+    Raises:
+        TurboSparseError: a RoPE variant that is not supported.
+    """
+
+    def __init__(self, packed: Packed, *, threads: int):
+        config = packed.config
+        self.config, self.threads = config, threads
+        rope = Rope(config)
+        hidden = config.hidden_size
+        embedding = _matrix(packed, names.EMBEDDING, hidden)
+        head = embedding if config.tie_word_embeddings else _matrix(packed, names.HEAD, hidden)
+        self.vocabulary = embedding.rows
+        self._native = _core.Decoder(
+            embedding,
+            head,
+            packed.tensors[names.FINAL_NORM],
+            [_layer(packed, index) for index in range(config.num_hidden_layers)],
+            rope.frequencies.numpy(),
+            rope.scale,
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.num_experts_per_tok if names.experts(config) else 1,
+            config.rms_norm_eps,
+        )
+
+    def new_cache(self, context: int) -> Cache:
+        return Cache(self._native.new_cache(), context)
+
+    def __call__(
+        self, tokens: list[int], cache: Cache, *, exact: bool, every: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Read `tokens` after what the cache holds; see `model.Decoder`."""
+        return self.step([tokens], [cache], exact=exact, every=every)
+
+    def step(
+        self, tokens: list[list[int]], caches: list[Cache], *, exact: bool, every: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """Read the next tokens of several sequences; a weight row is read once for all of them.
+
+        Args:
+            tokens: of each sequence, at least one.
+            caches: of each sequence, all different.
+            exact: skip what is exactly zero in the feed-forwards.
+            every: return logits of every token, not only of the last of each sequence.
+
+        Returns:
+            Logits, float32 ``[sequences or tokens, vocabulary]``, and the neurons used, int32
+            ``[layers, tokens, 2]``: with positive gate, and active.
+
+        Raises:
+            TurboSparseError: a context is full; nothing was done then.
+        """
+        for new, cache in zip(tokens, caches, strict=True):
+            end = cache.length + len(new)
+            if end > cache.context:
+                raise TurboSparseError(f"{end} tokens do not fit the context of {cache.context}")
+        total = sum(map(len, tokens))
+        rows = total if every else len(tokens)
+        logits = np.empty((rows, self.vocabulary), np.float32)
+        counts = np.empty((self.config.num_hidden_layers, total, 2), np.int32)
+        self._native.step(
+            [cache.native for cache in caches],
+            [np.array(new, np.int32) for new in tokens],
+            every,
+            exact,
+            self.threads,
+            logits,
+            counts,
+        )
+        return torch.from_numpy(logits), torch.from_numpy(counts)
+
+
+def _matrix(packed: Packed, name: str, cols: int) -> _core.Matrix:
+    return _core.Matrix(packed.tensors[name], cols, packed.quant)
+
+
+def _layer(packed: Packed, index: int) -> _core.Layer:
+    config, tensors = packed.config, packed.tensors
+    shapes = names.attention(config, index)
+    weights = [name for name in shapes if name.endswith(".weight")]  # q, k, v, o
+    experts: list[int | None] = list(range(names.experts(config))) or [None]
+    prefix = f"model.layers.{index}."
+    return _core.Layer(
+        [_matrix(packed, name, shapes[name][1]) for name in weights],
+        [tensors.get(name.removesuffix("weight") + "bias") for name in weights],
+        tensors[f"{prefix}input_layernorm.weight"],
+        tensors[f"{prefix}post_attention_layernorm.weight"],
+        tensors[names.router(index)] if names.experts(config) else None,
+        [
+            _core.Neurons(
+                tensors[f"{ffn_prefix(index, expert)}ffn"],
+                config.hidden_size,
+                packed.quant,
+                packed.activation,
+            )
+            for expert in experts
+        ],
+        sliding_window(config, index) or 0,
+    )
