@@ -264,7 +264,7 @@ def test_statistics_of_another_model_are_refused(sparse: Make) -> None:
     Stats.empty(config).check(config)
     with pytest.raises(
         TurboSparseError,
-        match=r"neurons\] \[1, 1, 2\], this one has \[2, 4, 96\]; run `turbosparse analyse`",
+        match=r"active is \[1, 1, 2\] .* needs \[2, 4, 96\] torch\.int64; run `turbosparse",
     ):
         counted([[[1, 2]]], [[3]]).check(config)
 

@@ -176,7 +176,7 @@ def test_a_prompt_in_chunks_equals_token_by_token(packed: Make, family: str, roa
         assert relative_rms(logits, whole) < SAME_LOGITS
 
 
-def test_counts_are_those_of_the_analysis(packed: Make, sparse: Make, corpus: Path) -> None:
+def test_counts_are_those_of_the_analysis(packed: Make, corpus: Path) -> None:
     """The engine and `analyse` see the same neurons fire."""
     from turbosparse.analyse import measure
     from turbosparse.hf.load import load_tokenizer

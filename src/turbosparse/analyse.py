@@ -93,22 +93,33 @@ class Stats:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["turbosparse"])
-                return cls(
-                    *(file.get_tensor(n) for n in ("active", "gate_positive", "tokens")), **about
-                )
-        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+                counts = (file.get_tensor(n) for n in ("active", "gate_positive", "tokens"))
+                stats = cls(*counts, **about)
+            stats.nats_per_token()  # raises if these are no numbers
+            return stats
+        except (
+            SafetensorError,
+            OSError,
+            KeyError,
+            TypeError,
+            ValueError,
+            AttributeError,
+        ) as error:
             raise TurboSparseError(
                 f"{path} is no statistics file ({error}); make one with `turbosparse analyse`"
             ) from error
 
     def check(self, config: Any) -> None:
         """Raise unless these statistics are of a model of this shape."""
-        mine, expected = tuple(self.active.shape), tuple(Stats.empty(config).active.shape)
-        if mine != expected:
-            raise TurboSparseError(
-                f"the statistics are of a model with [layers, experts, neurons] {list(mine)}, "
-                f"this one has {list(expected)}; run `turbosparse analyse` on this model"
-            )
+        empty = Stats.empty(config)
+        for name in ("active", "gate_positive", "tokens"):
+            mine, expected = getattr(self, name), getattr(empty, name)
+            if (mine.shape, mine.dtype) != (expected.shape, expected.dtype):
+                raise TurboSparseError(
+                    f"the statistics are of another model: {name} is {list(mine.shape)} "
+                    f"{mine.dtype}, this model ([layers, experts, neurons]) needs "
+                    f"{list(expected.shape)} {expected.dtype}; run `turbosparse analyse` on it"
+                )
 
 
 @dataclass(frozen=True)

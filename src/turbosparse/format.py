@@ -91,13 +91,21 @@ class File(BaseModel):
 
 
 class Profile(BaseModel):
-    """What `analyse` saw of this model: ratios per layer and expert."""
+    """What `analyse` saw of this model: per layer and expert, ratios and the tokens that came."""
 
     model_config = ConfigDict(extra="forbid")
     tokens: int
     nats_per_token: float
     active: list[list[float]]
     gate_positive: list[list[float]]
+    expert_tokens: list[list[int]]
+
+    def per_layer(self, ratios: list[list[float]]) -> list[float]:
+        """The mean over a layer's experts, each weighted by its tokens."""
+        return [
+            sum(r * n for r, n in zip(ratio, tokens, strict=True)) / max(1, sum(tokens))
+            for ratio, tokens in zip(ratios, self.expert_tokens, strict=True)
+        ]
 
 
 class Header(BaseModel):

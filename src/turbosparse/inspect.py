@@ -5,6 +5,7 @@ turbosparse inspect mistral-q4
 
 from __future__ import annotations
 
+import statistics
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,8 +73,7 @@ def inspect(folder: Path) -> Inspection:
     config, header = packed.config, packed.header
     active = sparsity = None
     if header.profile:
-        rows = header.profile.active
-        active = sum(map(sum, rows)) / sum(map(len, rows))
+        active = statistics.fmean(header.profile.per_layer(header.profile.active))
         sparsity = 1 - active
     parts = {"embedding and head": 0, "attention": 0, "feed-forward": 0, "norms and router": 0}
     for name, spec in packed.plan.items():

@@ -1,8 +1,8 @@
 """The decoder over a packed folder, in PyTorch: the readable twin of any faster one.
 
 Shapes: T tokens of one sequence, S positions in the cache, H hidden, N query heads, K key-value
-heads, D head. All arithmetic is float32, the cache holds halves; the matrices and the feed-forwards are
-those of a road (`turbosparse.ops`).
+heads, D head. All arithmetic is float32, the cache holds halves; the matrices and the
+feed-forwards are those of a road (`turbosparse.ops`).
 """
 
 from __future__ import annotations

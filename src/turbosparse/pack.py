@@ -138,6 +138,7 @@ def _profile(stats: Stats) -> Profile:
         nats_per_token=stats.nats_per_token(),
         active=stats.active_ratio().tolist(),
         gate_positive=stats.gate_ratio().tolist(),
+        expert_tokens=stats.tokens.tolist(),
     )
 
 

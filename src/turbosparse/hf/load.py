@@ -88,6 +88,12 @@ def _check_sizes(raw: dict[str, Any], folder: Path) -> None:
                 f"{folder / 'config.json'} is not valid: {key} is {size!r}, "
                 f"not a whole number from 1 to {largest}"
             )
+    used, experts = raw.get("num_experts_per_tok") or 1, raw.get("num_local_experts") or 8
+    if used > experts:
+        raise TurboSparseError(
+            f"{folder / 'config.json'} is not valid: num_experts_per_tok {used} is more than "
+            f"num_local_experts {experts}"
+        )
 
 
 def check_activation(activation: str) -> None:
