@@ -1,6 +1,6 @@
-"""Time the feed-forward of every road at a decode step, against the measured bandwidth.
+"""Time the feed-forward and a matrix product at a decode step, against the measured bandwidth.
 
-    python benchmarks/ops.py --hidden 4096 --neurons 14336 --quant q4
+    python benchmarks/ops.py --hidden 4096 --neurons 14336 --quant q4 --copies 3 --isa avx512,avx2
 
 Weights are random; a constant direction in the input that the gate rows lean against sets the
 sparsity, so that the activity is computed, not faked. Several copies are cycled, more than fits in
@@ -16,12 +16,14 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
 
+from turbosparse import _core
 from turbosparse.engine import threads_to_use
-from turbosparse.ops import ROADS, road
+from turbosparse.ops import road
 from turbosparse.quant import QUANTS, quantise, row_bytes
 
 RELATIVE_RMS = 1e-5  # of a kernel against the reference, before it is timed
@@ -61,6 +63,12 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=8)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int)
+    parser.add_argument("--tokens", type=int, default=1, help="copies of the input in a call")
+    parser.add_argument(
+        "--isa",
+        default=_core.isa(),
+        help="instruction sets to compare, with commas; `torch` is the reference road",
+    )
     args = parser.parse_args()
     threads = threads_to_use(args.threads)
     torch.set_num_threads(threads)
@@ -74,25 +82,41 @@ def main() -> None:
     stride = row_bytes(args.quant, args.hidden)
     moved = {False: records.size, True: stride * (args.neurons + gate + active)}
 
-    runs: dict[str, Callable[[], object]] = {}
+    x = x.repeat(args.tokens, 1)
+    truth = truth.repeat(args.tokens, 1)
+    layers: dict[str, tuple[list[Any], list[Any]]] = {}
+    for name in {"torch" if isa == "torch" else "cpu" for isa in args.isa.split(",")}:
+        copies = [records.copy() for _ in range(args.copies)]
+        layers[name] = (
+            [road(name).Neurons(c, args.hidden, args.quant, "drelu", threads) for c in copies],
+            [
+                road(name).Matrix(c.reshape(-1, stride), args.hidden, args.quant, threads)
+                for c in copies
+            ],
+        )
+    runs: dict[str, tuple[str, Callable[[], object]]] = {}
     sizes: dict[str, int] = {}
-    for name in ROADS:
-        layers = [
-            road(name).Neurons(records.copy(), args.hidden, args.quant, "drelu", threads)
-            for _ in range(args.copies)
-        ]
+    for isa in args.isa.split(","):
+        ffns, matrices = layers["torch" if isa == "torch" else "cpu"]
+        if isa != "torch":
+            _core.set_isa(isa)
         for exact in (False, True):
-            y, _ = layers[0].forward(x, exact=exact)
+            y, _ = ffns[0].forward(x, exact=exact)
             error = float((y - truth).norm() / truth.norm())
-            assert error < RELATIVE_RMS, f"{name}, exact={exact}: relative RMS {error:g}"
-            key = f"{name} {'exact' if exact else 'dense'}"
-            runs[key] = lambda layers=layers, exact=exact: [
-                f.forward(x, exact=exact) for f in layers
-            ]
+            assert error < RELATIVE_RMS, f"{isa}, exact={exact}: relative RMS {error:g}"
+            key = f"{isa} {'exact' if exact else 'dense'}"
+            runs[key] = (
+                isa,
+                lambda ffns=ffns, exact=exact: [f.forward(x, exact=exact) for f in ffns],
+            )
             sizes[key] = moved[exact] * args.copies
+        runs[f"{isa} matmul"] = isa, lambda matrices=matrices: [m.matmul(x) for m in matrices]
+        sizes[f"{isa} matmul"] = records.size * args.copies
     seconds: dict[str, list[float]] = {key: [] for key in runs}
     for _ in range(args.rounds):
-        for key, run in runs.items():
+        for key, (isa, run) in runs.items():
+            if isa != "torch":
+                _core.set_isa(isa)
             began = time.perf_counter()
             run()
             seconds[key].append(time.perf_counter() - began)
@@ -100,7 +124,8 @@ def main() -> None:
     ceiling = bandwidth(threads)
     print(f"{platform.machine()}, {threads} threads, load {os.getloadavg()[0]:.1f}")
     print(
-        f"hidden {args.hidden}, {args.neurons} neurons, {args.quant}, {args.copies} copies in turn"
+        f"hidden {args.hidden}, {args.neurons} neurons, {args.quant}, {args.copies} copies, "
+        f"{args.tokens} tokens"
     )
     print(
         f"gate > 0: {gate / args.neurons:.1%}, active: {active / args.neurons:.1%}; "
@@ -119,7 +144,7 @@ def main() -> None:
         packed = sizes[key] / args.copies
         speed = packed / median / 1e3
         print(
-            f"  {key:12}{median:9.0f} µs/layer [{low:.0f}..{high:.0f}] {packed / 1e6:8.2f} MB "
+            f"  {key:14}{median:9.0f} µs/layer [{low:.0f}..{high:.0f}] {packed / 1e6:8.2f} MB "
             f"{speed:6.2f} GB/s {speed / ceiling:6.1%} of the ceiling"
         )
         result[key] = {"us_per_layer": median, "GBps": speed}

@@ -1,6 +1,9 @@
 // Python's view of the core: checks what comes in, releases the GIL, calls.
 #include "bindings.h"
 
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
 namespace nb = nanobind;
 using nb::literals::operator""_a;
 
@@ -103,6 +106,9 @@ void check_threads(int threads) {
 // .noconvert() everywhere: without it nanobind fills a copy of an unfit `out`, and the result is
 // lost without an error.
 NB_MODULE(_core, m) {
+  m.def("isa", &isa, "The instruction set in use: the best, or what TURBOSPARSE_ISA names.");
+  m.def("available_isas", &available_isas, "The instruction sets of this machine, best first.");
+  m.def("set_isa", &set_isa, "name"_a);
   nb::class_<OwningMatrix>(m, "Matrix", "Weights [rows, cols], quantised row by row.")
       .def("__init__", &init_matrix, "data"_a.noconvert(), "cols"_a, "quant"_a)
       .def_ro("rows", &OwningMatrix::rows)

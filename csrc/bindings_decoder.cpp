@@ -5,6 +5,7 @@
 #include <mutex>
 #include <optional>
 
+#include "bandwidth.h"
 #include "bindings.h"
 #include "decoder.h"
 
@@ -125,6 +126,14 @@ void step(OwningDecoder& self, std::vector<Cache*> caches, std::vector<Tokens> t
 }  // namespace
 
 void bind_decoder(nb::module_& m) {
+  m.def(
+      "read_all",
+      [](Array<const uint64_t, 1> words, int threads) {
+        check_threads(threads);
+        nb::gil_scoped_release release;
+        return read_all(words.data(), words.shape(0), threads);
+      },
+      "words"_a.noconvert(), "threads"_a, "Read an array once, as fast as it goes; its sum.");
   nb::class_<Cache>(m, "Cache", "Keys and values of one sequence, in half precision.")
       .def_prop_ro("length", &Cache::length);
   nb::class_<OwningLayer>(m, "Layer", "The weights of one layer.")

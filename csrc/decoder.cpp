@@ -4,6 +4,7 @@
 #include <cmath>
 #include <numeric>
 
+#include "buffer.h"
 #include "half.h"
 #include "threads.h"
 
@@ -13,16 +14,19 @@ struct Decoder::Position {
 };
 
 void Cache::reserve(int end) {
-  const size_t page = size_t{2} * layers_ * shape_.kv_heads * kPage * shape_.head;
+  const int64_t page = int64_t{2} * layers_ * shape_.kv_heads * kPage * row_halves();
   while (static_cast<int>(pages_.size()) * kPage < end) {
-    pages_.push_back(std::unique_ptr<uint16_t[]>(new uint16_t[page]));
+    // zeros: a kernel may read the padding of a row
+    pages_.push_back(std::unique_ptr<uint16_t[]>(new uint16_t[page]()));
   }
 }
 
 uint16_t* Cache::at(int layer, int part, int kv_head, int position) const {
   const int64_t row = (int64_t{2} * layer + part) * shape_.kv_heads + kv_head;
-  return pages_[position / kPage].get() + (row * kPage + position % kPage) * shape_.head;
+  return pages_[position / kPage].get() + (row * kPage + position % kPage) * row_halves();
 }
+
+int64_t Cache::row_halves() const { return row_stride(QUANT_F16, shape_.head) / 2; }
 
 Decoder::Decoder(const Shape& shape, const Matrix& embedding, const Matrix& head, const float* norm,
                  std::vector<Layer> layers, std::vector<float> frequencies, float rope_scale)
@@ -177,24 +181,37 @@ void Decoder::look(int layer, int token, int kv_head) {
   float* out = &mixed_[at];
   const float scale = 1 / std::sqrt(static_cast<float>(size));
 
-  std::vector<float> row(size), scores(int64_t{group} * seen);
-  for (int s = 0; s < seen; ++s) {
-    const uint16_t* key = position.cache->at(layer, 0, kv_head, first + s);
-    for (int i = 0; i < size; ++i) row[i] = half_to_float(key[i]);
-    for (int h = 0; h < group; ++h) {
-      const float* q = query + int64_t{h} * size;
-      scores[int64_t{h} * seen + s] = scale * std::inner_product(q, q + size, row.begin(), 0.0f);
+  const Kernels& kernels = kernels_of(QUANT_F16);
+  const Prepared queries(kernels, query, group, size);
+  std::vector<float> scores(int64_t{group} * seen);
+  // keys and values lie together as long as they are of one page
+  const auto each_run = [&](int part, auto&& visit) {
+    for (int place = first; place <= position.place;) {
+      const int end = std::min(position.place + 1, Cache::page_end(place));
+      const uint16_t* halves = position.cache->at(layer, part, kv_head, place);
+      visit(Rows{reinterpret_cast<const uint8_t*>(halves), row_stride(QUANT_F16, size), nullptr,
+                 end - place},
+            place - first);
+      place = end;
     }
-  }
+  };
+  each_run(0, [&](const Rows& keys, int64_t from) {
+    for (int h = 0; h < group; ++h) {
+      kernels.dots(&keys, queries[h], size, &scores[int64_t{h} * seen + from]);
+    }
+  });
+  for (float& score : scores) score *= scale;
   for (int h = 0; h < group; ++h) softmax(&scores[int64_t{h} * seen], seen);
-  std::fill_n(out, int64_t{group} * size, 0.0f);
-  for (int s = 0; s < seen; ++s) {
-    const uint16_t* value = position.cache->at(layer, 1, kv_head, first + s);
-    for (int i = 0; i < size; ++i) row[i] = half_to_float(value[i]);
+  const int64_t floats = kernels.sum_floats(size);
+  const Buffer sums(group * floats, true);
+  each_run(1, [&](const Rows& values, int64_t from) {
     for (int h = 0; h < group; ++h) {
-      const float share = scores[int64_t{h} * seen + s];
-      for (int i = 0; i < size; ++i) out[int64_t{h} * size + i] += share * row[i];
+      kernels.axpys(&values, &scores[int64_t{h} * seen + from], size, sums + h * floats);
     }
+  });
+  std::fill_n(out, int64_t{group} * size, 0.0f);
+  for (int h = 0; h < group; ++h) {
+    kernels.add_sum(sums + h * floats, size, out + int64_t{h} * size);
   }
 }
 

@@ -46,9 +46,13 @@ class Cache {
   void advance(int tokens) { length_ += tokens; }
   // The D halves of a position's key (part 0) or value (part 1).
   uint16_t* at(int layer, int part, int kv_head, int position) const;
+  // Where the page of a position ends. In a page, positions follow each other as rows of f16.
+  static int page_end(int position) { return (position / kPage + 1) * kPage; }
 
  private:
   static constexpr int kPage = 64;  // positions
+
+  int64_t row_halves() const;
 
   Shape shape_;
   int layers_;

@@ -4,15 +4,6 @@
 #include <cstdint>
 #include <cstring>
 
-inline float half_to_float(uint16_t half) {
-  // the exponents differ by 112: a product shifts them, and makes subnormals right too
-  const uint32_t magnitude = static_cast<uint32_t>(half & 0x7fff) << 13;
-  float value;
-  std::memcpy(&value, &magnitude, sizeof value);
-  value *= 0x1p112f;
-  return half & 0x8000 ? -value : value;
-}
-
 // Rounds to nearest, ties to even; what is too large becomes infinite.
 inline uint16_t float_to_half(float value) {
   uint32_t bits;

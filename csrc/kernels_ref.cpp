@@ -1,5 +1,6 @@
 // Scalar reference kernels, written so that the compiler vectorises them without -ffast-math.
 #include <cstring>
+#include <vector>
 
 #include "kernels.h"
 
@@ -91,12 +92,48 @@ void axpy(float a, const float* __restrict x, float* __restrict y, int n) {
   for (int i = 0; i < n; ++i) y[i] += a * x[i];
 }
 
-constexpr Kernels kTable[] = {
-    {dequantise_f16, dot, axpy},  // QUANT_F16
-    {dequantise_q8, dot, axpy},   // QUANT_Q8
-    {dequantise_q4, dot, axpy},   // QUANT_Q4
-};
+int64_t prepared_bytes(int cols) { return cols * static_cast<int64_t>(sizeof(float)); }
+
+void prepare(const float* x, int cols, void* prepared) {
+  std::memcpy(prepared, x, prepared_bytes(cols));
+}
+
+int64_t sum_floats(int cols) { return cols; }
+
+void add_sum(const float* sum, int cols, float* out) { axpy(1, sum, out, cols); }
+
+using Dequantise = void(const uint8_t* row, float* out, int cols);
+
+// Calls visit(i, row i as floats).
+template <Dequantise* dequantise, typename Visit>
+void for_rows(const Rows& rows, int cols, Visit visit) {
+  std::vector<float> row(cols);
+  for (int64_t i = 0; i < rows.count; ++i) {
+    dequantise(rows.data + (rows.indices ? rows.indices[i] : i) * rows.stride, row.data(), cols);
+    visit(i, row.data());
+  }
+}
+
+template <Dequantise* dequantise>
+void dots(const Rows* rows, const void* prepared, int cols, float* out) {
+  for_rows<dequantise>(*rows, cols, [&](int64_t i, const float* row) {
+    out[i] = dot(row, static_cast<const float*>(prepared), cols);
+  });
+}
+
+template <Dequantise* dequantise>
+void axpys(const Rows* rows, const float* coefficients, int cols, float* sum) {
+  for_rows<dequantise>(*rows, cols,
+                       [&](int64_t i, const float* row) { axpy(coefficients[i], row, sum, cols); });
+}
+
+template <Dequantise* dequantise>
+constexpr Kernels table() {
+  return {dequantise, prepared_bytes,    prepare, dots<dequantise>,
+          sum_floats, axpys<dequantise>, add_sum};
+}
 
 }  // namespace
 
-const Kernels* reference_kernels(Quant quant) { return &kTable[quant]; }
+extern const Kernels reference_kernels[QUANTS] = {table<dequantise_f16>(), table<dequantise_q8>(),
+                                                  table<dequantise_q4>()};

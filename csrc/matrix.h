@@ -4,8 +4,18 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
+#include <vector>
 
 #include "kernels.h"
+
+// The instruction sets of this machine, the best one first; the one in use, which TURBOSPARSE_ISA
+// overrides; another one for the calls to come. A name that the machine does not have throws
+// std::invalid_argument.
+std::vector<std::string> available_isas();
+std::string isa();
+void set_isa(const std::string& name);
+const Kernels& kernels_of(Quant quant);
 
 // Bytes from one row to the next.
 int64_t row_stride(Quant quant, int cols);

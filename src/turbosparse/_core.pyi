@@ -5,6 +5,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+def read_all(words: NDArray[np.uint64], threads: int) -> int: ...
+def isa() -> str: ...
+
 class Matrix:
     rows: int
     cols: int

@@ -38,6 +38,10 @@ VERBS = {
     "inspect": ("turbosparse.inspect:inspect", "Print what a packed folder holds."),
     "validate": ("turbosparse.inspect:validate", "Check a packed folder to the last byte."),
     "generate": ("turbosparse.generate:generate", "Continue a prompt with a packed model."),
+    "bench": (
+        "turbosparse.bench:bench",
+        "Measure decoding speed against the machine's bandwidth, and against a peer.",
+    ),
 }
 
 app = App(

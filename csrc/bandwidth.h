@@ -1,0 +1,7 @@
+// How fast this machine reads memory: the ceiling of decoding.
+#pragma once
+
+#include <cstdint>
+
+// Reads `count` words once, with several streams in each thread; returns their sum.
+uint64_t read_all(const uint64_t* words, int64_t count, int threads);

@@ -1,0 +1,40 @@
+// Scratch memory for the kernels.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <new>
+#include <utility>
+
+#include "kernels.h"
+
+// Floats, aligned for the kernels.
+class Buffer {
+ public:
+  explicit Buffer(int64_t count, bool zero = false)
+      : data_(static_cast<float*>(operator new(count * sizeof(float), kAlignment))) {
+    if (zero) std::fill_n(data_, count, 0.0f);
+  }
+  Buffer(Buffer&& other) : data_(std::exchange(other.data_, nullptr)) {}
+  ~Buffer() { operator delete(data_, kAlignment); }
+  operator float*() const { return data_; }
+
+ private:
+  static constexpr std::align_val_t kAlignment{64};
+  float* data_;
+};
+
+// A few tokens, each in the form that the dots want.
+class Prepared {
+ public:
+  Prepared(const Kernels& kernels, const float* x, int64_t tokens, int cols)
+      : stride_(kernels.prepared_bytes(cols) / static_cast<int64_t>(sizeof(float))),
+        data_(tokens * stride_) {
+    for (int64_t t = 0; t < tokens; ++t) kernels.prepare(x + t * cols, cols, data_ + t * stride_);
+  }
+  const void* operator[](int64_t token) const { return data_ + token * stride_; }
+
+ private:
+  int64_t stride_;
+  Buffer data_;
+};

@@ -1,0 +1,73 @@
+// Which instruction set the kernels use: the best that the machine has, unless TURBOSPARSE_ISA or
+// `set_isa` names one.
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+#include "matrix.h"
+
+namespace {
+
+struct Isa {
+  const char* name;
+  bool (*available)();
+  const Kernels* kernels;
+};
+
+constexpr Isa kIsas[] = {
+#ifdef TURBOSPARSE_X86
+    {"avx512",
+     [] {
+       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+              __builtin_cpu_supports("avx512vnni");
+     },
+     avx512_kernels},
+    {"avx2",
+     [] {
+       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
+              __builtin_cpu_supports("f16c");
+     },
+     avx2_kernels},
+#endif
+    {"ref", [] { return true; }, reference_kernels},
+};
+
+std::atomic<const Isa*> in_use{nullptr};
+
+const Isa& find(const char* name) {
+  std::string available;
+  for (const Isa& isa : kIsas) {
+    if (!isa.available()) continue;
+    if (std::string(name) == isa.name) return isa;
+    available += (available.empty() ? "" : ", ") + std::string(isa.name);
+  }
+  throw std::invalid_argument("the instruction set (TURBOSPARSE_ISA) is '" + std::string(name) +
+                              "', this machine has " + available);
+}
+
+const Isa& current() {
+  const Isa* isa = in_use.load(std::memory_order_relaxed);
+  if (!isa) {
+    const char* name = std::getenv("TURBOSPARSE_ISA");
+    isa = &find(name ? name : available_isas().front().c_str());
+    in_use.store(isa);
+  }
+  return *isa;
+}
+
+}  // namespace
+
+std::vector<std::string> available_isas() {
+  std::vector<std::string> names;
+  for (const Isa& isa : kIsas) {
+    if (isa.available()) names.push_back(isa.name);
+  }
+  return names;
+}
+
+std::string isa() { return current().name; }
+
+void set_isa(const std::string& name) { in_use.store(&find(name.c_str())); }
+
+const Kernels& kernels_of(Quant quant) { return current().kernels[quant]; }

@@ -1,0 +1,332 @@
+"""Stage 8: how fast a packed model decodes, against the machine's bandwidth and a peer.
+
+Measures a packed folder, or a synthetic model of a named shape that is made for the run. Prints the
+bytes that one token must read at the measured sparsity, the ceiling in tokens/s that the measured
+read bandwidth gives, and the share of it that was reached. Rounds of the engine, the peer and the
+bandwidth are interleaved; figures are medians.
+
+    turbosparse bench mistral-q4
+    turbosparse bench --shape mistral-7b --sparsity 0.9 --quant q4 --peer llama.cpp
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import statistics
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+
+from turbosparse import _core, native
+from turbosparse.engine import Engine, Mode, threads_to_use
+from turbosparse.folders import TurboSparseError
+from turbosparse.format import Packed
+from turbosparse.hf import names
+from turbosparse.quant import row_bytes
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Median, least and greatest of some rounds."""
+
+    median: float
+    least: float
+    greatest: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        return cls(statistics.median(values), min(values), max(values))
+
+    def __str__(self) -> str:
+        return f"{self.median:.2f} [{self.least:.2f}..{self.greatest:.2f}]"
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """What `bench` measured; bytes are of one step of all sequences."""
+
+    model: str
+    machine: str
+    isa: str
+    threads: int
+    load: float  # average over the last minute, when the run began
+    mode: str
+    quant: str
+    batch: int
+    gate_positive: float
+    activation_sparsity: float
+    bytes: dict[str, float]
+    bandwidth: Spread  # GB/s
+    tokens_per_second: Spread  # of all sequences together
+    ceiling: float  # tokens/s
+    share_of_ceiling: float
+    prefill_tokens_per_second: Spread | None
+    peer: str | None
+    peer_tokens_per_second: Spread | None
+    peer_prefill_tokens_per_second: Spread | None
+    ratio: Spread | None  # ours ÷ the peer's, round by round
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table("", "", title=self.model, show_header=False)
+        table.add_row("machine", f"{self.machine}, {self.isa}, load {self.load:.1f}")
+        table.add_row(
+            "ran", f"mode {self.mode}, {self.quant}, {self.threads} threads, batch {self.batch}"
+        )
+        table.add_row("gate > 0", f"{self.gate_positive:.1%}")
+        table.add_row("activation sparsity", f"{self.activation_sparsity:.1%}")
+        for part, size in self.bytes.items():
+            table.add_row(f"MB per step: {part}", f"{size / 1e6:.1f}")
+        table.add_row("MB per step: all", f"{sum(self.bytes.values()) / 1e6:.1f}")
+        table.add_row("read bandwidth, GB/s", str(self.bandwidth))
+        table.add_row("ceiling, tokens/s", f"{self.ceiling:.2f}")
+        table.add_row("decode, tokens/s", f"{self.tokens_per_second}")
+        table.add_row("share of the ceiling", f"{self.share_of_ceiling:.1%}")
+        if self.prefill_tokens_per_second:
+            table.add_row("prefill, tokens/s", str(self.prefill_tokens_per_second))
+        if self.peer:
+            table.add_row(f"{self.peer} decode, tokens/s", str(self.peer_tokens_per_second))
+            table.add_row("ratio, round by round", str(self.ratio))
+        if self.peer_prefill_tokens_per_second:
+            table.add_row(
+                f"{self.peer} prefill, tokens/s", str(self.peer_prefill_tokens_per_second)
+            )
+        return table
+
+
+def bench(
+    model: Path | None = None,
+    *,
+    shape: str | None = None,
+    sparsity: float = 0.9,
+    quant: Literal["f16", "q8", "q4"] = "q4",
+    layers: int | None = None,
+    mode: Mode = "auto",
+    threads: int | None = None,
+    batch: int = 1,
+    tokens: int = 16,
+    prompt: int = 16,
+    prefill: int = 0,
+    rounds: int = 5,
+    peer: Literal["llama.cpp"] | None = None,
+    folder: Path | None = None,
+) -> Benchmark:
+    """Measure decoding speed against the machine's bandwidth, and against a peer in the same run.
+
+    Parameters
+    ----------
+    model
+        Packed folder; or leave it out and name a --shape.
+    shape
+        Make a synthetic model: mistral-7b, mixtral-8x7b, llama-1b or llama-15m.
+    sparsity
+        Of the synthetic model: share of neurons that its tokens leave inactive, truly computed. 0
+        makes a swiglu model.
+    quant
+        Of the synthetic model.
+    layers
+        Fewer layers than the shape has, to fit a machine.
+    mode
+        exact skips neurons that are exactly zero; dense reads all.
+    threads
+        By default all processors of this process.
+    batch
+        Sequences decoded together, up to 16.
+    tokens
+        Tokens decoded in a round, for each sequence.
+    prompt
+        Tokens that each sequence holds before.
+    prefill
+        Also measure reading a prompt of so many tokens.
+    rounds
+        Rounds; engine, peer and bandwidth take turns.
+    peer
+        llama.cpp: the dense model of the same shape and quantisation (needs the bench extra and
+        llama-cpp-python).
+    folder
+        Keep the synthetic model here and use it again; by default it is made anew and removed.
+    """
+    if (model is None) == (shape is None):
+        raise TurboSparseError("give either a packed folder or a --shape")
+    if not 1 <= batch <= 16:
+        raise TurboSparseError(f"--batch {batch} must be 1 to 16")
+    threads = threads_to_use(threads)
+    load = os.getloadavg()[0]
+    with (
+        nullcontext(model) if model else _synthetic(shape, folder, quant, sparsity, layers) as path
+    ):
+        engine = Engine(path, mode=mode, threads=threads)
+        ours = _Ours(engine, batch, prompt)
+        with _peer(peer, engine.packed, threads, prompt) as other:
+            decode, prefills, bandwidths = _rounds(ours, other, rounds, tokens, prefill, threads)
+        return _card(engine, ours, decode, prefills, bandwidths, batch, threads, load, peer)
+
+
+@contextmanager
+def _synthetic(
+    shape: str | None, folder: Path | None, quant: str, sparsity: float, layers: int | None
+) -> Iterator[Path]:
+    from turbosparse.synthetic import make_synthetic
+
+    with tempfile.TemporaryDirectory() if folder is None else nullcontext(None) as temporary:
+        path = folder or Path(str(temporary)) / f"{shape}-{quant}"
+        if not path.exists():
+            make_synthetic(path, str(shape), quant=quant, sparsity=sparsity, layers=layers)
+        yield path
+
+
+@contextmanager
+def _peer(name: str | None, packed: Packed, threads: int, prompt: int) -> Iterator[Any]:
+    if name is None:
+        yield None
+        return
+    from turbosparse.peers import LlamaCpp
+
+    with LlamaCpp.like(packed, threads=threads, prompt=prompt) as peer:
+        yield peer
+
+
+class _Ours:
+    """The engine under measurement: random tokens, so that no two steps use the same neurons."""
+
+    def __init__(self, engine: Engine, batch: int, prompt: int):
+        if not isinstance(engine.decoder, native.Decoder):
+            raise TurboSparseError("bench measures the cpu road")
+        self.engine, self.decoder, self.batch, self.prompt = engine, engine.decoder, batch, prompt
+        self.random = np.random.default_rng(0)
+        self.exact = engine.mode == "exact"
+        self.counts: list[torch.Tensor] = []
+
+    def _tokens(self, count: int) -> list[int]:
+        return [int(t) for t in self.random.integers(0, self.decoder.vocabulary, count)]
+
+    def decode(self, tokens: int) -> float:
+        """Tokens/s of all sequences together."""
+        caches = [self.engine.new_cache() for _ in range(self.batch)]
+        self.decoder.step([self._tokens(self.prompt) for _ in caches], caches, exact=self.exact)
+        began = time.perf_counter()
+        for _ in range(tokens):
+            _, counts = self.decoder.step(
+                [self._tokens(1) for _ in caches], caches, exact=self.exact
+            )
+            self.counts.append(counts)
+        return self.batch * tokens / (time.perf_counter() - began)
+
+    def prefill(self, tokens: int) -> float:
+        cache = self.engine.new_cache()
+        began = time.perf_counter()
+        self.engine.prefill(self._tokens(tokens), cache)
+        return tokens / (time.perf_counter() - began)
+
+
+def _rounds(
+    ours: _Ours, other: Any, rounds: int, tokens: int, prefill: int, threads: int
+) -> tuple[list[list[float]], list[list[float]], list[float]]:
+    """Interleaved rounds: decode and prefill tokens/s as [ours, peer's], and GB/s."""
+    memory = np.ones(1 << 26, np.uint64)
+    decode: list[list[float]] = [[], []]
+    prefills: list[list[float]] = [[], []]
+    bandwidths = []
+    sides = [ours] if other is None else [ours, other]
+    for side in sides:  # the first pass maps the weights
+        side.decode(2)
+    ours.counts.clear()
+    for _ in range(rounds):
+        began = time.perf_counter()
+        _core.read_all(memory, threads)
+        bandwidths.append(memory.nbytes / (time.perf_counter() - began) / 1e9)
+        for index, side in enumerate(sides):
+            decode[index].append(side.decode(tokens))
+            if prefill:
+                prefills[index].append(side.prefill(prefill))
+    return decode, prefills, bandwidths
+
+
+def _card(
+    engine: Engine,
+    ours: _Ours,
+    decode: list[list[float]],
+    prefills: list[list[float]],
+    bandwidths: list[float],
+    batch: int,
+    threads: int,
+    load: float,
+    peer: str | None,
+) -> Benchmark:
+    counts = torch.stack(ours.counts).double()  # [steps, layers, batch, 2]
+    used = engine.config.intermediate_size * _experts_in_use(engine.config)
+    gate, active = (counts.mean((0, 1, 2)) / used).tolist()
+    sizes = bytes_per_step(engine, counts, ours.prompt + len(ours.counts) / len(decode[0]) / 2)
+    speed, bandwidth = Spread.of(decode[0]), Spread.of(bandwidths)
+    ceiling = batch * bandwidth.median * 1e9 / sum(sizes.values())
+    ratios = [a / b for a, b in zip(*decode, strict=False)]
+    return Benchmark(
+        model=engine.packed.header.source,
+        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+        isa=_core.isa(),
+        threads=threads,
+        load=load,
+        mode=engine.mode,
+        quant=engine.packed.quant,
+        batch=batch,
+        gate_positive=gate,
+        activation_sparsity=1 - active,
+        bytes=sizes,
+        bandwidth=bandwidth,
+        tokens_per_second=speed,
+        ceiling=ceiling,
+        share_of_ceiling=speed.median / ceiling,
+        prefill_tokens_per_second=Spread.of(prefills[0]) if prefills[0] else None,
+        peer=peer,
+        peer_tokens_per_second=Spread.of(decode[1]) if decode[1] else None,
+        peer_prefill_tokens_per_second=Spread.of(prefills[1]) if prefills[1] else None,
+        ratio=Spread.of(ratios) if ratios else None,
+    )
+
+
+def _experts_in_use(config: Any) -> int:
+    return int(config.num_experts_per_tok) if names.experts(config) else 1
+
+
+def bytes_per_step(engine: Engine, counts: torch.Tensor, positions: float) -> dict[str, float]:
+    """Bytes that a step of B sequences has to read, by part.
+
+    Args:
+        engine: the model and its mode.
+        counts: neurons with positive gate and active ones, ``[steps, layers, B, 2]``.
+        positions: in each sequence's cache, on average.
+
+    A row that several sequences need is counted once. How far their neurons overlap is not
+    measured: the count takes them as independent, 1 − Π (1 − share) of the rows.
+    """
+    config, plan = engine.config, engine.packed.plan
+    batch, experts = counts.shape[2], names.experts(config) or 1
+    # the share of all rows of a layer, of all its experts, that one sequence needs
+    share = counts / (config.intermediate_size * experts)
+    union = 1 - (1 - share).prod(2).mean((0, 1))  # [2]
+    gates = 1 - (1 - _experts_in_use(config) / experts) ** batch
+    gate, active = union.tolist()
+    row = row_bytes(engine.packed.quant, config.hidden_size)
+    rows = config.intermediate_size * experts * config.num_hidden_layers * row
+    if engine.mode == "dense":
+        gate = active = gates
+    head = names.config_head_dim(config)
+    kept = 2 * 2 * config.num_key_value_heads * head * config.num_hidden_layers
+    vocabulary = names.EMBEDDING if config.tie_word_embeddings else names.HEAD
+    return {
+        "attention": sum(spec.nbytes for name, spec in plan.items() if "self_attn" in name),
+        "head": plan[vocabulary].nbytes,
+        "gates": rows * gates,
+        "ups": rows * gate,
+        "downs": rows * active,
+        "keys and values": batch * positions * kept,
+    }

@@ -1,0 +1,170 @@
+"""Other engines to measure against, each in the same process and on a model of the same shape."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from turbosparse.folders import TurboSparseError
+from turbosparse.format import Packed
+from turbosparse.hf import names
+
+
+class LlamaCpp:
+    """llama.cpp through llama-cpp-python, on a dense GGUF of random weights."""
+
+    def __init__(self, path: Path, *, threads: int, prompt: int):
+        import llama_cpp
+
+        self.prompt = prompt
+        self.llama = llama_cpp.Llama(
+            str(path),
+            n_ctx=4096,
+            n_batch=512,
+            n_threads=threads,
+            n_threads_batch=threads,
+            verbose=False,
+        )
+        self.random = np.random.default_rng(0)
+
+    @classmethod
+    @contextmanager
+    def like(cls, packed: Packed, *, threads: int, prompt: int) -> Iterator[LlamaCpp]:
+        """The peer on the dense model of a packed model's shape and quantisation."""
+        try:
+            import llama_cpp  # noqa: F401
+        except ImportError as error:
+            raise TurboSparseError(
+                "the peer llama.cpp needs llama-cpp-python: "
+                "CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python"
+            ) from error
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "peer.gguf"
+            write_random_gguf(path, packed.config, packed.quant)
+            yield cls(path, threads=threads, prompt=prompt)
+
+    def _tokens(self, count: int) -> list[int]:
+        return [int(t) for t in self.random.integers(0, self.llama.n_vocab(), count)]
+
+    def decode(self, tokens: int) -> float:
+        """Tokens/s of one sequence."""
+        self.llama.reset()
+        self.llama.eval(self._tokens(self.prompt))
+        began = time.perf_counter()
+        for token in self._tokens(tokens):
+            self.llama.eval([token])
+        return tokens / (time.perf_counter() - began)
+
+    def prefill(self, tokens: int) -> float:
+        self.llama.reset()
+        began = time.perf_counter()
+        self.llama.eval(self._tokens(tokens))
+        return tokens / (time.perf_counter() - began)
+
+
+def write_random_gguf(path: Path, config: Any, quant: str) -> None:
+    """Write a dense GGUF model with random weights in the shape of `config`, streaming to disk."""
+    import gguf
+
+    kind = {
+        "f16": gguf.GGMLQuantizationType.F16,
+        "q8": gguf.GGMLQuantizationType.Q8_0,
+        "q4": gguf.GGMLQuantizationType.Q4_0,
+    }[quant]
+    experts = names.experts(config)
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(4096)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_rope_dimension_count(names.config_head_dim(config))
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    if experts:
+        writer.add_expert_count(experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+    shapes = _gguf_shapes(config, experts)
+    for name, shape in shapes.items():
+        if quantised(name):
+            size = (
+                int(np.prod(shape))
+                // gguf.GGML_QUANT_SIZES[kind][0]
+                * gguf.GGML_QUANT_SIZES[kind][1]
+            )
+            row = (*shape[:-1], size // int(np.prod(shape[:-1])))
+            writer.add_tensor_info(name, row, np.dtype(np.uint8), size, raw_dtype=kind)
+        else:
+            size = 4 * int(np.prod(shape))
+            writer.add_tensor_info(name, shape, np.dtype(np.float32), size)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+    random = np.random.default_rng(0)
+    for name, shape in shapes.items():
+        if quantised(name):
+            writer.write_tensor_data(_random_blocks(random, shape, quant))
+        else:
+            writer.write_tensor_data(
+                np.ones(shape, np.float32)
+                if "norm" in name
+                else random.standard_normal(shape, dtype=np.float32)
+            )
+    writer.close()
+
+
+def quantised(name: str) -> bool:
+    """Whether a GGUF tensor stands in the block format; norms and routers do not."""
+    return "norm" not in name and "ffn_gate_inp" not in name
+
+
+def _gguf_shapes(config: Any, experts: int) -> dict[str, tuple[int, ...]]:
+    hidden, neurons = config.hidden_size, config.intermediate_size
+    head = names.config_head_dim(config)
+    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
+    stack = (experts,) if experts else ()
+    suffix = "_exps" if experts else ""
+    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (config.vocab_size, hidden)}
+    for layer in range(config.num_hidden_layers):
+        block = f"blk.{layer}."
+        shapes |= {
+            f"{block}attn_norm.weight": (hidden,),
+            f"{block}attn_q.weight": (queries, hidden),
+            f"{block}attn_k.weight": (keys, hidden),
+            f"{block}attn_v.weight": (keys, hidden),
+            f"{block}attn_output.weight": (hidden, queries),
+            f"{block}ffn_norm.weight": (hidden,),
+            f"{block}ffn_gate{suffix}.weight": (*stack, neurons, hidden),
+            f"{block}ffn_up{suffix}.weight": (*stack, neurons, hidden),
+            f"{block}ffn_down{suffix}.weight": (*stack, hidden, neurons),
+        }
+        if experts:
+            shapes[f"{block}ffn_gate_inp.weight"] = (experts, hidden)
+    shapes["output_norm.weight"] = (hidden,)
+    if not config.tie_word_embeddings:
+        shapes["output.weight"] = (config.vocab_size, hidden)
+    return shapes
+
+
+def _random_blocks(random: np.random.Generator, shape: tuple[int, ...], quant: str) -> Any:
+    """Random weights of deviation 0.02 in GGUF blocks, ``[..., row bytes]`` uint8."""
+    *lead, cols = shape
+    if quant == "f16":
+        return (
+            (random.standard_normal(shape, dtype=np.float32) * 0.02)
+            .astype(np.float16)
+            .view(np.uint8)
+        )
+    size = 34 if quant == "q8" else 18  # bytes of a block: its scale, then 32 weights
+    blocks = random.integers(0, 256, (*lead, cols // 32, size), dtype=np.uint8)
+    scale = np.float16(0.02 / (73.6 if quant == "q8" else 4.6))
+    blocks[..., :2] = np.frombuffer(scale.tobytes(), np.uint8)
+    return blocks.reshape(*lead, -1)

@@ -1,0 +1,122 @@
+"""The synthetic models and the benchmark over them; timings are not asserted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from turbosparse.bench import bench, bytes_per_step
+from turbosparse.engine import Engine
+from turbosparse.folders import TurboSparseError
+from turbosparse.format import Packed
+from turbosparse.hf import names
+from turbosparse.quant import dequantise
+from turbosparse.synthetic import SHAPES, make_synthetic
+
+
+@pytest.fixture(autouse=True)
+def toy_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    toy = SHAPES["llama-15m"] | {"vocab_size": 512, "num_hidden_layers": 2}
+    moe = SHAPES["mixtral-8x7b"] | {
+        "vocab_size": 512,
+        "hidden_size": 256,
+        "intermediate_size": 512,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
+    monkeypatch.setitem(SHAPES, "llama-toy", toy)
+    monkeypatch.setitem(SHAPES, "mixtral-toy", moe)
+
+
+@pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
+@pytest.mark.parametrize("shape", ["llama-toy", "mixtral-toy"])
+def test_a_synthetic_model_computes_the_asked_sparsity(
+    tmp_path: Path, shape: str, quant: str
+) -> None:
+    make_synthetic(tmp_path / "model", shape, quant=quant, sparsity=0.9)
+    engine = Engine(tmp_path / "model", road="torch")  # the truth, not the kernels
+    step = engine.step(list(range(3, 99)), engine.new_cache())
+    assert step.gate_positive == pytest.approx(0.1**0.5, abs=0.03)
+    assert step.active == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
+def test_synthetic_weights_have_one_deviation(tmp_path: Path, quant: str) -> None:
+    make_synthetic(tmp_path / "model", "llama-toy", quant=quant, sparsity=0.0)
+    packed = Packed(tmp_path / "model")
+    assert packed.activation == "swiglu"
+    data = torch.tensor(packed.tensors["model.layers.0.self_attn.q_proj.weight"])
+    weights = dequantise(data, quant, 288)
+    assert float(weights.std()) == pytest.approx(0.02, rel=0.03)
+    assert abs(float(weights.mean())) < 0.001
+
+
+def test_bench_reports_what_it_measured(tmp_path: Path) -> None:
+    card = bench(
+        shape="mixtral-toy", folder=tmp_path / "kept", tokens=3, rounds=2, prefill=20, threads=1
+    )
+    assert (tmp_path / "kept").is_dir()
+    assert card.mode == "exact"
+    assert card.threads == 1
+    assert card.activation_sparsity == pytest.approx(0.9, abs=0.03)
+    least = card.tokens_per_second
+    assert 0 < least.least <= least.median <= least.greatest
+    assert card.share_of_ceiling == pytest.approx(least.median / card.ceiling)
+    assert card.prefill_tokens_per_second is not None
+    json.dumps(card.bytes)
+
+
+def test_a_synthetic_model_is_removed_unless_a_folder_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    bench(shape="llama-toy", tokens=1, rounds=1, threads=1)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("mode", ["dense", "exact"])
+def test_bytes_of_one_token_are_those_of_the_rows_it_reads(tmp_path: Path, mode: str) -> None:
+    make_synthetic(tmp_path / "model", "mixtral-toy", quant="q8", sparsity=0.9)
+    engine = Engine(tmp_path / "model", mode=mode)  # type: ignore[arg-type]
+    _, counts = engine.decoder([7], engine.new_cache(), exact=True)
+    sizes = bytes_per_step(engine, counts[None].double(), positions=10)
+    row = 256 + 2 * 8 + 48  # int8 weights, scales, padding to 64
+    gate, active = counts[:, 0].double().sum(0).tolist()
+    layers, used, neurons = 2, 2, 512
+    assert sizes["gates"] == pytest.approx(row * layers * used * neurons)
+    if mode == "exact":
+        assert sizes["ups"] == pytest.approx(row * gate)
+        assert sizes["downs"] == pytest.approx(row * active)
+    else:
+        assert sizes["ups"] == sizes["downs"] == sizes["gates"]
+    assert sizes["head"] == engine.packed.tensors[names.HEAD].nbytes
+    assert sizes["keys and values"] == 10 * 2 * 2 * 2 * 64 * layers
+
+
+def test_rows_shared_by_sequences_count_once(tmp_path: Path) -> None:
+    make_synthetic(tmp_path / "model", "llama-toy", quant="q8", sparsity=0.9)
+    engine = Engine(tmp_path / "model")
+    neurons = engine.config.intermediate_size
+    everything = torch.full((1, 2, 4, 2), float(neurons), dtype=torch.double)
+    half = everything / 2
+    whole, shared = (bytes_per_step(engine, counts, 0)["ups"] for counts in (everything, half))
+    assert shared == pytest.approx(whole * (1 - 0.5**4))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({}, "either a packed folder or a --shape"),
+        ({"shape": "gpt-9"}, "shape 'gpt-9' is unknown; use mistral-7b"),
+        ({"shape": "llama-toy", "sparsity": 1.0}, "sparsity 1 must be 0 or more and less than 1"),
+        ({"shape": "llama-toy", "batch": 17}, "--batch 17 must be 1 to 16"),
+        ({"shape": "llama-toy", "sparsity": 0.0, "mode": "exact"}, "no exact zeros to skip"),
+    ],
+)
+def test_wrong_requests_are_named(arguments: dict[str, object], message: str) -> None:
+    with pytest.raises(TurboSparseError, match=message):
+        bench(**arguments)  # type: ignore[arg-type]
