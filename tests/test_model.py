@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import CONTEXT, FAMILIES, WINDOW
 
+from turbosparse import _core
 from turbosparse.analyse import analyse
 from turbosparse.engine import Engine
 from turbosparse.folders import TurboSparseError
@@ -114,6 +115,28 @@ def engine_greedy(engine: Engine, prompt: list[int], chunk: int = 512) -> list[i
     return tokens
 
 
+@pytest.fixture
+def restored_isa() -> Iterator[None]:
+    before = _core.isa()
+    yield
+    _core.set_isa(before)
+
+
+@pytest.mark.parametrize("isa", _core.available_isas())
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.usefixtures("restored_isa")
+def test_every_instruction_set_prints_the_tokens_of_transformers(
+    packed: Make, family: str, isa: str
+) -> None:
+    _core.set_isa(isa)
+    for quant in ("f16", "q8", "q4"):
+        prompt, truth = hf_greedy(dequantised_hf_model(packed(family, quant)))
+        for mode in ("dense", "exact"):
+            engine = Engine(packed(family, quant), mode=mode)
+            assert engine_greedy(engine, prompt) == truth, (quant, mode)
+            assert engine_greedy(engine, prompt, chunk=1) == truth, (quant, mode)
+
+
 @pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_road_and_mode_prints_the_tokens_of_transformers(
@@ -164,6 +187,38 @@ def test_exact_mode_equals_dense_mode(packed: Make, family: str, road: str) -> N
     (dense_logits, dense_counts), (exact_logits, exact_counts) = results["dense"], results["exact"]
     assert relative_rms(exact_logits, dense_logits) < SAME_LOGITS
     assert torch.equal(exact_counts, dense_counts)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_sequences_of_a_batch_do_not_see_each_other(packed: Make, family: str) -> None:
+    """Eight sequences of different lengths in one step give the logits that each gives alone."""
+    from turbosparse.native import Decoder
+
+    decoder = Engine(packed(family, "q4")).decoder
+    assert isinstance(decoder, Decoder)
+    texts = [PROMPT[:length] for length in (1, 3, 8, 13, 21, 25, 28, 30)]
+    caches = [decoder.new_cache(CONTEXT) for _ in texts]
+    together, _ = decoder.step(texts, caches, exact=True)
+    more, counts = decoder.step([[7]] * 8, caches, exact=True)
+    for row, text in enumerate(texts):
+        cache = decoder.new_cache(CONTEXT)
+        alone, _ = decoder(text, cache, exact=True)
+        assert relative_rms(together[row], alone[0]) < SAME_LOGITS
+        alone, used = decoder([7], cache, exact=True)
+        assert relative_rms(more[row], alone[0]) < SAME_LOGITS
+        assert (counts[:, row] - used[:, 0]).abs().max() <= 2  # signs near zero
+
+
+def test_a_full_context_of_one_sequence_changes_nothing(packed: Make) -> None:
+    from turbosparse.native import Decoder
+
+    decoder = Engine(packed("llama", "q8")).decoder
+    assert isinstance(decoder, Decoder)
+    caches = [decoder.new_cache(CONTEXT), decoder.new_cache(4)]
+    decoder.step([[5], [5, 6, 7, 8]], caches, exact=True)
+    with pytest.raises(TurboSparseError, match="5 tokens do not fit the context of 4"):
+        decoder.step([[9], [9]], caches, exact=True)
+    assert [cache.length for cache in caches] == [1, 4]
 
 
 @pytest.mark.parametrize("road", ROADS)

@@ -109,7 +109,7 @@ def make_synthetic(
         header = Header(
             format_version=VERSION,
             quant=quant,  # type: ignore[arg-type]
-            ffn=FFN(activation=activation),
+            ffn=FFN(activation=activation),  # type: ignore[arg-type]
             neuron_order="model",
             source=f"synthetic {shape}, sparsity {sparsity:g}",
             packed_by=f"turbosparse {__version__}",
