@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -303,3 +304,10 @@ def test_an_unknown_mode_or_road_is_refused(model: Path, setting: dict[str, str]
 def test_a_prompt_that_is_no_text_is_refused(model: Path) -> None:
     with pytest.raises(TurboSparseError, match="the prompt is not valid UTF-8"):
         generate(model, prompt=b"\xff".decode(errors="surrogateescape"), threads=1)
+
+
+def test_a_broken_tokenizer_is_named(model: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(model, tmp_path / "broken")
+    (folder / "tokenizer.json").write_text("{")
+    with pytest.raises(TurboSparseError, match="broken: the tokenizer cannot be loaded"):
+        generate(folder, prompt="hello", threads=1)

@@ -93,6 +93,8 @@ def main() -> NoReturn:
     except OSError as error:
         where = f" ({error.filename})" if error.filename else ""
         _fail(f"{error.strerror or error}{where}", 1)
+    except MemoryError:
+        _fail("out of memory; use a smaller quantisation, a shorter prompt or fewer sequences", 1)
     except KeyboardInterrupt:
         _fail("interrupted", 130)
     sys.exit(0)

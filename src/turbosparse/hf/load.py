@@ -199,7 +199,13 @@ def load_tokenizer(source: str | Path) -> Any:
             "copy the original model's into it"
         )
     register()  # or it asks to run the code inside a converted folder
-    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # the libraries below raise many unrelated types
+        raise TurboSparseError(
+            f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); "
+            "copy the original model's tokenizer files into it"
+        ) from error
 
 
 def sparse_keys(base: str) -> dict[str, Any]:
