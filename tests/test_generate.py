@@ -17,6 +17,7 @@ from conftest import CONTEXT, VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from turbosparse import _core
 from turbosparse.engine import Engine, Step
 from turbosparse.folders import TurboSparseError
 from turbosparse.generate import choose, generate, prompt_ids, stop_ids, stream
@@ -274,7 +275,7 @@ def test_generate_prints_the_text_and_returns_the_figures(
     assert done.prompt_tokens == len(prompt_ids(load_tokenizer(model), PROMPT))
     assert (done.tokens, done.finish) == (12, "length")
     assert 0.5 < done.activation_sparsity < 0.95  # dReLU of random weights: three of four
-    assert "road cpu, mode exact, 1 thread" in done.ran
+    assert f"road cpu ({_core.isa()}), mode exact, 1 thread" in done.ran
 
 
 def test_generate_stops_at_a_token_asked_for(model: Path, tokenizer: Any, engine: Engine) -> None:

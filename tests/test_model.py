@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -286,6 +289,19 @@ def test_rope_with_changing_frequencies_is_refused(packed: Make, tmp_path: Path)
     (folder / "config.json").write_text(json.dumps(config))
     with pytest.raises(TurboSparseError, match="rope_type 'dynamic' is not supported"):
         Engine(folder)
+
+
+def test_an_instruction_set_that_is_not_there_is_named(packed: Make) -> None:
+    script = f"from turbosparse.engine import Engine; Engine({str(packed('llama', 'q8'))!r})"
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=os.environ | {"TURBOSPARSE_ISA": "sse9"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert "TurboSparseError: the instruction set (TURBOSPARSE_ISA) is 'sse9'" in done.stderr
+    assert _core.isa() in done.stderr
 
 
 def test_threads_outside_the_machine_are_refused(packed: Make) -> None:

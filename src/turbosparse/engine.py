@@ -87,13 +87,16 @@ class Engine:
         self.decoder: Decoder
         if self.road == "cpu":
             self.decoder = native.Decoder(self.packed, threads=self.threads)
+            self.runs_on = f"cpu ({self.decoder.isa})"
         else:
             self.decoder = model.Decoder(self.packed, road=self.road, threads=self.threads)
+            self.runs_on = self.road
 
     def describe(self) -> str:
         return (
             f"{self.packed.folder.name}: {self.packed.activation} {self.packed.quant}, "
-            f"road {self.road}, mode {self.mode}, {self.threads} thread{'s' * (self.threads != 1)}"
+            f"road {self.runs_on}, mode {self.mode}, "
+            f"{self.threads} thread{'s' * (self.threads != 1)}"
         )
 
     def new_cache(self) -> Cache:

@@ -28,10 +28,15 @@ class Decoder:
     """A packed model, ready to run: one call into the C++ core for each step.
 
     Raises:
-        TurboSparseError: a RoPE variant that is not supported.
+        TurboSparseError: a RoPE variant that is not supported, or an instruction set asked for by
+            TURBOSPARSE_ISA that this machine does not have.
     """
 
     def __init__(self, packed: Packed, *, threads: int):
+        try:
+            self.isa = _core.isa()
+        except ValueError as error:
+            raise TurboSparseError(str(error)) from error
         config = packed.config
         self.config, self.threads = config, threads
         rope = Rope(config)
