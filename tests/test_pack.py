@@ -120,6 +120,9 @@ def test_inspect_counts_activated_parameters_by_the_rule(
     assert found.parameters == 2 * table + 2 * (layer + 4 * ffn) + 64
     assert found.activated_parameters == round(64 + table + 2 * layer + 64 + 4 * ffn * active)
     assert found.activation_sparsity == pytest.approx(1 - active)
+    gates = Packed(tmp_path / "packed").header.profile.gate_positive[0][0]  # alike in all experts
+    rows = 2 * 2 * 96 * (1 + gates + active)  # of two experts in two layers, 64 weights each
+    assert found.read_exact == round(64 + table + 2 * layer + 64 + 64 * rows)
     assert "no predictor" in RULE
 
 

@@ -32,6 +32,7 @@ class Inspection:
     context: int
     parameters: int
     activated_parameters: int | None  # None without a profile
+    read_exact: int | None  # parameters that exact mode reads for one token
     activation_sparsity: float | None
     bytes: int
     parts: dict[str, int]
@@ -53,6 +54,9 @@ class Inspection:
         if self.activation_sparsity is not None:
             table.add_row("activated", f"{self.activated_parameters:,}\n{RULE}")
             table.add_row(
+                "read in exact mode", f"{self.read_exact:,} (every gate, then what is needed)"
+            )
+            table.add_row(
                 "activation sparsity", f"{self.activation_sparsity:.2%} on the profile's corpus"
             )
         for part, size in self.parts.items():
@@ -71,14 +75,19 @@ def inspect(folder: Path) -> Inspection:
     """
     packed = Packed(folder)
     config, header = packed.config, packed.header
-    active = sparsity = None
+    active = gate = sparsity = None
     if header.profile:
         active = statistics.fmean(header.profile.per_layer(header.profile.active))
+        gate = statistics.fmean(header.profile.per_layer(header.profile.gate_positive))
         sparsity = 1 - active
     parts = {"embedding and head": 0, "attention": 0, "feed-forward": 0, "norms and router": 0}
     for name, spec in packed.plan.items():
         parts[_part(name)] += spec.nbytes
-    parameters = count_parameters(config, active=1.0 if active is None else active)
+    parameters = count_parameters(
+        config,
+        active=1.0 if active is None else active,
+        gate_positive=1.0 if gate is None else gate,
+    )
     return Inspection(
         folder=str(folder),
         architecture=config.model_type,
@@ -94,6 +103,7 @@ def inspect(folder: Path) -> Inspection:
         context=config.max_position_embeddings,
         parameters=parameters.total,
         activated_parameters=None if active is None else parameters.activated,
+        read_exact=None if active is None else parameters.read_exact,
         activation_sparsity=sparsity,
         bytes=sum(file.bytes for file in header.files.values()),
         parts=parts,
