@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -143,3 +143,12 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rows = [{"text": text.format(n, n * 7 % 11) * (n % 5 + 1)} for n in range(40)]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """Toy matrices are slower on two threads, by far where the processors are busy."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -70,6 +70,15 @@ def test_bench_reports_what_it_measured(tmp_path: Path) -> None:
     json.dumps(card.bytes)
 
 
+@pytest.mark.parametrize("other", [{"shape": "mixtral-toy"}, {"quant": "q8"}, {"sparsity": 0.5}])
+def test_a_kept_model_of_another_kind_is_not_measured(
+    tmp_path: Path, other: dict[str, object]
+) -> None:
+    make_synthetic(tmp_path / "kept", "llama-toy", quant="q4", sparsity=0.9)
+    with pytest.raises(TurboSparseError, match="kept holds synthetic llama-toy, sparsity"):
+        bench(**({"shape": "llama-toy"} | other), folder=tmp_path / "kept")  # type: ignore[arg-type]
+
+
 def test_a_synthetic_model_is_removed_unless_a_folder_is_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,6 +123,8 @@ def test_rows_shared_by_sequences_count_once(tmp_path: Path) -> None:
         ({"shape": "gpt-9"}, "shape 'gpt-9' is unknown; use mistral-7b"),
         ({"shape": "llama-toy", "sparsity": 1.0}, "sparsity 1 must be 0 or more and less than 1"),
         ({"shape": "llama-toy", "batch": 17}, "--batch 17 must be 1 to 16"),
+        ({"shape": "llama-toy", "batch": 2, "peer": "llama.cpp"}, "measured with one sequence"),
+        ({"shape": "llama-toy", "rounds": 0}, "--rounds 0 must be 1 or more"),
         ({"shape": "llama-toy", "sparsity": 0.0, "mode": "exact"}, "no exact zeros to skip"),
     ],
 )

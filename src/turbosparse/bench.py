@@ -160,6 +160,13 @@ def bench(
         raise TurboSparseError("give either a packed folder or a --shape")
     if not 1 <= batch <= 16:
         raise TurboSparseError(f"--batch {batch} must be 1 to 16")
+    if peer and batch > 1:
+        raise TurboSparseError(f"{peer} is measured with one sequence: leave out --batch {batch}")
+    if min(tokens, prompt, rounds) < 1 or prefill < 0:
+        raise TurboSparseError(
+            f"--tokens {tokens}, --prompt {prompt} and --rounds {rounds} must be 1 or more, "
+            f"--prefill {prefill} 0 or more"
+        )
     threads = threads_to_use(threads)
     load = os.getloadavg()[0]
     with (
@@ -176,12 +183,18 @@ def bench(
 def _synthetic(
     shape: str | None, folder: Path | None, quant: str, sparsity: float, layers: int | None
 ) -> Iterator[Path]:
-    from turbosparse.synthetic import make_synthetic
+    from turbosparse.synthetic import describe, make_synthetic
 
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(None) as temporary:
         path = folder or Path(str(temporary)) / f"{shape}-{quant}"
         if not path.exists():
             make_synthetic(path, str(shape), quant=quant, sparsity=sparsity, layers=layers)
+        kept, asked = Packed(path), describe(str(shape), sparsity, layers)
+        if (kept.header.source, kept.quant) != (asked, quant):
+            raise TurboSparseError(
+                f"{path} holds {kept.header.source}, {kept.quant}, not {asked}, {quant}; "
+                "remove it or choose another --folder"
+            )
         yield path
 
 

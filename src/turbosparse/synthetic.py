@@ -89,6 +89,7 @@ def make_synthetic(
     Raises:
         TurboSparseError: unknown shape, sparsity out of range.
     """
+    source = describe(shape, sparsity, layers)
     if shape not in SHAPES:
         raise TurboSparseError(f"shape {shape!r} is unknown; use {', '.join(SHAPES)}")
     if not 0 <= sparsity < 1:
@@ -111,11 +112,17 @@ def make_synthetic(
             quant=quant,  # type: ignore[arg-type]
             ffn=FFN(activation=activation),  # type: ignore[arg-type]
             neuron_order="model",
-            source=f"synthetic {shape}, sparsity {sparsity:g}",
+            source=source,
             packed_by=f"turbosparse {__version__}",
             files=files,
         )
         write_json(work / "config.json", config.to_dict() | {"turbosparse": header.model_dump()})
+
+
+def describe(shape: str, sparsity: float, layers: int | None) -> str:
+    """What a synthetic folder names as its source."""
+    cut = f" with {layers} layers" if layers else ""
+    return f"synthetic {shape}{cut}, sparsity {sparsity:g}"
 
 
 class _Weights:
