@@ -174,17 +174,37 @@ def test_a_prompt_may_begin_with_a_hyphen(run: Run, model: Path) -> None:
     assert run("generate", model, "--prompt", "--no", "--max-tokens", "1").code == 0
 
 
-def test_generate_streams_and_reads_standard_input(model: Path) -> None:
+# the engine waits after its first steps until the test has looked
+_HELD = """
+import itertools, sys, time
+from pathlib import Path
+from turbosparse import cli
+from turbosparse.engine import Engine
+step, calls, go = Engine.step, itertools.count(), Path(sys.argv.pop())
+def held(*arguments):
+    while next(calls) >= 12 and not go.exists():
+        time.sleep(0.01)
+    return step(*arguments)
+Engine.step = held
+cli.main()
+"""
+
+
+def test_generate_streams_and_reads_standard_input(model: Path, tmp_path: Path) -> None:
     """In a real process: the text is there before the figures, and a pipe may close early."""
-    entry = Path(sys.executable).with_name("turbosparse")
-    words = [entry, "generate", model, "--prompt", "-", "--max-tokens", "100", "--threads", "1"]
+    go = tmp_path / "go"
+    words = ["generate", model, "--prompt", "-", "--max-tokens", "100", "--threads", "1", go]
     with subprocess.Popen(
-        words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        [sys.executable, "-c", _HELD, *words],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as process:
         process.stdin.write(b"The small boats")
         process.stdin.close()
         assert process.stdout.read(1)
         assert process.poll() is None, "the first text must come before the last token"
         process.stdout.close()
+        go.touch()
         assert process.stderr.read() == b""
         assert process.wait() == 141
