@@ -26,7 +26,7 @@ from turbosparse.engine import threads_to_use
 from turbosparse.ops import road
 from turbosparse.quant import QUANTS, quantise, row_bytes
 
-RELATIVE_RMS = 1e-5  # of a kernel against the reference, before it is timed
+RELATIVE_RMS = 1e-4  # of a kernel against the reference, before it is timed
 
 
 def bandwidth(threads: int, size: int = 1 << 29) -> float:

@@ -196,18 +196,14 @@ void Decoder::look(int layer, int token, int kv_head) {
     }
   };
   each_run(0, [&](const Rows& keys, int64_t from) {
-    for (int h = 0; h < group; ++h) {
-      kernels.dots(&keys, queries[h], size, &scores[int64_t{h} * seen + from]);
-    }
+    kernels.dots(&keys, queries[0], group, size, &scores[from], seen);
   });
   for (float& score : scores) score *= scale;
   for (int h = 0; h < group; ++h) softmax(&scores[int64_t{h} * seen], seen);
   const int64_t floats = kernels.sum_floats(size);
   const Buffer sums(group * floats, true);
   each_run(1, [&](const Rows& values, int64_t from) {
-    for (int h = 0; h < group; ++h) {
-      kernels.axpys(&values, &scores[int64_t{h} * seen + from], size, sums + h * floats);
-    }
+    kernels.axpys(&values, &scores[from], seen, group, size, sums);
   });
   std::fill_n(out, int64_t{group} * size, 0.0f);
   for (int h = 0; h < group; ++h) {

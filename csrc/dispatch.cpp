@@ -11,7 +11,7 @@ namespace {
 struct Isa {
   const char* name;
   bool (*available)();
-  const Kernels* kernels;
+  const KernelSet* kernels;
 };
 
 constexpr Isa kIsas[] = {
@@ -22,15 +22,15 @@ constexpr Isa kIsas[] = {
               __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
               __builtin_cpu_supports("avx512vnni");
      },
-     avx512_kernels},
+     &avx512_kernels},
     {"avx2",
      [] {
        return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
               __builtin_cpu_supports("f16c");
      },
-     avx2_kernels},
+     &avx2_kernels},
 #endif
-    {"ref", [] { return true; }, reference_kernels},
+    {"ref", [] { return true; }, &reference_kernels},
 };
 
 std::atomic<const Isa*> in_use{nullptr};
@@ -70,4 +70,4 @@ std::string isa() { return current().name; }
 
 void set_isa(const std::string& name) { in_use.store(&find(name.c_str())); }
 
-const Kernels& kernels_of(Quant quant) { return current().kernels[quant]; }
+const Kernels& kernels_of(Quant quant) { return current().kernels->of[quant]; }

@@ -26,38 +26,49 @@ struct Rows {
   int64_t count;
 };
 
-// The kernels of one quantisation on one instruction set. One token meets many rows: several
-// are read side by side and the next ones prefetched; `prepared` and `sum` are aligned to 64 bytes.
+// The kernels of one quantisation on one instruction set. Several rows are read side by side and
+// the next ones prefetched; what is unpacked of a row serves some tokens at once. `prepared` and
+// `sums` are aligned to 64 bytes.
 struct Kernels {
   void (*dequantise_row)(const uint8_t* row, float* out, int cols);
 
-  // out[i] = row i · x, where `prepared` holds x in the form that the instruction set wants. A NaN
-  // or infinity in x makes NaN or infinity in every product.
+  // out[t * out_stride + i] = row i · x of token t, where `prepared` holds the tokens' x in the
+  // form that the instruction set wants, each in prepared_bytes(cols). A NaN or infinity in x makes
+  // NaN or infinity in every product.
   int64_t (*prepared_bytes)(int cols);
   void (*prepare)(const float* x, int cols, void* prepared);
-  void (*dots)(const struct Rows* rows, const void* prepared, int cols, float* out);
+  void (*dots)(const struct Rows* rows, const void* prepared, int64_t tokens, int cols, float* out,
+               int64_t out_stride);
 
-  // sum += coefficients[i] * row i, in an order of its own: [sum_floats(cols)], zeros at first.
-  // `add_sum` puts it in the order of the columns: out[cols] += sum.
+  // sums[t] += coefficients[t * stride + i] * row i, in an order of its own: [tokens,
+  // sum_floats(cols)], zeros at first. `add_sum` puts one in the order of the columns: out[cols] +=
+  // sum.
   int64_t (*sum_floats)(int cols);
-  void (*axpys)(const struct Rows* rows, const float* coefficients, int cols, float* sum);
+  void (*axpys)(const struct Rows* rows, const float* coefficients, int64_t stride, int64_t tokens,
+                int cols, float* sums);
   void (*add_sum)(const float* sum, int cols, float* out);
 };
 
-// One x of a q4 product as integers, a group of 32 at a time: x = scale * (65536 a + 256 b + c), to
-// 22 bits, with a, b, c in -128..127. With powers of two as scales the products of integers are
-// exact. In a tile: the three limbs, [half][word][group][byte] as the nibbles lie; what their
-// products start from, -8 times the sum of a group; the scales.
+// All kernels of an instruction set; `of` counts from QUANT_F16.
+struct KernelSet {
+  struct Kernels of[QUANTS];
+  // out[i] = how many of 64 * words bits row i has in common with `bits`.
+  void (*agreements)(const struct Rows* rows, const uint64_t* bits, int words, int32_t* out);
+};
+
+// One x of a q4 product as integers, a group of 32 at a time: x = scale * (256 a + b), to 15 bits,
+// with a, b in -128..127. With powers of two as scales, small integers stay exact. In a
+// tile: the two limbs, [half][word][group][byte] as the nibbles lie; what their products start
+// from, -8 times the sum of a group; the scales.
 struct Q4Tile {
-  int8_t limbs[3][8][4 * TILE_GROUPS];
-  int32_t start[3][TILE_GROUPS];
+  int8_t limbs[2][8][4 * TILE_GROUPS];
+  int32_t start[2][TILE_GROUPS];
   float scale[TILE_GROUPS];
 };
 
-// Of each instruction set: `quant` counts from QUANT_F16. Reference: portable C++, on every
-// machine, what the others are tested against.
-extern const struct Kernels reference_kernels[QUANTS];
+// Reference: portable C++, on every machine, what the others are tested against.
+extern const struct KernelSet reference_kernels;
 #ifdef TURBOSPARSE_X86
-extern const struct Kernels avx2_kernels[QUANTS];
-extern const struct Kernels avx512_kernels[QUANTS];
+extern const struct KernelSet avx2_kernels;
+extern const struct KernelSet avx512_kernels;
 #endif

@@ -115,16 +115,34 @@ void for_rows(const Rows& rows, int cols, Visit visit) {
 }
 
 template <Dequantise* dequantise>
-void dots(const Rows* rows, const void* prepared, int cols, float* out) {
+void dots(const Rows* rows, const void* prepared, int64_t tokens, int cols, float* out,
+          int64_t out_stride) {
+  const float* x = static_cast<const float*>(prepared);
   for_rows<dequantise>(*rows, cols, [&](int64_t i, const float* row) {
-    out[i] = dot(row, static_cast<const float*>(prepared), cols);
+    for (int64_t t = 0; t < tokens; ++t) out[t * out_stride + i] = dot(row, x + t * cols, cols);
   });
 }
 
 template <Dequantise* dequantise>
-void axpys(const Rows* rows, const float* coefficients, int cols, float* sum) {
-  for_rows<dequantise>(*rows, cols,
-                       [&](int64_t i, const float* row) { axpy(coefficients[i], row, sum, cols); });
+void axpys(const Rows* rows, const float* coefficients, int64_t stride, int64_t tokens, int cols,
+           float* sums) {
+  for_rows<dequantise>(*rows, cols, [&](int64_t i, const float* row) {
+    for (int64_t t = 0; t < tokens; ++t) {
+      axpy(coefficients[t * stride + i], row, sums + t * cols, cols);
+    }
+  });
+}
+
+void agreements(const Rows* rows, const uint64_t* bits, int words, int32_t* out) {
+  for (int64_t i = 0; i < rows->count; ++i) {
+    const uint8_t* row = rows->data + (rows->indices ? rows->indices[i] : i) * rows->stride;
+    out[i] = 0;
+    for (int w = 0; w < words; ++w) {
+      uint64_t word;
+      std::memcpy(&word, row + 8 * w, sizeof word);
+      out[i] += __builtin_popcountll(~(word ^ bits[w]));
+    }
+  }
 }
 
 template <Dequantise* dequantise>
@@ -135,5 +153,5 @@ constexpr Kernels table() {
 
 }  // namespace
 
-extern const Kernels reference_kernels[QUANTS] = {table<dequantise_f16>(), table<dequantise_q8>(),
-                                                  table<dequantise_q4>()};
+extern const KernelSet reference_kernels = {
+    {table<dequantise_f16>(), table<dequantise_q8>(), table<dequantise_q4>()}, agreements};

@@ -127,13 +127,13 @@ class Share {
       return gate_[i] != 0;
     });
     const Rows down = pass_.rows(Pass::kDown, neurons_.data(), neurons_.size());
-    pass_.kernels.axpys(&down, gate_.data(), pass_.ffn.hidden, sums_ + t * sum_floats_);
+    pass_.kernels.axpys(&down, gate_.data(), 0, 1, pass_.ffn.hidden, sums_ + t * sum_floats_);
   }
 
   void project(Pass::Part part, int64_t t, std::vector<float>& out) {
     out.resize(neurons_.size());
     const Rows rows = pass_.rows(part, neurons_.data(), neurons_.size());
-    pass_.kernels.dots(&rows, prepared_[t], pass_.ffn.hidden, out.data());
+    pass_.kernels.dots(&rows, prepared_[t], 1, pass_.ffn.hidden, out.data(), 0);
   }
 
   template <typename Needed>
@@ -198,9 +198,7 @@ void Matrix::matmul(const float* x, float* out, int64_t tokens, int threads) con
   for_rows(tokens == 1 ? rows : std::max<int64_t>(1, kResidentBytes / stride),
            [&](int64_t r, int64_t count) {
              const Rows some{data + r * stride, stride, nullptr, count};
-             for (int64_t t = 0; t < tokens; ++t) {
-               kernels.dots(&some, prepared[t], cols, out + t * rows + r);
-             }
+             kernels.dots(&some, prepared[0], tokens, cols, out + r, rows);
            });
 }
 

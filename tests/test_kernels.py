@@ -13,8 +13,8 @@ import torch
 from turbosparse import _core
 from turbosparse.quant import dequantise, quantise
 
-FLOAT32_SUM = 2e-5  # relative RMS
-WHOLE_MODEL_SUM = 1e-6  # of 4096 random terms, which decides greedy tokens
+SUM = {"f16": 2e-5, "q8": 2e-5, "q4": 1e-4}  # relative RMS; q4 rounds x to 15 bits
+LONG_SUM = {"f16": 1e-6, "q8": 1e-6, "q4": 1e-4}  # of 4096 random terms with outliers
 
 QUANTS = ["f16", "q8", "q4"]
 SHAPES = [(quant, cols) for quant in QUANTS for cols in (32, 96, 512, 544, 1056, 4096)]
@@ -89,17 +89,17 @@ def test_matmul(quant, cols):
             x = inputs(tokens, cols)
             size = np.sqrt(x**2 @ weights.T**2)  # of such sums: some of one row cancel
             error = np.linalg.norm(matmul(matrix, x) - x @ weights.T) / np.linalg.norm(size)
-            assert error <= FLOAT32_SUM, (rows, tokens)
+            assert error <= SUM[quant], (rows, tokens)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_products_are_as_good_as_float32(quant, tokens):
+def test_long_products(quant, tokens):
     data, weights = packed(1023, 4096, quant)
     x = inputs(tokens, 4096)
     x[:, ::32] *= 100  # outliers, one in each group
     got = matmul(_core.Matrix(data, 4096, quant), x)
-    assert relative_rms(got, x @ weights.T) <= WHOLE_MODEL_SUM
+    assert relative_rms(got, x @ weights.T) <= LONG_SUM[quant]
 
 
 @pytest.mark.parametrize(("quant", "cols"), SHAPES)
@@ -126,7 +126,7 @@ def test_ffn(quant, cols, share):
             x = np.abs(inputs(tokens, cols)) + np.float32(0.1)
             for exact in (False, True):
                 out, counts = forward(ffn, x, exact)
-                assert relative_rms(out, truth(x)) <= FLOAT32_SUM, (neurons, tokens, exact)
+                assert relative_rms(out, truth(x)) <= SUM[quant], (neurons, tokens, exact)
                 assert (counts == active.sum()).all()
 
 
@@ -136,7 +136,7 @@ def test_a_token_does_not_depend_on_the_others_need(quant, tokens):
     records, truth = drelu_ffn(63, 96, quant, np.arange(63) % 5 == 0)
     x = np.abs(inputs(tokens, 96)) * np.resize(np.float32([1, -1, 0]), tokens)[:, None]
     out, counts = forward(_core.Neurons(records, 96, quant, "drelu"), x, exact=True)
-    assert relative_rms(out, truth(x)) <= FLOAT32_SUM
+    assert relative_rms(out, truth(x)) <= SUM[quant]
     assert counts[:3].tolist() == [[13, 13], [50, 50], [0, 0]]
 
 
@@ -149,7 +149,7 @@ def test_x_of_any_size(quant, size):
     got = matmul(_core.Matrix(data, 544, quant), x)
     assert np.isfinite(got).all()
     if size >= 1e-30:
-        assert relative_rms(got.astype(np.float64) / size, x / size @ weights.T) <= FLOAT32_SUM
+        assert relative_rms(got.astype(np.float64) / size, x / size @ weights.T) <= SUM[quant]
 
 
 @pytest.mark.parametrize("quant", QUANTS)
@@ -185,7 +185,7 @@ def test_the_smallest_byte_of_q8_and_the_ends_of_q4(quant):
     for x in (1.0, -1.0, 1 - 2.0**-22, -(2 - 2.0**-20)):
         x = np.full((1, 544), x, np.float32)
         got = matmul(_core.Matrix(data, 544, quant), x)
-        assert relative_rms(got, x.astype(np.float64) @ codes.T) <= WHOLE_MODEL_SUM
+        assert relative_rms(got, x.astype(np.float64) @ codes.T) <= LONG_SUM[quant]
 
 
 def test_rows_at_the_end_of_the_mapping(tmp_path):
@@ -199,7 +199,7 @@ def test_rows_at_the_end_of_the_mapping(tmp_path):
         mapped = np.memmap(tmp_path / quant, np.uint8, mode="r").reshape(data.shape)
         x = inputs(1, cols)
         got = matmul(_core.Matrix(mapped, cols, quant), x)
-        assert relative_rms(got, x @ np.resize(weights, (rows, cols)).T) <= FLOAT32_SUM
+        assert relative_rms(got, x @ np.resize(weights, (rows, cols)).T) <= SUM[quant]
 
 
 # -- the instruction sets ------------------------------------------------------------------------

@@ -1,0 +1,610 @@
+// The kernels of every instruction set with SIMD registers, written once. A kernels_<isa>.cpp
+// defines the words below in its own anonymous namespace and then includes this file there, so each
+// instruction set gets a copy with its own flags.
+//
+//   Floats, Ints, kLanes         a register of kLanes floats or 32-bit integers; it divides 16
+//   kRows                        rows read side by side
+//   kDotTokens, kAxpyTokens      tokens that share what is unpacked
+//   kWide                        registers of each such token's sum
+//   zero, broadcast, load, store, add, multiply, multiply_add (a b + c), sum_of
+//   from_halves(p), from_halves(p, lanes), from_bytes(p)         halves or int8 as floats
+//   load_words(p, lanes)              32-bit words; where lanes are given, the others are zero
+//   low_nibbles, high_nibbles    of each byte, as bytes
+//   nibble_weight(words, k)      nibble k of each word, less 8 unless kNibblesRaw
+//   products(sum, u, s)          sum + the products of unsigned and signed bytes; `lane_sums(sum)`
+//   makes
+//                                of up to 8 such the sums of each 32-bit lane
+//   combined(high, low)          256 high + low as floats
+//
+// Nothing here may be seen by the linker: no standard C++ header, no inline function with a name
+// outside the anonymous namespace.
+
+// What works on arrays of registers: called, they would go through memory.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
+
+constexpr int kParts = TILE_GROUPS / kLanes;  // registers that hold a tile's groups
+constexpr int kPieces = GROUP / kLanes;       // registers that hold a group's weights
+
+const uint8_t* row_at(const Rows& rows, int64_t i) {
+  return rows.data + (rows.indices ? rows.indices[i] : i) * rows.stride;
+}
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+int smaller(int a, int b) { return a < b ? a : b; }
+
+// Cache lines of the next rows, fetched while the present ones are at work.
+ALWAYS_INLINE void prefetch(const uint8_t* from, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+// N rows: the ones at hand and those to fetch, which are the ones at hand at the end.
+template <int N>
+struct Group {
+  const uint8_t* row[N];
+  const uint8_t* next[N];
+
+  Group(const Rows& rows, int64_t i) {
+    for (int n = 0; n < N; ++n) {
+      row[n] = row_at(rows, i + n);
+      next[n] = row_at(rows, i + N + n < rows.count ? i + N + n : i + n);
+    }
+  }
+};
+
+// Calls a kernel for some rows side by side until all had their turn; T, where it is given, for the
+// tokens that share what is unpacked.
+template <int... T, typename Kernel, typename... Token>
+void for_rows(const Kernel& kernel, int64_t rows, Token... token) {
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows) kernel.template run<kRows, T...>(i, token...);
+  for (; i + 2 <= rows; i += 2) kernel.template run<2, T...>(i, token...);
+  for (; i < rows; ++i) kernel.template run<1, T...>(i, token...);
+}
+
+// What the kernels on `rows` and several tokens have in common.
+struct Dots {
+  const Rows& rows;
+  const void* prepared;
+  int64_t prepared_stride;
+  int cols;
+  float* out;
+  int64_t out_stride;
+
+  template <typename Form>
+  const Form* x(int64_t token) const {
+    const char* bytes = static_cast<const char*>(prepared) + token * prepared_stride;
+    return reinterpret_cast<const Form*>(bytes);
+  }
+
+  template <int N, int T>
+  ALWAYS_INLINE void write(int64_t i, int64_t token, const Floats (&sums)[N][T]) const {
+    for (int t = 0; t < T; ++t) {
+      for (int n = 0; n < N; ++n) out[(token + t) * out_stride + i + n] = sum_of(sums[n][t]);
+    }
+  }
+};
+
+// sum += coefficients · rows, for one token.
+struct Axpys {
+  const Rows& rows;
+  const float* coefficients;
+  int cols;
+  float* sum;
+};
+
+// The same for several tokens: a tile of some rows is unpacked to floats, in the order of the sums,
+// and multiplied with all tokens.
+constexpr int kUnpacked = 16;  // rows: with the sums of some tokens, what the nearest cache holds
+
+// sums[t] += coefficients[t, n] * tile[n] for T tokens, `count` rows.
+template <int T>
+void add_tile(const float (*tile)[TILE], int count, const float* coefficients, int64_t stride,
+              int width, float* sums, int64_t sum_stride) {
+  for (int c = 0; c < width; c += kWide * kLanes) {
+    Floats y[T][kWide];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kWide; ++k) y[t][k] = load(sums + t * sum_stride + c + k * kLanes);
+    }
+    for (int n = 0; n < count; ++n) {
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        const Floats a = broadcast(coefficients[t * stride + n]);
+#pragma GCC unroll 4
+        for (int k = 0; k < kWide; ++k) {
+          y[t][k] = multiply_add(load(tile[n] + c + k * kLanes), a, y[t][k]);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kWide; ++k) store(sums + t * sum_stride + c + k * kLanes, y[t][k]);
+    }
+  }
+}
+
+using UnpackTile = void(const uint8_t* row, int cols, int tile, float* out);
+
+template <UnpackTile* unpack>
+void axpys_many(const Rows& rows, const float* coefficients, int64_t stride, int64_t tokens,
+                int cols, float* sums, int64_t sum_stride) {
+  alignas(64) float unpacked[kUnpacked][TILE] = {};
+  for (int64_t i = 0; i < rows.count; i += kUnpacked) {
+    const int count = static_cast<int>(rows.count - i < kUnpacked ? rows.count - i : kUnpacked);
+    for (int tile = 0; tile < cols; tile += TILE) {
+      for (int n = 0; n < count; ++n) unpack(row_at(rows, i + n), cols, tile, unpacked[n]);
+      const int64_t left = sum_stride - tile;
+      const int width = left < TILE ? static_cast<int>(left) : TILE;
+      int64_t t = 0;
+      for (; t + kAxpyTokens <= tokens; t += kAxpyTokens) {
+        add_tile<kAxpyTokens>(unpacked, count, coefficients + t * stride + i, stride, width,
+                              sums + t * sum_stride + tile, sum_stride);
+      }
+      for (; t < tokens; ++t) {
+        add_tile<1>(unpacked, count, coefficients + t * stride + i, stride, width,
+                    sums + t * sum_stride + tile, sum_stride);
+      }
+    }
+  }
+}
+
+// -- x as floats, zeros behind: f16 and q8 -------------------------------------------------------
+
+int64_t prepared_bytes(int cols) { return round_up(cols, GROUP) * sizeof(float); }
+
+void prepare(const float* x, int cols, void* prepared) {
+  float* out = static_cast<float*>(prepared);
+  __builtin_memcpy(out, x, cols * sizeof(float));
+  for (int c = cols; c < round_up(cols, GROUP); ++c) out[c] = 0;
+}
+
+int64_t sum_floats(int cols) { return round_up(cols, 2 * GROUP); }
+
+void add_sum(const float* sum, int cols, float* out) {
+  for (int c = 0; c < cols; ++c) out[c] += sum[c];
+}
+
+// -- f16 -----------------------------------------------------------------------------------------
+
+void dequantise_f16(const uint8_t* row, float* out, int cols) {
+  for (int c = 0; c < cols; c += kLanes) {
+    alignas(64) float piece[kLanes];
+    store(piece, from_halves(row + 2 * c, smaller(cols - c, kLanes)));
+    __builtin_memcpy(out + c, piece, smaller(cols - c, kLanes) * sizeof(float));
+  }
+}
+
+// Whole cache lines: x has zeros where the row has its padding.
+struct DotsF16 : Dots {
+  template <int N, int T>
+  void run(int64_t i, int64_t token) const {
+    const Group<N> group(rows, i);
+    Floats sums[N][T];
+    for (int n = 0; n < N; ++n) {
+      for (int t = 0; t < T; ++t) sums[n][t] = zero();
+    }
+    for (int c = 0; c < cols; c += GROUP) {
+      for (int n = 0; n < N; ++n) {
+        prefetch(group.next[n] + 2 * c, 64);
+#pragma GCC unroll 8
+        for (int k = 0; k < kPieces; ++k) {
+          const Floats w = from_halves(group.row[n] + 2 * (c + k * kLanes));
+#pragma GCC unroll 2
+          for (int t = 0; t < T; ++t) {
+            const Floats piece = load(x<float>(token + t) + c + k * kLanes);
+            sums[n][t] = multiply_add(w, piece, sums[n][t]);
+          }
+        }
+      }
+    }
+    write(i, token, sums);
+  }
+};
+
+void unpack_f16(const uint8_t* row, int cols, int tile, float* out) {
+  for (int c = 0; c < smaller(cols - tile, TILE); c += GROUP) {
+    for (int k = c; k < c + GROUP; k += kLanes) store(out + k, from_halves(row + 2 * (tile + k)));
+  }
+}
+
+struct AxpysF16 : Axpys {
+  template <int N>
+  void run(int64_t i) const {
+    const Group<N> group(rows, i);
+    Floats a[N];
+    for (int n = 0; n < N; ++n) a[n] = broadcast(coefficients[i + n]);
+    for (int c = 0; c < cols; c += GROUP) {
+      for (int n = 0; n < N; ++n) prefetch(group.next[n] + 2 * c, 64);
+#pragma GCC unroll 8
+      for (int k = c; k < c + GROUP; k += kLanes) {
+        Floats y = load(sum + k);
+        for (int n = 0; n < N; ++n) y = multiply_add(from_halves(group.row[n] + 2 * k), a[n], y);
+        store(sum + k, y);
+      }
+    }
+  }
+};
+
+// -- q8 ------------------------------------------------------------------------------------------
+
+// The scales of a tile's groups, zeros behind, in memory, from where they are broadcast.
+void load_scales(const uint8_t* halves, int groups, float* out) {
+  for (int from = 0; from < TILE_GROUPS; from += kLanes) {
+    store(out + from,
+          from < groups ? from_halves(halves + 2 * from, smaller(groups - from, kLanes)) : zero());
+  }
+}
+
+void dequantise_q8(const uint8_t* row, float* out, int cols) {
+  for (int c = 0; c < cols; c += GROUP) {
+    alignas(64) float scale[kLanes], piece[GROUP];
+    store(scale, from_halves(row + cols + c / GROUP * 2, 1));
+    for (int k = 0; k < GROUP; k += kLanes) {
+      store(piece + k, multiply(broadcast(scale[0]), from_bytes(row + c + k)));
+    }
+    __builtin_memcpy(out + c, piece, sizeof piece);
+  }
+}
+
+struct DotsQ8 : Dots {
+  template <int N, int T>
+  void run(int64_t i, int64_t token) const {
+    const Group<N> group(rows, i);
+    alignas(64) float scales[N][TILE_GROUPS];
+    Floats sums[N][T];
+    for (int n = 0; n < N; ++n) {
+      for (int t = 0; t < T; ++t) sums[n][t] = zero();
+    }
+    for (int tile = 0; tile < cols; tile += TILE) {
+      const int scales_at = cols + tile / GROUP * 2;
+      for (int n = 0; n < N; ++n) {
+        prefetch(group.next[n] + scales_at, 1);
+        load_scales(group.row[n] + scales_at, (cols - tile) / GROUP, scales[n]);
+      }
+      for (int c = tile; c < smaller(tile + TILE, cols); c += GROUP) {
+        for (int n = 0; n < N; ++n) {
+          if (c % 64 == 0) prefetch(group.next[n] + c, 64);
+          Floats product[T];
+#pragma GCC unroll 8
+          for (int k = 0; k < GROUP; k += kLanes) {
+            const Floats w = from_bytes(group.row[n] + c + k);
+#pragma GCC unroll 2
+            for (int t = 0; t < T; ++t) {
+              const Floats piece = load(x<float>(token + t) + c + k);
+              product[t] = k == 0 ? multiply(w, piece) : multiply_add(w, piece, product[t]);
+            }
+          }
+          const Floats scale = broadcast(scales[n][(c - tile) / GROUP]);
+          for (int t = 0; t < T; ++t) sums[n][t] = multiply_add(product[t], scale, sums[n][t]);
+        }
+      }
+    }
+    write(i, token, sums);
+  }
+};
+
+void unpack_q8(const uint8_t* row, int cols, int tile, float* out) {
+  alignas(64) float scales[TILE_GROUPS];
+  load_scales(row + cols + tile / GROUP * 2, (cols - tile) / GROUP, scales);
+  for (int c = 0; c < smaller(cols - tile, TILE); c += kLanes) {
+    store(out + c, multiply(broadcast(scales[c / GROUP]), from_bytes(row + tile + c)));
+  }
+}
+
+struct AxpysQ8 : Axpys {
+  template <int N>
+  void run(int64_t i) const {
+    const Group<N> group(rows, i);
+    alignas(64) float a[N][TILE_GROUPS];  // coefficient times scale
+    for (int tile = 0; tile < cols; tile += TILE) {
+      const int scales_at = cols + tile / GROUP * 2;
+      for (int n = 0; n < N; ++n) {
+        prefetch(group.next[n] + scales_at, 1);
+        load_scales(group.row[n] + scales_at, (cols - tile) / GROUP, a[n]);
+        for (int g = 0; g < TILE_GROUPS; ++g) a[n][g] *= coefficients[i + n];
+      }
+      for (int c = tile; c < smaller(tile + TILE, cols); c += GROUP) {
+        for (int n = 0; n < N && c % 64 == 0; ++n) prefetch(group.next[n] + c, 64);
+#pragma GCC unroll 8
+        for (int k = c; k < c + GROUP; k += kLanes) {
+          Floats y = load(sum + k);
+          for (int n = 0; n < N; ++n) {
+            const Floats w = from_bytes(group.row[n] + k);
+            y = multiply_add(w, broadcast(a[n][(c - tile) / GROUP]), y);
+          }
+          store(sum + k, y);
+        }
+      }
+    }
+  }
+};
+
+// -- q4 ------------------------------------------------------------------------------------------
+
+// Part of a tile of a row: a lane is a group, and the last tile of a row may have fewer.
+struct Nibbles {
+  int groups;             // of the tile
+  int lanes;              // of this part
+  int64_t words, scales;  // where they lie in the row
+
+  Nibbles(int cols, int tile, int part)
+      : groups(smaller((cols - tile) / GROUP, TILE_GROUPS)),
+        lanes(smaller(groups - part * kLanes, kLanes)),
+        words(tile / 2 + 4 * part * kLanes),
+        scales(cols / 2 + tile / GROUP * 2 + 2 * part * kLanes) {}
+
+  ALWAYS_INLINE Ints word(const uint8_t* row, int r) const {
+    return load_words(row + words + 4 * groups * r, lanes);
+  }
+  Floats scale(const uint8_t* row) const { return from_halves(row + scales, lanes); }
+};
+
+// The next rows' bytes of a tile.
+template <int N>
+ALWAYS_INLINE void fetch_tile(const Group<N>& group, int cols, int tile) {
+  for (int n = 0; n < N; ++n) {
+    prefetch(group.next[n] + tile / 2, TILE / 2);
+    prefetch(group.next[n] + cols / 2 + tile / GROUP * 2, 1);
+  }
+}
+
+void dequantise_q4(const uint8_t* row, float* out, int cols) {
+  for (int tile = 0; tile < cols; tile += TILE) {
+    const int groups = smaller((cols - tile) / GROUP, TILE_GROUPS);
+    alignas(64) float scales[TILE_GROUPS];
+    load_scales(row + cols / 2 + tile / GROUP * 2, groups, scales);
+    for (int g = 0; g < groups; ++g, out += GROUP) {
+      for (int i = 0; i < GROUP / 2; ++i) {
+        const uint8_t byte = row[tile / 2 + (i / 4 * groups + g) * 4 + i % 4];
+        out[i] = scales[g] * ((byte & 15) - 8);
+        out[i + GROUP / 2] = scales[g] * ((byte >> 4) - 8);
+      }
+    }
+  }
+}
+
+int64_t prepared_bytes_q4(int cols) { return round_up(cols, TILE) / TILE * sizeof(Q4Tile); }
+
+// One group of x as integers up to 127 * 256; returns their scale, a power of two, or NaN if any x
+// is not finite. Plain loops: the compiler vectorises them.
+float to_integers(const float* x, int32_t* integers) {
+  int32_t bits[GROUP], largest = 27 << 23;  // 2^-100: of what is smaller little remains
+  __builtin_memcpy(bits, x, sizeof bits);
+  for (int i = 0; i < GROUP; ++i) {
+    const int32_t magnitude = bits[i] & 0x7fffffff;
+    largest = magnitude > largest ? magnitude : largest;
+  }
+  const bool finite = largest < 0x7f800000;
+  const int exponent = (largest + 0x10000) >> 23;  // biased; the next one above 127/128 of it
+  const int32_t scale_bits = finite ? (exponent - 14) << 23 : 0x7fc00000;
+  const int32_t inverse_bits = (2 * 127 - exponent + 14) << 23;
+  float scale, inverse;
+  __builtin_memcpy(&scale, &scale_bits, sizeof scale);
+  __builtin_memcpy(&inverse, &inverse_bits, sizeof inverse);
+  // what is added brings the rounded integer to the last bits
+  constexpr float kShift = 0x1.8p23f;
+  constexpr int32_t kShiftBits = 0x4b400000;
+  for (int i = 0; i < GROUP; ++i) {
+    const float shifted = (finite ? x[i] * inverse : 0) + kShift;
+    __builtin_memcpy(bits + i, &shifted, sizeof shifted);
+    integers[i] = bits[i] - kShiftBits;
+  }
+  return scale;
+}
+
+void prepare_q4(const float* x, int cols, void* prepared) {
+  Q4Tile* out = static_cast<Q4Tile*>(prepared);
+  for (int tile = 0; tile < cols; tile += TILE, ++out) {
+    const int groups = smaller((cols - tile) / GROUP, TILE_GROUPS);
+    if (groups < TILE_GROUPS) __builtin_memset(out, 0, sizeof *out);
+    for (int g = 0; g < groups; ++g, x += GROUP) {
+      int32_t integers[GROUP], sums[2] = {};
+      int8_t bytes[2][GROUP];
+      out->scale[g] = to_integers(x, integers);
+      for (int i = 0; i < GROUP; ++i) {
+        const int32_t high = (integers[i] + 128) >> 8, low = integers[i] - 256 * high;
+        bytes[0][i] = static_cast<int8_t>(high);
+        bytes[1][i] = static_cast<int8_t>(low);
+        sums[0] += high;
+        sums[1] += low;
+      }
+      for (int limb = 0; limb < 2; ++limb) {
+        out->start[limb][g] = -8 * sums[limb];
+        for (int word = 0; word < 8; ++word) {
+          __builtin_memcpy(out->limbs[limb][word] + 4 * g, bytes[limb] + 4 * word, 4);
+        }
+      }
+    }
+  }
+}
+
+struct DotsQ4 : Dots {
+  template <int N, int T>
+  void run(int64_t i, int64_t token) const {
+    const Group<N> group(rows, i);
+    Floats totals[N][T];
+    for (int n = 0; n < N; ++n) {
+      for (int t = 0; t < T; ++t) totals[n][t] = zero();
+    }
+    for (int tile = 0; tile < cols; tile += TILE) {
+      fetch_tile(group, cols, tile);
+      for (int part = 0; part < kParts; ++part) {
+        const Nibbles nibbles(cols, tile, part);
+        if (kParts > 1 && nibbles.lanes <= 0) break;
+        visit<N, T>(group, nibbles, token, tile / TILE, part * kLanes, totals);
+      }
+    }
+    write(i, token, totals);
+  }
+
+  // Adds the products of one part of a tile.
+  template <int N, int T>
+  ALWAYS_INLINE void visit(const Group<N>& group, const Nibbles& nibbles, int64_t token, int tile,
+                           int lane, Floats (&total)[N][T]) const {
+    const Q4Tile* tiles[T];
+    Ints limbs[N][T][2];
+    for (int t = 0; t < T; ++t) {
+      tiles[t] = x<Q4Tile>(token + t) + tile;
+      for (int n = 0; n < N; ++n)
+        for (int limb = 0; limb < 2; ++limb) {
+          limbs[n][t][limb] = first_products(tiles[t]->start[limb] + lane);
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      Ints w[N][2];
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const Ints word = nibbles.word(group.row[n], r);
+        w[n][0] = low_nibbles(word);
+        w[n][1] = high_nibbles(word);
+      }
+#pragma GCC unroll 2
+      for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 2
+        for (int limb = 0; limb < 2; ++limb) {
+          const Ints x0 = load_ints(tiles[t]->limbs[limb][r] + 4 * lane);
+          const Ints x1 = load_ints(tiles[t]->limbs[limb][4 + r] + 4 * lane);
+#pragma GCC unroll 4
+          for (int n = 0; n < N; ++n) {
+            limbs[n][t][limb] = products(products(limbs[n][t][limb], w[n][0], x0), w[n][1], x1);
+          }
+        }
+      }
+    }
+#pragma GCC unroll 2
+    for (int t = 0; t < T; ++t) {
+      const Floats x_scale = load(tiles[t]->scale + lane);
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) {
+        const Floats product = combined(lane_sums(limbs[n][t][0], tiles[t]->start[0] + lane),
+                                        lane_sums(limbs[n][t][1], tiles[t]->start[1] + lane));
+        const Floats scale = multiply(nibbles.scale(group.row[n]), x_scale);
+        total[n][t] = multiply_add(product, scale, total[n][t]);
+      }
+    }
+  }
+};
+
+// The sum of q4 rows lies in tiles [word r][k][group], k being a nibble of the word: weight
+// 4 r + k / 2 + 16 (k % 2) of its group.
+int64_t sum_floats_q4(int cols) { return round_up(cols, TILE); }
+
+void add_sum_q4(const float* sum, int cols, float* out) {
+  for (int tile = 0; tile < cols; tile += TILE, sum += TILE) {
+    for (int g = 0; g < TILE_GROUPS && tile + g * GROUP < cols; ++g, out += GROUP) {
+      for (int i = 0; i < GROUP; ++i) {
+        const int r = i / 8, k = i % 8;
+        out[4 * r + k / 2 + 16 * (k % 2)] += sum[i * TILE_GROUPS + g];
+      }
+    }
+  }
+}
+
+void unpack_q4(const uint8_t* row, int cols, int tile, float* out) {
+  for (int part = 0; part < kParts; ++part) {
+    const Nibbles nibbles(cols, tile, part);
+    const Floats scale = nibbles.scale(row);
+    for (int r = 0; r < 4; ++r) {
+      const Ints word = nibbles.word(row, r);
+      float* to = out + 8 * r * TILE_GROUPS + part * kLanes;
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) {
+        const Floats w =
+            kNibblesRaw ? add(nibble_weight(word, k), broadcast(-8)) : nibble_weight(word, k);
+        store(to + k * TILE_GROUPS, multiply(w, scale));
+      }
+    }
+  }
+}
+
+struct AxpysQ4 : Axpys {
+  template <int N>
+  void run(int64_t i) const {
+    const Group<N> group(rows, i);
+    for (int tile = 0; tile < cols; tile += TILE) {
+      fetch_tile(group, cols, tile);
+      for (int part = 0; part < kParts; ++part) {
+        const Nibbles nibbles(cols, tile, part);
+        if (kParts > 1 && nibbles.lanes <= 0) break;
+        Floats a[N], offset = zero();
+        for (int n = 0; n < N; ++n) {
+          a[n] = multiply(broadcast(coefficients[i + n]), nibbles.scale(group.row[n]));
+          if (kNibblesRaw) offset = multiply_add(broadcast(-8), a[n], offset);
+        }
+        for (int r = 0; r < 4; ++r) {
+          float* y = sum + tile + 8 * r * TILE_GROUPS + part * kLanes;
+          add_word<N>(group, nibbles, r, a, offset, y);
+        }
+      }
+    }
+  }
+
+  // Adds the eight nibbles of word r.
+  template <int N>
+  ALWAYS_INLINE void add_word(const Group<N>& group, const Nibbles& nibbles, int r,
+                              const Floats (&a)[N], Floats offset, float* at) const {
+    Floats y[8];
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) {
+      y[k] = load(at + k * TILE_GROUPS);
+      if (kNibblesRaw) y[k] = add(y[k], offset);
+    }
+#pragma GCC unroll 4
+    for (int n = 0; n < N; ++n) {
+      const Ints word = nibbles.word(group.row[n], r);
+#pragma GCC unroll 8
+      for (int k = 0; k < 8; ++k) y[k] = multiply_add(nibble_weight(word, k), a[n], y[k]);
+    }
+#pragma GCC unroll 8
+    for (int k = 0; k < 8; ++k) store(at + k * TILE_GROUPS, y[k]);
+  }
+};
+
+// -- sign bits -----------------------------------------------------------------------------------
+
+void agreements(const Rows* rows, const uint64_t* bits, int words, int32_t* out) {
+  for (int64_t i = 0; i < rows->count; ++i) {
+    const uint64_t* row = reinterpret_cast<const uint64_t*>(row_at(*rows, i));
+    int32_t sum = 0;
+    for (int w = 0; w < words; ++w) sum += __builtin_popcountll(~(row[w] ^ bits[w]));
+    out[i] = sum;
+  }
+}
+
+// -- the tables ----------------------------------------------------------------------------------
+
+// The tokens at hand go through all rows: they stay in the nearest cache.
+template <typename Kernel, int64_t (*bytes)(int)>
+void dots(const Rows* rows, const void* prepared, int64_t tokens, int cols, float* out,
+          int64_t out_stride) {
+  const Kernel kernel{{*rows, prepared, bytes(cols), cols, out, out_stride}};
+  int64_t t = 0;
+  for (; t + kDotTokens <= tokens; t += kDotTokens) for_rows<kDotTokens>(kernel, rows->count, t);
+  for (; t < tokens; ++t) for_rows<1>(kernel, rows->count, t);
+}
+
+template <typename Kernel, UnpackTile* unpack, int64_t (*floats)(int)>
+void axpys(const Rows* rows, const float* coefficients, int64_t stride, int64_t tokens, int cols,
+           float* sums) {
+  if (tokens >= kAxpyTokens) {
+    axpys_many<unpack>(*rows, coefficients, stride, tokens, cols, sums, floats(cols));
+    return;
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    for_rows(Kernel{{*rows, coefficients + t * stride, cols, sums + t * floats(cols)}},
+             rows->count);
+  }
+}
+
+constexpr Kernels kKernels[QUANTS] = {
+    {dequantise_f16, prepared_bytes, prepare, dots<DotsF16, prepared_bytes>, sum_floats,
+     axpys<AxpysF16, unpack_f16, sum_floats>, add_sum},
+    {dequantise_q8, prepared_bytes, prepare, dots<DotsQ8, prepared_bytes>, sum_floats,
+     axpys<AxpysQ8, unpack_q8, sum_floats>, add_sum},
+    {dequantise_q4, prepared_bytes_q4, prepare_q4, dots<DotsQ4, prepared_bytes_q4>, sum_floats_q4,
+     axpys<AxpysQ4, unpack_q4, sum_floats_q4>, add_sum_q4},
+};
