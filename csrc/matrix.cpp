@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "predictor.h"
 #include "threads.h"
 
 namespace {
@@ -17,7 +18,8 @@ constexpr int64_t kChunk = 16;
 constexpr int64_t kResidentBytes = 512 << 10;
 
 // One token in dense mode: neighbouring rows are read soon after each other, which is 10 % faster
-// than whole stages. In exact mode longer lists of survivors win: 24 against 19 GB/s of 64 neurons.
+// than whole stages. In the other modes longer lists of survivors win: 24 against 19 GB/s of 64
+// neurons.
 constexpr int64_t kDenseStep = 256;
 
 // A thread pays for its start, some microseconds, from about this many weight bytes times tokens
@@ -54,7 +56,8 @@ struct Pass {
   const int64_t stride;
   const float* x;
   const int64_t tokens;
-  const bool exact;
+  const Mode mode;
+  const Prediction* prediction;  // null: all neurons are candidates
   const int64_t threads;
   const bool gated = ffn.activation != Activation::kRelu;  // else up is its own gate
 
@@ -85,18 +88,19 @@ class Share {
         prepared_(prepared),
         sum_floats_(pass.kernels.sum_floats(pass.ffn.hidden)),
         sums_(pass.tokens * sum_floats_, true),
-        counts_(2 * pass.tokens) {}
+        counts_(3 * pass.tokens) {}
 
   void run(int64_t thread) {
     const std::vector<int32_t> share = pass_.share_of(thread);
     const int64_t all = share.size();
-    const int64_t alone = pass_.exact ? all : kDenseStep;
+    const int64_t alone = pass_.mode == Mode::kDense ? kDenseStep : all;
     const int64_t step =
         pass_.tokens == 1 ? alone : std::max(kChunk, kResidentBytes / (3 * pass_.stride));
     for (int64_t from = 0; from < all; from += step) {
       const int64_t end = std::min(from + step, all);
       for (int64_t t = 0; t < pass_.tokens; ++t) {
         neurons_.assign(share.begin() + from, share.begin() + end);
+        if (pass_.prediction) pass_.prediction->keep_candidates(t, neurons_);
         visit(t);
       }
     }
@@ -106,16 +110,18 @@ class Share {
     for (int64_t t = 0; t < pass_.tokens; ++t) {
       pass_.kernels.add_sum(sums_ + t * sum_floats_, pass_.ffn.hidden, out + t * pass_.ffn.hidden);
     }
-    for (int64_t i = 0; i < 2 * pass_.tokens; ++i) counts[i] += counts_[i];
+    for (int64_t i = 0; i < 3 * pass_.tokens; ++i) counts[i] += counts_[i];
   }
 
  private:
   // Carries neurons_ through gate, up and down, those falling out that are not needed.
   void visit(int64_t t) {
     const bool gated = pass_.gated;
+    int32_t* counts = &counts_[3 * t];
+    counts[0] += neurons_.size();
     project(gated ? Pass::kGate : Pass::kUp, t, gate_);
     keep([&](int64_t i) {
-      counts_[2 * t] += gate_[i] > 0;
+      counts[1] += gate_[i] > 0;
       return relu(gate_[i]) != 0;
     });
     if (gated) project(Pass::kUp, t, up_);
@@ -123,7 +129,7 @@ class Share {
       gate_[i] = combine(pass_.ffn.activation, gate_[i], gated ? up_[i] : gate_[i]);
     }
     keep([&](int64_t i) {  // by now `gate_` is Combined
-      counts_[2 * t + 1] += gate_[i] != 0;
+      counts[2] += gate_[i] != 0;
       return gate_[i] != 0;
     });
     const Rows down = pass_.rows(Pass::kDown, neurons_.data(), neurons_.size());
@@ -140,7 +146,7 @@ class Share {
   void keep(Needed needed) {
     size_t kept = 0;
     for (size_t i = 0; i < neurons_.size(); ++i) {
-      if (!needed(i) && pass_.exact) continue;
+      if (!needed(i) && pass_.mode != Mode::kDense) continue;
       neurons_[kept] = neurons_[i];
       gate_[kept++] = gate_[i];
     }
@@ -163,7 +169,7 @@ void run_shares(const Pass& pass, const Prepared& prepared, float* out, int32_t*
   for (auto& share : shares) share = std::make_unique<Share>(pass, prepared);
   parallel(pass.threads, [&](int thread) { shares[thread]->run(thread); });
   std::fill_n(out, pass.tokens * pass.ffn.hidden, 0.0f);
-  std::fill_n(counts, pass.tokens * 2, 0);
+  std::fill_n(counts, pass.tokens * 3, 0);
   for (const auto& share : shares) share->add_to(out, counts);
 }
 
@@ -204,10 +210,12 @@ void Matrix::matmul(const float* x, float* out, int64_t tokens, int threads) con
            });
 }
 
-void Neurons::forward(const float* x, float* out, int32_t* counts, int64_t tokens, bool exact,
-                      int threads) const {
+void Neurons::forward(const float* x, const float* residual, float* out, int32_t* counts,
+                      int64_t tokens, Mode mode, int threads) const {
+  std::unique_ptr<Prediction> prediction;
+  if (mode == Mode::kPredicted) prediction = predictor->begin(x, residual, tokens, threads);
   const int64_t stride = row_stride(quant, hidden);
   threads = worthwhile_threads(threads, neurons * 3 * stride, tokens);
-  const Pass pass{*this, kernels_of(quant), stride, x, tokens, exact, threads};
+  const Pass pass{*this, kernels_of(quant), stride, x, tokens, mode, prediction.get(), threads};
   run_shares(pass, Prepared(pass.kernels, x, tokens, hidden), out, counts);
 }
