@@ -76,11 +76,13 @@ def main() -> None:
 
     records, x = make_ffn(args.hidden, args.neurons, args.quant, args.sparsity)
     truth, counts = (
-        road("torch").Neurons(records, args.hidden, args.quant, "drelu", 1).forward(x, exact=False)
+        road("torch")
+        .Neurons(records, args.hidden, args.quant, "drelu", 1)
+        .forward(x, x, mode="dense")
     )
-    gate, active = counts[0].tolist()
+    _, gate, active = counts[0].tolist()
     stride = row_bytes(args.quant, args.hidden)
-    moved = {False: records.size, True: stride * (args.neurons + gate + active)}
+    moved = {"dense": records.size, "exact": stride * (args.neurons + gate + active)}
 
     x = x.repeat(args.tokens, 1)
     truth = truth.repeat(args.tokens, 1)
@@ -100,16 +102,16 @@ def main() -> None:
         ffns, matrices = layers["torch" if isa == "torch" else "cpu"]
         if isa != "torch":
             _core.set_isa(isa)
-        for exact in (False, True):
-            y, _ = ffns[0].forward(x, exact=exact)
+        for mode in ("dense", "exact"):
+            y, _ = ffns[0].forward(x, x, mode=mode)
             error = float((y - truth).norm() / truth.norm())
-            assert error < RELATIVE_RMS, f"{isa}, exact={exact}: relative RMS {error:g}"
-            key = f"{isa} {'exact' if exact else 'dense'}"
+            assert error < RELATIVE_RMS, f"{isa}, {mode}: relative RMS {error:g}"
+            key = f"{isa} {mode}"
             runs[key] = (
                 isa,
-                lambda ffns=ffns, exact=exact: [f.forward(x, exact=exact) for f in ffns],
+                lambda ffns=ffns, mode=mode: [f.forward(x, x, mode=mode) for f in ffns],
             )
-            sizes[key] = moved[exact] * args.copies
+            sizes[key] = moved[mode] * args.copies
         runs[f"{isa} matmul"] = isa, lambda matrices=matrices: [m.matmul(x) for m in matrices]
         sizes[f"{isa} matmul"] = records.size * args.copies
     seconds: dict[str, list[float]] = {key: [] for key in runs}

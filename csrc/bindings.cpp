@@ -4,6 +4,8 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include "predictor.h"
+
 namespace nb = nanobind;
 using nb::literals::operator""_a;
 
@@ -14,28 +16,7 @@ using Output = Array<float, 2>;
 using Counts = Array<int32_t, 2>;
 
 constexpr int kMaxThreads = 1024;
-constexpr const char* kQuants[] = {"f16", "q8", "q4"};  // in the order of Quant
-constexpr const char* kActivations[] = {"drelu", "reglu", "relu", "swiglu"};  // of Activation
-
-template <typename Enum, size_t N>
-Enum parse(const char* what, const std::string& name, const char* const (&names)[N]) {
-  std::string known;
-  for (size_t i = 0; i < N; ++i) {
-    if (name == names[i]) return static_cast<Enum>(i);
-    known += (i ? ", " : "") + std::string(names[i]);
-  }
-  fail(std::string(what) + " is '" + name + "', expected one of " + known);
-}
-
-template <typename T>
-void check_shape(const char* what, const Array<T, 2>& array, size_t rows, size_t cols) {
-  const auto text = [](size_t a, size_t b) {
-    return "(" + std::to_string(a) + ", " + std::to_string(b) + ")";
-  };
-  if (array.shape(0) == rows && array.shape(1) == cols) return;
-  fail(std::string(what) + " has shape " + text(array.shape(0), array.shape(1)) + ", expected " +
-       text(rows, cols));
-}
+constexpr const char* kModes[] = {"dense", "exact", "predicted"};  // in the order of Mode
 
 // `parts` rows of `cols` weights lie side by side in each row of `data`.
 void check_rows(const Bytes& data, const char* what, int cols, Quant quant, int parts) {
@@ -75,25 +56,30 @@ void row(const OwningMatrix& self, int64_t index, Array<float, 1> out) {
 }
 
 void init_neurons(OwningNeurons* self, Bytes data, int hidden, const char* quant_name,
-                  const char* activation_name) {
+                  const char* activation_name, const Predictor* predictor) {
   const Quant quant = parse<Quant>("quant", quant_name, kQuants);
   const auto activation = parse<Activation>("activation", activation_name, kActivations);
   check_rows(data, "hidden", hidden, quant, 3);
   const int64_t neurons = data.shape(0);
-  new (self) OwningNeurons{{data.data(), neurons, hidden, quant, activation}, data};
+  if (predictor && (predictor->neurons != neurons || predictor->hidden != hidden)) {
+    fail("the predictor is of " + std::to_string(predictor->neurons) + " neurons and hidden " +
+         std::to_string(predictor->hidden) + ", expected " + std::to_string(neurons) + " and " +
+         std::to_string(hidden));
+  }
+  new (self) OwningNeurons{
+      {data.data(), neurons, hidden, quant, activation, predictor}, data, nb::find(predictor)};
 }
 
-void forward(const OwningNeurons& self, Input x, Output out, Counts counts, bool exact,
-             int threads) {
+void forward(const OwningNeurons& self, Input x, Input residual, Output out, Counts counts,
+             const char* mode_name, int threads) {
   check_shape("x", x, x.shape(0), self.hidden);
+  check_shape("residual", residual, x.shape(0), self.hidden);
   check_shape("out", out, x.shape(0), self.hidden);
-  check_shape("counts", counts, x.shape(0), 2);
+  check_shape("counts", counts, x.shape(0), 3);
   check_threads(threads);
-  if (exact && self.activation == Activation::kSwiglu) {
-    fail("activation is 'swiglu', which has no exact zeros to skip: use dense mode (exact=False)");
-  }
+  const Mode mode = parse_mode(mode_name, self);
   nb::gil_scoped_release release;
-  self.forward(x.data(), out.data(), counts.data(), x.shape(0), exact, threads);
+  self.forward(x.data(), residual.data(), out.data(), counts.data(), x.shape(0), mode, threads);
 }
 
 }  // namespace
@@ -101,6 +87,15 @@ void forward(const OwningNeurons& self, Input x, Output out, Counts counts, bool
 void check_threads(int threads) {
   if (threads >= 1 && threads <= kMaxThreads) return;
   fail("threads is " + std::to_string(threads) + ", expected 1 to " + std::to_string(kMaxThreads));
+}
+
+Mode parse_mode(const std::string& name, const Neurons& neurons) {
+  const auto mode = parse<Mode>("mode", name, kModes);
+  if (mode != Mode::kDense && neurons.activation == Activation::kSwiglu) {
+    fail("activation is 'swiglu', which has no exact zeros to skip: use dense mode");
+  }
+  if (mode == Mode::kPredicted && !neurons.predictor) fail("predicted mode needs a predictor");
+  return mode;
 }
 
 // .noconvert() everywhere: without it nanobind fills a copy of an unfit `out`, and the result is
@@ -118,10 +113,12 @@ NB_MODULE(_core, m) {
            "out[T, rows] = x[T, cols] · Wᵀ")
       .def("row", &row, "index"_a, "out"_a.noconvert(), "out[cols] = W[index]");
 
+  bind_predictors(m);
   nb::class_<OwningNeurons>(m, "Neurons", "An FFN, one record (gate | up | down) per neuron.")
-      .def("__init__", &init_neurons, "data"_a.noconvert(), "hidden"_a, "quant"_a, "activation"_a)
-      .def("forward", &forward, "x"_a.noconvert(), "out"_a.noconvert(), "counts"_a.noconvert(),
-           "exact"_a, "threads"_a,
-           "out[T, hidden] = FFN(x); counts[T, 2] = positive gates, Combined not zero");
+      .def("__init__", &init_neurons, "data"_a.noconvert(), "hidden"_a, "quant"_a, "activation"_a,
+           "predictor"_a.none() = nb::none())
+      .def("forward", &forward, "x"_a.noconvert(), "residual"_a.noconvert(), "out"_a.noconvert(),
+           "counts"_a.noconvert(), "mode"_a, "threads"_a,
+           "out[T, hidden] = FFN(x); counts[T, 3] = candidates, positive gates, Combined not zero");
   bind_decoder(m);
 }

@@ -19,9 +19,36 @@ struct OwningMatrix : Matrix {
 };
 struct OwningNeurons : Neurons {
   Bytes owner;
+  nanobind::object predictor_owner;
 };
 
 [[noreturn]] inline void fail(const std::string& message) { throw std::invalid_argument(message); }
 
+constexpr const char* kQuants[] = {"f16", "q8", "q4"};  // in the order of Quant
+constexpr const char* kActivations[] = {"drelu", "reglu", "relu", "swiglu"};  // of Activation
+
+template <typename Enum, size_t N>
+Enum parse(const char* what, const std::string& name, const char* const (&names)[N]) {
+  std::string known;
+  for (size_t i = 0; i < N; ++i) {
+    if (name == names[i]) return static_cast<Enum>(i);
+    known += (i ? ", " : "") + std::string(names[i]);
+  }
+  fail(std::string(what) + " is '" + name + "', expected one of " + known);
+}
+
+template <typename T>
+void check_shape(const char* what, const Array<T, 2>& array, size_t rows, size_t cols) {
+  const auto text = [](size_t a, size_t b) {
+    return "(" + std::to_string(a) + ", " + std::to_string(b) + ")";
+  };
+  if (array.shape(0) == rows && array.shape(1) == cols) return;
+  fail(std::string(what) + " has shape " + text(array.shape(0), array.shape(1)) + ", expected " +
+       text(rows, cols));
+}
+
 void check_threads(int threads);
+// A mode by its name, if these neurons have it.
+Mode parse_mode(const std::string& name, const Neurons& neurons);
+void bind_predictors(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);

@@ -26,7 +26,8 @@ struct OwningLayer : Layer {
 struct OwningDecoder : Decoder {
   using Decoder::Decoder;
   std::vector<nb::object> owners;
-  std::mutex turn;  // one step at a time: the scratch memory is the decoder's own
+  std::vector<Neurons> ffns;  // of all layers
+  std::mutex turn;            // one step at a time: the scratch memory is the decoder's own
 };
 
 const float* checked(const char* what, const Vector& vector, int64_t size) {
@@ -70,6 +71,7 @@ void init_decoder(OwningDecoder* self, const OwningMatrix& embedding, const Owni
   if (kv_heads < 1 || heads % kv_heads) fail("heads must be a multiple of kv_heads");
   checked("norm", norm, shape.hidden);
   std::vector<Layer> views;
+  std::vector<Neurons> ffns;
   for (nb::handle handle : layers) {
     const auto& layer = nb::cast<const OwningLayer&>(handle);
     if (layer.q.matrix.rows != heads * size || layer.k.matrix.rows != kv_heads * size ||
@@ -82,17 +84,21 @@ void init_decoder(OwningDecoder* self, const OwningMatrix& embedding, const Owni
            std::to_string(layer.ffns.size()));
     }
     views.push_back(layer);
+    ffns.insert(ffns.end(), layer.ffns.begin(), layer.ffns.end());
   }
   new (self) OwningDecoder(
       shape, embedding, head, norm.data(), std::move(views),
       std::vector<float>(frequencies.data(), frequencies.data() + frequencies.shape(0)),
       rope_scale);
+  self->ffns = std::move(ffns);
   self->owners = {nb::find(embedding), nb::find(head), nb::cast(norm), layers};
 }
 
 void step(OwningDecoder& self, std::vector<Cache*> caches, std::vector<Tokens> tokens, bool every,
-          bool exact, int threads, Array<float, 2> logits, Array<int32_t, 3> counts) {
+          const char* mode_name, int threads, Array<float, 2> logits, Array<int32_t, 3> counts) {
   check_threads(threads);
+  Mode mode = Mode::kDense;
+  for (const Neurons& ffn : self.ffns) mode = parse_mode(mode_name, ffn);
   if (caches.size() != tokens.size()) fail("as many caches as token lists are needed");
   std::vector<Sequence> sequences;
   size_t total = 0;
@@ -115,12 +121,12 @@ void step(OwningDecoder& self, std::vector<Cache*> caches, std::vector<Tokens> t
          "]");
   }
   if (counts.shape(0) != static_cast<size_t>(self.layers()) || counts.shape(1) != total ||
-      counts.shape(2) != 2) {
+      counts.shape(2) != 3) {
     fail("counts must be [layers, tokens, 2]");
   }
   nb::gil_scoped_release release;
   std::lock_guard<std::mutex> lock(self.turn);
-  self.step(sequences, every, exact, threads, logits.data(), counts.data());
+  self.step(sequences, every, mode, threads, logits.data(), counts.data());
 }
 
 }  // namespace
@@ -146,8 +152,8 @@ void bind_decoder(nb::module_& m) {
       .def("new_cache",
            [](const OwningDecoder& self) { return Cache(self.shape(), self.layers()); })
       .def(
-          "step", &step, "caches"_a, "tokens"_a.noconvert(), "every"_a, "exact"_a, "threads"_a,
+          "step", &step, "caches"_a, "tokens"_a.noconvert(), "every"_a, "mode"_a, "threads"_a,
           "logits"_a.noconvert(), "counts"_a.noconvert(),
           "Append tokens to their caches; fill logits [sequences or tokens, vocabulary] and counts "
-          "[layers, tokens, 2].");
+          "[layers, tokens, 3].");
 }

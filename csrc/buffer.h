@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "kernels.h"
+#include "threads.h"
 
 // Floats, aligned for the kernels.
 class Buffer {
@@ -27,10 +28,11 @@ class Buffer {
 // A few tokens, each in the form that the dots want.
 class Prepared {
  public:
-  Prepared(const Kernels& kernels, const float* x, int64_t tokens, int cols)
+  Prepared(const Kernels& kernels, const float* x, int64_t tokens, int cols, int threads = 1)
       : stride_(kernels.prepared_bytes(cols) / static_cast<int64_t>(sizeof(float))),
         data_(tokens * stride_) {
-    for (int64_t t = 0; t < tokens; ++t) kernels.prepare(x + t * cols, cols, data_ + t * stride_);
+    parallel_for(threads, tokens,
+                 [&](int64_t t) { kernels.prepare(x + t * cols, cols, data_ + t * stride_); });
   }
   const void* operator[](int64_t token) const { return data_ + token * stride_; }
 

@@ -40,12 +40,12 @@ Decoder::Decoder(const Shape& shape, const Matrix& embedding, const Matrix& head
 
 Decoder::~Decoder() = default;
 
-void Decoder::step(const std::vector<Sequence>& sequences, bool every, bool exact, int threads,
+void Decoder::step(const std::vector<Sequence>& sequences, bool every, Mode mode, int threads,
                    float* logits, int32_t* counts) {
   begin(sequences, threads);
   for (size_t layer = 0; layer < layers_.size(); ++layer) {
     attend(static_cast<int>(layer));
-    feed_forward(layers_[layer], exact, counts + layer * tokens_ * 2);
+    feed_forward(layers_[layer], mode, counts + layer * tokens_ * 3);
   }
   for (const Sequence& sequence : sequences) sequence.cache->advance(sequence.count);
   if (!every) keep_last(sequences);
@@ -219,20 +219,20 @@ void Decoder::softmax(float* scores, int count) {
 }
 
 // x += ffn(norm(x))
-void Decoder::feed_forward(const Layer& layer, bool exact, int32_t* counts) {
+void Decoder::feed_forward(const Layer& layer, Mode mode, int32_t* counts) {
   normalise(layer.ffn_norm);
   y_.resize(x_.size());
   if (layer.router) {
-    mix_experts(layer, exact, counts);
+    mix_experts(layer, mode, counts);
   } else {
-    layer.ffns[0].forward(normed_.data(), y_.data(), counts, tokens_, exact, threads_);
+    layer.ffns[0].forward(normed_.data(), x_.data(), y_.data(), counts, tokens_, mode, threads_);
   }
   for (size_t i = 0; i < x_.size(); ++i) x_[i] += y_[i];
 }
 
 // y = Σ weight · expert(normed), over the experts that the router likes best: softmax over all, the
 // best few renormalised (Mixtral).
-void Decoder::mix_experts(const Layer& layer, bool exact, int32_t* counts) {
+void Decoder::mix_experts(const Layer& layer, Mode mode, int32_t* counts) {
   const int experts = static_cast<int>(layer.ffns.size()), hidden = shape_.hidden;
   std::vector<std::vector<int>> chosen_by(experts);  // tokens of each expert
   std::vector<float> weights(int64_t{tokens_} * experts);
@@ -243,21 +243,23 @@ void Decoder::mix_experts(const Layer& layer, bool exact, int32_t* counts) {
     }
   }
   std::fill(y_.begin(), y_.end(), 0.0f);
-  std::fill_n(counts, tokens_ * 2, 0);
+  std::fill_n(counts, tokens_ * 3, 0);
   for (int e = 0; e < experts; ++e) {
     const std::vector<int>& chosen = chosen_by[e];
     if (chosen.empty()) continue;
-    std::vector<float> in(chosen.size() * hidden), out(in.size());
-    std::vector<int32_t> used(chosen.size() * 2);
+    std::vector<float> in(chosen.size() * hidden), residual(in.size()), out(in.size());
+    std::vector<int32_t> used(chosen.size() * 3);
     for (size_t i = 0; i < chosen.size(); ++i) {
       std::copy_n(&normed_[int64_t{chosen[i]} * hidden], hidden, &in[i * hidden]);
+      std::copy_n(&x_[int64_t{chosen[i]} * hidden], hidden, &residual[i * hidden]);
     }
-    layer.ffns[e].forward(in.data(), out.data(), used.data(), chosen.size(), exact, threads_);
+    layer.ffns[e].forward(in.data(), residual.data(), out.data(), used.data(), chosen.size(), mode,
+                          threads_);
     for (size_t i = 0; i < chosen.size(); ++i) {
       const float weight = weights[int64_t{chosen[i]} * experts + e];
       float* y = &y_[int64_t{chosen[i]} * hidden];
       for (int j = 0; j < hidden; ++j) y[j] += weight * out[i * hidden + j];
-      for (int j = 0; j < 2; ++j) counts[2 * chosen[i] + j] += used[2 * i + j];
+      for (int j = 0; j < 3; ++j) counts[3 * chosen[i] + j] += used[3 * i + j];
     }
   }
 }

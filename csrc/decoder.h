@@ -78,9 +78,10 @@ class Decoder {
   int64_t vocabulary() const { return head_.rows; }
 
   // Appends the tokens to their caches. logits[S or T, vocabulary]: after the last token of each of
-  // the S sequences, or with `every` after each token. counts[layers, T, 2]: neurons with a
-  // positive gate and active ones. Tokens are valid ids and fit their contexts.
-  void step(const std::vector<Sequence>& sequences, bool every, bool exact, int threads,
+  // the S sequences, or with `every` after each token. counts[layers, T, 3]:
+  // candidates, neurons with a positive gate and active ones. Tokens are valid ids and fit their
+  // contexts.
+  void step(const std::vector<Sequence>& sequences, bool every, Mode mode, int threads,
             float* logits, int32_t* counts);
 
  private:
@@ -94,8 +95,8 @@ class Decoder {
   void rotate(std::vector<float>& x, int heads) const;
   void remember(int layer, int token, int kv_head);
   void look(int layer, int token, int kv_head);
-  void feed_forward(const Layer& layer, bool exact, int32_t* counts);
-  void mix_experts(const Layer& layer, bool exact, int32_t* counts);
+  void feed_forward(const Layer& layer, Mode mode, int32_t* counts);
+  void mix_experts(const Layer& layer, Mode mode, int32_t* counts);
   void route(const Layer& layer, int token, float* weights) const;
   static void softmax(float* scores, int count);
 

@@ -71,3 +71,5 @@ std::string isa() { return current().name; }
 void set_isa(const std::string& name) { in_use.store(&find(name.c_str())); }
 
 const Kernels& kernels_of(Quant quant) { return current().kernels->of[quant]; }
+
+Agreements agreements() { return current().kernels->agreements; }

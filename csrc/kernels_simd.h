@@ -433,7 +433,7 @@ struct DotsQ4 : Dots {
       fetch_tile(group, cols, tile);
       for (int part = 0; part < kParts; ++part) {
         const Nibbles nibbles(cols, tile, part);
-        if (kParts > 1 && nibbles.lanes <= 0) break;
+        if (nibbles.lanes <= 0) break;
         visit<N, T>(group, nibbles, token, tile / TILE, part * kLanes, totals);
       }
     }
@@ -507,6 +507,7 @@ void add_sum_q4(const float* sum, int cols, float* out) {
 void unpack_q4(const uint8_t* row, int cols, int tile, float* out) {
   for (int part = 0; part < kParts; ++part) {
     const Nibbles nibbles(cols, tile, part);
+    if (nibbles.lanes <= 0) break;
     const Floats scale = nibbles.scale(row);
     for (int r = 0; r < 4; ++r) {
       const Ints word = nibbles.word(row, r);
@@ -529,7 +530,7 @@ struct AxpysQ4 : Axpys {
       fetch_tile(group, cols, tile);
       for (int part = 0; part < kParts; ++part) {
         const Nibbles nibbles(cols, tile, part);
-        if (kParts > 1 && nibbles.lanes <= 0) break;
+        if (nibbles.lanes <= 0) break;
         Floats a[N], offset = zero();
         for (int n = 0; n < N; ++n) {
           a[n] = multiply(broadcast(coefficients[i + n]), nibbles.scale(group.row[n]));

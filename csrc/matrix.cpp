@@ -6,6 +6,7 @@
 #include <vector>
 
 #include "buffer.h"
+#include "predictor.h"
 #include "threads.h"
 
 namespace {
@@ -13,11 +14,14 @@ namespace {
 // Hot neurons come first, so threads take turns at small chunks to share them evenly.
 constexpr int64_t kChunk = 16;
 
-// What several tokens read in turn: half of a common L2 cache.
+// What several tokens read in turn: half of a common L2 cache. Their sums take another part of it,
+// which limits the tokens that go through a feed-forward together.
 constexpr int64_t kResidentBytes = 512 << 10;
+constexpr int64_t kTokenBlock = 32;
 
 // One token in dense mode: neighbouring rows are read soon after each other, which is 10 % faster
-// than whole stages. In exact mode longer lists of survivors win: 24 against 19 GB/s of 64 neurons.
+// than whole stages. In the other modes longer lists of survivors win: 24 against 19 GB/s of 64
+// neurons.
 constexpr int64_t kDenseStep = 256;
 
 // A thread pays for its start, some microseconds, from about this many weight bytes times tokens
@@ -52,9 +56,9 @@ struct Pass {
   const Neurons& ffn;
   const Kernels& kernels;
   const int64_t stride;
-  const float* x;
   const int64_t tokens;
-  const bool exact;
+  const Mode mode;
+  const Prediction* prediction;  // null: all neurons are candidates
   const int64_t threads;
   const bool gated = ffn.activation != Activation::kRelu;  // else up is its own gate
 
@@ -75,83 +79,109 @@ struct Pass {
   }
 };
 
-// Carries the tokens through the rows of a share, one by one: whole stages, so that many rows can
-// be read side by side. A further token finds the rows in the cache. (Dequantising rows once for
-// blocks of tokens was slower: 2.9 ms a token of a dense q4 FFN of 4096 x 14336, this takes 1.1.)
+// Carries the tokens through the rows of a share, whole stages at a time, so that many rows are
+// read side by side. As long as all tokens need the same rows they meet them together, then each
+// its own.
 class Share {
  public:
   Share(const Pass& pass, const Prepared& prepared)
       : pass_(pass),
         prepared_(prepared),
         sum_floats_(pass.kernels.sum_floats(pass.ffn.hidden)),
+        lists_(pass.tokens),
         sums_(pass.tokens * sum_floats_, true),
-        counts_(2 * pass.tokens) {}
+        counts_(3 * pass.tokens) {}
 
   void run(int64_t thread) {
     const std::vector<int32_t> share = pass_.share_of(thread);
     const int64_t all = share.size();
-    const int64_t alone = pass_.exact ? all : kDenseStep;
+    const int64_t alone = pass_.mode == Mode::kDense ? kDenseStep : all;
     const int64_t step =
-        pass_.tokens == 1 ? alone : std::max(kChunk, kResidentBytes / (3 * pass_.stride));
+        pass_.tokens == 1 ? alone : std::max(kChunk, kResidentBytes / pass_.stride);
     for (int64_t from = 0; from < all; from += step) {
-      const int64_t end = std::min(from + step, all);
-      for (int64_t t = 0; t < pass_.tokens; ++t) {
-        neurons_.assign(share.begin() + from, share.begin() + end);
-        visit(t);
-      }
+      visit(share.data() + from, std::min(step, all - from));
     }
   }
 
-  void add_to(float* out, int32_t* counts) const {
-    for (int64_t t = 0; t < pass_.tokens; ++t) {
-      pass_.kernels.add_sum(sums_ + t * sum_floats_, pass_.ffn.hidden, out + t * pass_.ffn.hidden);
-    }
-    for (int64_t i = 0; i < 2 * pass_.tokens; ++i) counts[i] += counts_[i];
+  void add_to(int64_t t, float* out, int32_t* counts) const {
+    pass_.kernels.add_sum(sums_ + t * sum_floats_, pass_.ffn.hidden, out);
+    for (int i = 0; i < 3; ++i) counts[i] += counts_[3 * t + i];
   }
 
  private:
-  // Carries neurons_ through gate, up and down, those falling out that are not needed.
-  void visit(int64_t t) {
-    const bool gated = pass_.gated;
-    project(gated ? Pass::kGate : Pass::kUp, t, gate_);
-    keep([&](int64_t i) {
-      counts_[2 * t] += gate_[i] > 0;
-      return relu(gate_[i]) != 0;
-    });
-    if (gated) project(Pass::kUp, t, up_);
-    for (size_t i = 0; i < neurons_.size(); ++i) {
-      gate_[i] = combine(pass_.ffn.activation, gate_[i], gated ? up_[i] : gate_[i]);
+  // Carries some neurons through gate, up and down, those falling out that a token does not need.
+  void visit(const int32_t* neurons, int64_t count) {
+    width_ = count;
+    together_ = !pass_.prediction;
+    for (int64_t t = 0; t < pass_.tokens; ++t) {
+      lists_[t].assign(neurons, neurons + count);
+      if (pass_.prediction) pass_.prediction->keep_candidates(t, lists_[t]);
+      counts_[3 * t] += lists_[t].size();
     }
-    keep([&](int64_t i) {  // by now `gate_` is Combined
-      counts_[2 * t + 1] += gate_[i] != 0;
-      return gate_[i] != 0;
+    project(pass_.gated ? Pass::kGate : Pass::kUp, values_);
+    keep([&](int64_t t, float gate) {
+      counts_[3 * t + 1] += gate > 0;
+      return relu(gate) != 0;
     });
-    const Rows down = pass_.rows(Pass::kDown, neurons_.data(), neurons_.size());
-    pass_.kernels.axpys(&down, gate_.data(), 0, 1, pass_.ffn.hidden, sums_ + t * sum_floats_);
+    if (pass_.gated) project(Pass::kUp, ups_);
+    const std::vector<float>& ups = pass_.gated ? ups_ : values_;
+    for (int64_t t = 0; t < pass_.tokens; ++t) {
+      for (size_t i = t * width_; i < t * width_ + lists_[t].size(); ++i) {
+        values_[i] = combine(pass_.ffn.activation, values_[i], ups[i]);
+      }
+    }
+    keep([&](int64_t t, float combined) {
+      counts_[3 * t + 2] += combined != 0;
+      return combined != 0;
+    });
+    for_lists(Pass::kDown, [&](const Rows& down, int64_t t, int64_t tokens) {
+      pass_.kernels.axpys(&down, &values_[t * width_], width_, tokens, pass_.ffn.hidden,
+                          sums_ + t * sum_floats_);
+    });
   }
 
-  void project(Pass::Part part, int64_t t, std::vector<float>& out) {
-    out.resize(neurons_.size());
-    const Rows rows = pass_.rows(part, neurons_.data(), neurons_.size());
-    pass_.kernels.dots(&rows, prepared_[t], 1, pass_.ffn.hidden, out.data(), 0);
+  // out[t, i] = row of the part of neuron lists_[t][i] · x of token t
+  void project(Pass::Part part, std::vector<float>& out) {
+    out.resize(pass_.tokens * width_);
+    for_lists(part, [&](const Rows& rows, int64_t t, int64_t tokens) {
+      pass_.kernels.dots(&rows, prepared_[t], tokens, pass_.ffn.hidden, &out[t * width_], width_);
+    });
   }
 
+  // Calls work(rows, first token, tokens).
+  template <typename Work>
+  void for_lists(Pass::Part part, Work work) {
+    const int64_t tokens = together_ ? pass_.tokens : 1;
+    for (int64_t t = 0; t < pass_.tokens; t += tokens) {
+      work(pass_.rows(part, lists_[t].data(), lists_[t].size()), t, tokens);
+    }
+  }
+
+  // Leaves each token the neurons whose value it needs; in dense mode it asks and leaves all.
   template <typename Needed>
   void keep(Needed needed) {
-    size_t kept = 0;
-    for (size_t i = 0; i < neurons_.size(); ++i) {
-      if (!needed(i) && pass_.exact) continue;
-      neurons_[kept] = neurons_[i];
-      gate_[kept++] = gate_[i];
+    const bool all = pass_.mode == Mode::kDense;
+    for (int64_t t = 0; t < pass_.tokens; ++t) {
+      std::vector<int32_t>& list = lists_[t];
+      float* values = &values_[t * width_];
+      size_t kept = 0;
+      for (size_t i = 0; i < list.size(); ++i) {
+        if (!needed(t, values[i]) && !all) continue;
+        list[kept] = list[i];
+        values[kept++] = values[i];
+      }
+      list.resize(kept);
     }
-    neurons_.resize(kept);
+    together_ = together_ && all;
   }
 
   const Pass& pass_;
   const Prepared& prepared_;
   const int64_t sum_floats_;
-  std::vector<int32_t> neurons_;
-  std::vector<float> gate_, up_;  // pre-activations of neurons_
+  std::vector<std::vector<int32_t>> lists_;  // neurons that each token needs
+  bool together_;                            // the lists are the same
+  int64_t width_;
+  std::vector<float> values_, ups_;  // [tokens, width]: gate, later Combined; up
   Buffer sums_;
   std::vector<int32_t> counts_;
 };
@@ -162,9 +192,12 @@ void run_shares(const Pass& pass, const Prepared& prepared, float* out, int32_t*
   std::vector<std::unique_ptr<Share>> shares(pass.threads);
   for (auto& share : shares) share = std::make_unique<Share>(pass, prepared);
   parallel(pass.threads, [&](int thread) { shares[thread]->run(thread); });
-  std::fill_n(out, pass.tokens * pass.ffn.hidden, 0.0f);
-  std::fill_n(counts, pass.tokens * 2, 0);
-  for (const auto& share : shares) share->add_to(out, counts);
+  const int64_t hidden = pass.ffn.hidden;
+  std::fill_n(out, pass.tokens * hidden, 0.0f);
+  std::fill_n(counts, pass.tokens * 3, 0);
+  parallel_for(pass.threads, pass.tokens, [&](int64_t t) {
+    for (const auto& share : shares) share->add_to(t, out + t * hidden, counts + 3 * t);
+  });
 }
 
 }  // namespace
@@ -194,7 +227,7 @@ void Matrix::matmul(const float* x, float* out, int64_t tokens, int threads) con
       }
     });
   };
-  const Prepared prepared(kernels, x, tokens, cols);
+  const Prepared prepared(kernels, x, tokens, cols, threads);
   for_rows(tokens == 1 ? rows : std::max<int64_t>(1, kResidentBytes / stride),
            [&](int64_t r, int64_t count) {
              const Rows some{data + r * stride, stride, nullptr, count};
@@ -202,10 +235,19 @@ void Matrix::matmul(const float* x, float* out, int64_t tokens, int threads) con
            });
 }
 
-void Neurons::forward(const float* x, float* out, int32_t* counts, int64_t tokens, bool exact,
-                      int threads) const {
+void Neurons::forward(const float* x, const float* residual, float* out, int32_t* counts,
+                      int64_t tokens, Mode mode, int threads) const {
   const int64_t stride = row_stride(quant, hidden);
-  threads = worthwhile_threads(threads, neurons * 3 * stride, tokens);
-  const Pass pass{*this, kernels_of(quant), stride, x, tokens, exact, threads};
-  run_shares(pass, Prepared(pass.kernels, x, tokens, hidden), out, counts);
+  const Kernels& kernels = kernels_of(quant);
+  for (int64_t t = 0; t < tokens; t += kTokenBlock) {
+    const int64_t block = std::min(kTokenBlock, tokens - t), at = t * hidden;
+    std::unique_ptr<Prediction> prediction;
+    if (mode == Mode::kPredicted) {
+      prediction = predictor->begin(x + at, residual + at, block, threads);
+    }
+    const int some = worthwhile_threads(threads, neurons * 3 * stride, block);
+    const Pass pass{*this, kernels, stride, block, mode, prediction.get(), some};
+    const Prepared prepared(kernels, x + at, block, hidden, some);
+    run_shares(pass, prepared, out + at, counts + 3 * t);
+  }
 }

@@ -16,6 +16,8 @@ std::vector<std::string> available_isas();
 std::string isa();
 void set_isa(const std::string& name);
 const Kernels& kernels_of(Quant quant);
+using Agreements = decltype(KernelSet::agreements);
+Agreements agreements();
 
 // Bytes from one row to the next.
 int64_t row_stride(Quant quant, int cols);
@@ -33,17 +35,25 @@ struct Matrix {
 
 enum class Activation { kDrelu, kReglu, kRelu, kSwiglu };
 
+// Which rows are read. Dense: all. Exact: all gates, and of the others what does not meet only
+// zeros. Predicted: as exact, of the candidates of a predictor.
+enum class Mode { kDense, kExact, kPredicted };
+
+class Predictor;
+
 struct Neurons {
   const uint8_t* data;  // [neurons, 3 * row_stride]: gate row | up row | down column
   int64_t neurons;
   int hidden;
   Quant quant;
   Activation activation;
+  const Predictor* predictor;  // null: there is none
 
   // out[T, H] = Combined · Wdown, with Combined[T, neurons] = activation(x · Wgateᵀ, x · Wupᵀ).
-  // counts[T, 2] = neurons with a positive gate, neurons whose Combined is not zero.
-  // `exact` leaves out the rows that meet only zeros; the activation must have exact zeros then.
-  // The same number of threads gives the same bits.
-  void forward(const float* x, float* out, int32_t* counts, int64_t tokens, bool exact,
-               int threads) const;
+  // counts[T, 3] = candidates (outside predicted mode all neurons), of these those with a positive
+  // gate, and those whose Combined is not zero.
+  // residual[T, H], which x is the norm of, is for the predictor. Outside dense mode the activation
+  // must have exact zeros. The same number of threads gives the same bits.
+  void forward(const float* x, const float* residual, float* out, int32_t* counts, int64_t tokens,
+               Mode mode, int threads) const;
 };

@@ -133,6 +133,44 @@ def sparse(
     return folder
 
 
+def merge_predictor(model: Path, copy: Path, **settings: object) -> Path:
+    """A copy of a toy model with a random predictor of ranks 32 and 64 merged into it.
+
+    `settings` are the block of config.json.
+    """
+    import json
+    import shutil
+
+    from safetensors.torch import load_file, save_file
+
+    shutil.copytree(model, copy)
+    config = json.loads((copy / "config.json").read_text())
+    tensors = load_file(copy / "model.safetensors")
+    random = torch.Generator().manual_seed(7)
+    for layer, rank in enumerate((32, 64)):
+        ffns = [f"model.layers.{layer}.mlp"]
+        if "num_local_experts" in config:
+            moe = f"model.layers.{layer}.block_sparse_moe.experts"
+            ffns = [f"{moe}.{expert}" for expert in range(config["num_local_experts"])]
+        for ffn in ffns:
+            fc1 = torch.randn(rank, config["hidden_size"], generator=random)
+            fc2 = torch.randn(config["intermediate_size"], rank, generator=random)
+            tensors[f"{ffn}.predictor.fc1.weight"] = fc1
+            tensors[f"{ffn}.predictor.fc2.weight"] = fc2
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    if settings:
+        config["predictor"] = settings
+    (copy / "config.json").write_text(json.dumps(config))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def merged(sparse: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The Mistral toy model with a merged predictor; do not write into it."""
+    copy = tmp_path_factory.mktemp("merged") / "mistral"
+    return merge_predictor(sparse("mistral"), copy, input="pre_norm", threshold=-1.5, recall=0.5)
+
+
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small JSON-lines corpus of 40 documents."""

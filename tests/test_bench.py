@@ -14,7 +14,7 @@ from turbosparse.folders import TurboSparseError
 from turbosparse.format import Packed
 from turbosparse.hf import names
 from turbosparse.quant import dequantise
-from turbosparse.synthetic import SHAPES, make_synthetic
+from turbosparse.synthetic import SHAPES, Wanted, make_synthetic
 
 
 @pytest.fixture(autouse=True)
@@ -37,7 +37,7 @@ def toy_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_synthetic_model_computes_the_asked_sparsity(
     tmp_path: Path, shape: str, quant: str
 ) -> None:
-    make_synthetic(tmp_path / "model", shape, quant=quant, sparsity=0.9)
+    make_synthetic(tmp_path / "model", Wanted(shape), quant=quant)
     engine = Engine(tmp_path / "model", road="torch")  # the truth, not the kernels
     step = engine.step(list(range(3, 99)), engine.new_cache())
     assert step.gate_positive == pytest.approx(0.1**0.5, abs=0.03)
@@ -46,7 +46,7 @@ def test_a_synthetic_model_computes_the_asked_sparsity(
 
 @pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
 def test_synthetic_weights_have_one_deviation(tmp_path: Path, quant: str) -> None:
-    make_synthetic(tmp_path / "model", "llama-toy", quant=quant, sparsity=0.0)
+    make_synthetic(tmp_path / "model", Wanted("llama-toy", 0.0), quant=quant)
     packed = Packed(tmp_path / "model")
     assert packed.activation == "swiglu"
     data = torch.tensor(packed.tensors["model.layers.0.self_attn.q_proj.weight"])
@@ -74,7 +74,7 @@ def test_bench_reports_what_it_measured(tmp_path: Path) -> None:
 def test_a_kept_model_of_another_kind_is_not_measured(
     tmp_path: Path, other: dict[str, object]
 ) -> None:
-    make_synthetic(tmp_path / "kept", "llama-toy", quant="q4", sparsity=0.9)
+    make_synthetic(tmp_path / "kept", Wanted("llama-toy"), quant="q4")
     with pytest.raises(TurboSparseError, match="kept holds synthetic llama-toy, sparsity"):
         bench(**({"shape": "llama-toy"} | other), folder=tmp_path / "kept")  # type: ignore[arg-type]
 
@@ -89,12 +89,12 @@ def test_a_synthetic_model_is_removed_unless_a_folder_is_named(
 
 @pytest.mark.parametrize("mode", ["dense", "exact"])
 def test_bytes_of_one_token_are_those_of_the_rows_it_reads(tmp_path: Path, mode: str) -> None:
-    make_synthetic(tmp_path / "model", "mixtral-toy", quant="q8", sparsity=0.9)
+    make_synthetic(tmp_path / "model", Wanted("mixtral-toy"), quant="q8")
     engine = Engine(tmp_path / "model", mode=mode)  # type: ignore[arg-type]
-    _, counts = engine.decoder([7], engine.new_cache(), exact=True)
+    _, counts = engine.decoder([7], engine.new_cache(), mode="exact")
     sizes = bytes_per_step(engine, counts[None].double(), positions=10)
     row = 256 + 2 * 8 + 48  # int8 weights, scales, padding to 64
-    gate, active = counts[:, 0].double().sum(0).tolist()
+    _, gate, active = counts[:, 0].double().sum(0).tolist()
     layers, used, neurons = 2, 2, 512
     assert sizes["gates"] == pytest.approx(row * layers * used * neurons)
     if mode == "exact":
@@ -107,10 +107,10 @@ def test_bytes_of_one_token_are_those_of_the_rows_it_reads(tmp_path: Path, mode:
 
 
 def test_rows_shared_by_sequences_count_once(tmp_path: Path) -> None:
-    make_synthetic(tmp_path / "model", "llama-toy", quant="q8", sparsity=0.9)
+    make_synthetic(tmp_path / "model", Wanted("llama-toy"), quant="q8")
     engine = Engine(tmp_path / "model")
     neurons = engine.config.intermediate_size
-    everything = torch.full((1, 2, 4, 2), float(neurons), dtype=torch.double)
+    everything = torch.full((1, 2, 4, 3), float(neurons), dtype=torch.double)
     half = everything / 2
     whole, shared = (bytes_per_step(engine, counts, 0)["ups"] for counts in (everything, half))
     assert shared == pytest.approx(whole * (1 - 0.5**4))

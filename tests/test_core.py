@@ -80,10 +80,10 @@ def read_row(matrix, index):
     return out
 
 
-def forward(neurons, x, exact, threads=1):
+def forward(neurons, x, mode, threads=1):
     out = np.full(x.shape, np.nan, np.float32)
-    counts = np.full((len(x), 2), -1, np.int32)
-    neurons.forward(x, out, counts, exact, threads)
+    counts = np.full((len(x), 3), -1, np.int32)
+    neurons.forward(x, x, out, counts, mode, threads)
     return out, counts
 
 
@@ -111,7 +111,8 @@ def reference_ffn(activation, gate_weights, up_weights, down_weights, x):
         gate, combined = up, relu(up)
     else:
         combined = gate / (1 + np.exp(-gate)) * up
-    return combined @ down_weights, np.stack([(gate > 0).sum(1), (combined != 0).sum(1)], 1)
+    counts = [np.full(len(x), gate.shape[1]), (gate > 0).sum(1), (combined != 0).sum(1)]
+    return combined @ down_weights, np.stack(counts, 1)
 
 
 def integer_x(rng, tokens, hidden, low):
@@ -122,8 +123,8 @@ def integer_x(rng, tokens, hidden, low):
 def check_ffn(activation, quant, records, weights, x, threads=1):
     neurons = _core.Neurons(records, x.shape[1], quant, activation)
     expected, expected_counts = reference_ffn(activation, *weights, x)
-    for exact in (False, True) if activation != "swiglu" else (False,):
-        out, counts = forward(neurons, x, exact, threads)
+    for mode in ("dense", "exact") if activation != "swiglu" else ("dense",):
+        out, counts = forward(neurons, x, mode, threads)
         assert_close(out, expected, quant)
         np.testing.assert_array_equal(counts, expected_counts)
     return expected_counts
@@ -224,7 +225,7 @@ def test_sparsity(quant, activation, active_share, tokens):
     x = integer_x(rng, tokens, 96, low=1)
     for threads in (1, 2, 5):
         counts = check_ffn(activation, quant, records, weights, x, threads)
-        assert (counts == active.sum()).all()
+        assert (counts[:, 1:] == active.sum()).all()
 
 
 @pytest.mark.parametrize("activation", ["drelu", "reglu", "relu"])
@@ -234,8 +235,8 @@ def test_tokens_with_different_active_neurons(activation):
     records, weights = random_ffn(rng, "q4", 63, 96, rng.random(63) < 0.1)
     x = integer_x(rng, 3, 96, low=1) * np.float32([[1], [-1], [0]])
     counts = check_ffn(activation, "q4", records, weights, x)
-    assert counts[0, 0] + counts[1, 0] == 63
-    assert counts[2].sum() == 0
+    assert counts[0, 1] + counts[1, 1] == 63
+    assert counts[2].tolist() == [63, 0, 0]
 
 
 @pytest.mark.parametrize("activation", ["drelu", "reglu"])
@@ -246,8 +247,8 @@ def test_exact_mode_reads_no_up_row_behind_a_closed_gate(activation):
     record = np.concatenate([encode("f16", w, scales) for w in (closed, opened, opened)], 1)
     neurons = _core.Neurons(record, 32, "f16", activation)
     x = np.full((1, 32), np.inf, np.float32)
-    assert np.isnan(forward(neurons, x, exact=False)[0]).all()
-    assert (forward(neurons, x, exact=True)[0] == 0).all()
+    assert np.isnan(forward(neurons, x, "dense")[0]).all()
+    assert (forward(neurons, x, "exact")[0] == 0).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2, 5])
@@ -256,18 +257,18 @@ def test_same_threads_same_bits(threads):
     records, _ = random_ffn(rng, "q8", 1023, 96)
     neurons = _core.Neurons(records, 96, "q8", "drelu")
     x = rng.standard_normal((3, 96), np.float32)
-    first, _ = forward(neurons, x, exact=True, threads=threads)
+    first, _ = forward(neurons, x, "exact", threads=threads)
     for _ in range(5):
-        again, _ = forward(neurons, x, exact=True, threads=threads)
+        again, _ = forward(neurons, x, "exact", threads=threads)
         np.testing.assert_array_equal(again, first)
 
 
-@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("mode", ["dense", "exact"])
 @pytest.mark.parametrize("activation", ["drelu", "reglu", "relu"])
-def test_nan_is_not_hidden(activation, exact):
+def test_nan_is_not_hidden(activation, mode):
     records, _ = random_ffn(np.random.default_rng(0), "q4", 7, 32)
     out, _ = forward(
-        _core.Neurons(records, 32, "q4", activation), np.full((1, 32), np.nan, np.float32), exact
+        _core.Neurons(records, 32, "q4", activation), np.full((1, 32), np.nan, np.float32), mode
     )
     assert np.isnan(out).all()
 
@@ -288,7 +289,7 @@ def neurons_and_arrays(activation="drelu"):
         _core.Neurons(np.zeros((7, 192), np.uint8), 32, "q4", activation),
         np.zeros((3, 32), np.float32),
         np.zeros((3, 32), np.float32),
-        np.zeros((3, 2), np.int32),
+        np.zeros((3, 3), np.int32),
     )
 
 
@@ -374,25 +375,29 @@ def test_row_refuses(index, out, error, message):
     [
         ({"x": np.zeros((3, 64), np.float32)}, ValueError, r"x has shape \(3, 64\), expected"),
         ({"x": np.zeros((3, 32), np.float16)}, TypeError, "incompatible"),
+        ({"residual": np.zeros((2, 32), np.float32)}, ValueError, r"residual has shape \(2, 32\)"),
         ({"out": np.zeros((2, 32), np.float32)}, ValueError, r"expected \(3, 32\)"),
         ({"out": np.zeros((3, 64), np.float32)[:, :32]}, TypeError, "incompatible"),
-        ({"counts": np.zeros((3, 3), np.int32)}, ValueError, r"expected \(3, 2\)"),
-        ({"counts": np.zeros((3, 2), np.int64)}, TypeError, "incompatible"),
-        ({"counts": np.zeros((2, 3), np.int32).T}, TypeError, "incompatible"),
+        ({"counts": np.zeros((3, 2), np.int32)}, ValueError, r"expected \(3, 3\)"),
+        ({"counts": np.zeros((3, 3), np.int64)}, TypeError, "incompatible"),
+        ({"counts": np.zeros((3, 3), np.int32).T}, TypeError, "incompatible"),
         ({"threads": 0}, ValueError, "threads is 0"),
+        ({"mode": "sparse"}, ValueError, "'sparse', expected one of dense, exact, predicted"),
+        ({"mode": "predicted"}, ValueError, "predicted mode needs a predictor"),
     ],
 )
 def test_forward_refuses(change, error, message):
     neurons, x, out, counts = neurons_and_arrays()
-    arguments = {"x": x, "out": out, "counts": counts, "exact": True, "threads": 1}
+    arguments = {"x": x, "residual": x, "out": out, "counts": counts, "mode": "exact", "threads": 1}
     with pytest.raises(error, match=message):
         neurons.forward(**arguments | change)
 
 
-def test_swiglu_has_no_exact_mode():
-    neurons, *arrays = neurons_and_arrays("swiglu")
+@pytest.mark.parametrize("mode", ["exact", "predicted"])
+def test_swiglu_has_only_dense_mode(mode):
+    neurons, x, *arrays = neurons_and_arrays("swiglu")
     with pytest.raises(ValueError, match="no exact zeros to skip: use dense mode"):
-        neurons.forward(*arrays, exact=True, threads=1)
+        neurons.forward(x, x, *arrays, mode=mode, threads=1)
 
 
 def test_the_array_lives_as_long_as_the_matrix():
@@ -417,5 +422,5 @@ def test_a_read_only_memmap_will_do(tmp_path):
     del mapped
     gc.collect()
     x = np.ones((1, 96), np.float32)
-    out, _ = forward(neurons, x, exact=True)
+    out, _ = forward(neurons, x, "exact")
     assert_close(out, reference_ffn("drelu", *weights, x)[0], "q4")

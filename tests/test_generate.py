@@ -60,7 +60,7 @@ class Script:
         cache.length += len(tokens)
         logits = torch.zeros(VOCABULARY)
         logits[next(self.says)] = 1
-        return Step(logits, active=0.25, gate_positive=0.5)
+        return Step(logits, active=0.25, gate_positive=0.5, candidates=1.0)
 
     prefill = step
 

@@ -48,10 +48,10 @@ def matmul(matrix, x, threads=2):
     return out
 
 
-def forward(neurons, x, exact, threads=2):
+def forward(neurons, x, mode, threads=2):
     out = np.full(x.shape, np.nan, np.float32)
-    counts = np.full((len(x), 2), -1, np.int32)
-    neurons.forward(x, out, counts, exact, threads)
+    counts = np.full((len(x), 3), -1, np.int32)
+    neurons.forward(x, x, out, counts, mode, threads)
     return out, counts
 
 
@@ -124,10 +124,11 @@ def test_ffn(quant, cols, share):
         ffn = _core.Neurons(records, cols, quant, "drelu")
         for tokens in TOKENS:
             x = np.abs(inputs(tokens, cols)) + np.float32(0.1)
-            for exact in (False, True):
-                out, counts = forward(ffn, x, exact)
-                assert relative_rms(out, truth(x)) <= SUM[quant], (neurons, tokens, exact)
-                assert (counts == active.sum()).all()
+            for mode in ("dense", "exact"):
+                out, counts = forward(ffn, x, mode)
+                assert relative_rms(out, truth(x)) <= SUM[quant], (neurons, tokens, mode)
+                assert (counts[:, 0] == neurons).all()
+                assert (counts[:, 1:] == active.sum()).all()
 
 
 @pytest.mark.parametrize("tokens", [3, 40])
@@ -135,9 +136,9 @@ def test_ffn(quant, cols, share):
 def test_a_token_does_not_depend_on_the_others_need(quant, tokens):
     records, truth = drelu_ffn(63, 96, quant, np.arange(63) % 5 == 0)
     x = np.abs(inputs(tokens, 96)) * np.resize(np.float32([1, -1, 0]), tokens)[:, None]
-    out, counts = forward(_core.Neurons(records, 96, quant, "drelu"), x, exact=True)
+    out, counts = forward(_core.Neurons(records, 96, quant, "drelu"), x, "exact")
     assert relative_rms(out, truth(x)) <= SUM[quant]
-    assert counts[:3].tolist() == [[13, 13], [50, 50], [0, 0]]
+    assert counts[:3].tolist() == [[63, 13, 13], [63, 50, 50], [63, 0, 0]]
 
 
 @pytest.mark.parametrize("quant", QUANTS)

@@ -7,10 +7,11 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT, FAMILIES, WINDOW
+from conftest import CONTEXT, FAMILIES, WINDOW, merge_predictor
 
 from turbosparse import _core
 from turbosparse.analyse import analyse
@@ -21,6 +22,7 @@ from turbosparse.hf.load import load_config, load_model, with_activation
 from turbosparse.model import Cache, causal_mask
 from turbosparse.ops import ROADS
 from turbosparse.pack import pack
+from turbosparse.quant import dequantise
 from turbosparse.unpack import state_dict
 
 TOKENS = 100
@@ -46,6 +48,33 @@ def packed(sparse: Make, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
             model = sparse(family, activation)
             analyse(str(model), data=[corpus], out=root / "stats")
             pack(str(model), path, quant=quant, stats=root / "stats" / "stats.safetensors")
+        return path
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def predicted(sparse: Make, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+    """predicted(family, kind): packed in q8 with a predictor, hot neurons first.
+
+    `kind` is sign, or the input of a random merged predictor. About two thirds are candidates.
+    """
+    root = tmp_path_factory.mktemp("predicted")
+
+    def folder(family: str, kind: str) -> Path:
+        path = root / f"{family}-{kind}"
+        if not path.exists():
+            model = merge_predictor(
+                sparse(family),
+                root / f"{family}-{kind}-model",
+                input="post_norm" if kind == "sign" else kind,
+                kind="sign" if kind == "sign" else "low_rank",
+                threshold=-0.15 if kind == "sign" else -20.0,
+            )
+            analyse(str(model), data=[corpus], out=root / "stats")
+            stats = root / "stats" / "stats.safetensors"
+            choice = "sign" if kind == "sign" else "auto"
+            pack(str(model), path, quant="q8", stats=stats, predictor=choice)
         return path
 
     return folder
@@ -105,6 +134,23 @@ def hf_greedy(model: torch.nn.Module) -> tuple[list[int], list[int]]:
             tokens.append(int(best.indices[0]))
         else:
             return prompt, tokens[len(prompt) :]
+    raise AssertionError("every prompt leads to a near tie")
+
+
+def reference_greedy(engine: Engine) -> tuple[list[int], list[int]]:
+    """As `hf_greedy`, of an engine."""
+    for first in range(60):
+        prompt = [token + first for token in PROMPT]
+        cache = engine.new_cache()
+        step, tokens = engine.prefill(prompt, cache), []
+        while len(tokens) < TOKENS:
+            best = step.logits.topk(2)
+            if best.values[0] - best.values[1] < CLEAR:
+                break
+            tokens.append(int(best.indices[0]))
+            step = engine.step(tokens[-1:], cache)
+        else:
+            return prompt, tokens
     raise AssertionError("every prompt leads to a near tie")
 
 
@@ -168,6 +214,50 @@ def test_the_other_activations_print_the_tokens_of_transformers(
             assert engine_greedy(engine, prompt) == truth, (road, mode)
 
 
+@pytest.mark.parametrize("kind", ["pre_norm", "post_norm", "sign"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_predicted_mode_prints_the_same_tokens_on_every_road(
+    predicted: Make, family: str, kind: str
+) -> None:
+    folder = predicted(family, kind)
+    prompt, truth = reference_greedy(Engine(folder, road="torch", mode="predicted"))
+    assert len(set(truth)) > 5, "a text that repeats one token would prove little"
+    engine = Engine(folder, road="cpu", mode="predicted")
+    assert engine_greedy(engine, prompt) == truth
+    assert engine_greedy(engine, prompt, chunk=7) == truth
+    assert engine_greedy(Engine(folder, mode="exact"), prompt) != truth, "it must matter"
+
+
+@pytest.mark.parametrize("where", ["pre_norm", "post_norm"])
+def test_a_predictor_reads_the_input_that_it_was_made_for(predicted: Make, where: str) -> None:
+    """transformers on the same weights, the predictor between its layers written out by hand."""
+    folder = predicted("mistral", where)
+    packed, model = Packed(folder), dequantised_hf_model(folder)
+    seen: dict[str, torch.Tensor] = {}
+    for index, layer in enumerate(model.model.layers):
+        prefix = f"model.layers.{index}."
+        parts = packed.tensors[f"{prefix}predictor.fc1"], packed.tensors[f"{prefix}predictor.fc2"]
+        fc1, fc2 = (
+            dequantise(torch.tensor(part), "q8", cols)
+            for part, cols in zip(parts, (64, len(parts[0])), strict=True)
+        )
+        own = torch.tensor(packed.tensors[f"{prefix}neuron_order"]).argsort()  # as the model has it
+        layer.post_attention_layernorm.register_forward_hook(
+            lambda _, x, y: seen.update(pre_norm=x[0], post_norm=y)
+        )
+        layer.mlp.down_proj.register_forward_pre_hook(
+            lambda _, x, fc1=fc1, fc2=fc2[own]: (
+                x[0] * ((seen[where] @ fc1.T).relu() @ fc2.T >= -20.0),
+            )
+        )
+    with torch.inference_mode():
+        truth = model(torch.tensor([PROMPT])).logits[0]
+    for road in ROADS:
+        engine = Engine(folder, road=road, mode="predicted")
+        logits, _ = engine.decoder(PROMPT, engine.new_cache(), mode="predicted", every=True)
+        assert relative_rms(logits, truth) < 3e-3
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_f16_logits_are_those_of_the_source_model(packed: Make, sparse: Make, family: str) -> None:
     """Packing to f16 loses at most fp16's rounding of the float32 weights."""
@@ -175,7 +265,7 @@ def test_f16_logits_are_those_of_the_source_model(packed: Make, sparse: Make, fa
     with torch.inference_mode():
         truth = source(torch.tensor([PROMPT])).logits[0]
     engine = Engine(packed(family, "f16"), road="torch", mode="dense")
-    logits, _ = engine.decoder(PROMPT, engine.new_cache(), exact=False, every=True)
+    logits, _ = engine.decoder(PROMPT, engine.new_cache(), mode="dense", every=True)
     assert relative_rms(logits, truth) < 3e-3
 
 
@@ -185,8 +275,7 @@ def test_exact_mode_equals_dense_mode(packed: Make, family: str, road: str) -> N
     results = {}
     for mode in ("dense", "exact"):
         engine = Engine(packed(family, "q4"), road=road, mode=mode)
-        exact = mode == "exact"
-        results[mode] = engine.decoder(PROMPT, engine.new_cache(), exact=exact, every=True)
+        results[mode] = engine.decoder(PROMPT, engine.new_cache(), mode=mode, every=True)
     (dense_logits, dense_counts), (exact_logits, exact_counts) = results["dense"], results["exact"]
     assert relative_rms(exact_logits, dense_logits) < SAME_LOGITS
     assert torch.equal(exact_counts, dense_counts)
@@ -199,15 +288,31 @@ def test_sequences_of_a_batch_do_not_see_each_other(packed: Make, family: str) -
 
     decoder = Engine(packed(family, "q4")).decoder
     assert isinstance(decoder, Decoder)
+    check_batch(decoder, "exact")
+
+
+@pytest.mark.parametrize("kind", ["pre_norm", "sign"])
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+def test_sequences_of_a_predicted_batch_do_not_see_each_other(
+    predicted: Make, family: str, kind: str
+) -> None:
+    from turbosparse.native import Decoder
+
+    decoder = Engine(predicted(family, kind)).decoder
+    assert isinstance(decoder, Decoder)
+    check_batch(decoder, "predicted")
+
+
+def check_batch(decoder: Any, mode: str) -> None:
     texts = [PROMPT[:length] for length in (1, 3, 8, 13, 21, 25, 28, 30)]
     caches = [decoder.new_cache(CONTEXT) for _ in texts]
-    together, _ = decoder.step(texts, caches, exact=True)
-    more, counts = decoder.step([[7]] * 8, caches, exact=True)
+    together, _ = decoder.step(texts, caches, mode=mode)
+    more, counts = decoder.step([[7]] * 8, caches, mode=mode)
     for row, text in enumerate(texts):
         cache = decoder.new_cache(CONTEXT)
-        alone, _ = decoder(text, cache, exact=True)
+        alone, _ = decoder(text, cache, mode=mode)
         assert relative_rms(together[row], alone[0]) < SAME_LOGITS
-        alone, used = decoder([7], cache, exact=True)
+        alone, used = decoder([7], cache, mode=mode)
         assert relative_rms(more[row], alone[0]) < SAME_LOGITS
         assert (counts[:, row] - used[:, 0]).abs().max() <= 2  # signs near zero
 
@@ -218,9 +323,9 @@ def test_a_full_context_of_one_sequence_changes_nothing(packed: Make) -> None:
     decoder = Engine(packed("llama", "q8")).decoder
     assert isinstance(decoder, Decoder)
     caches = [decoder.new_cache(CONTEXT), decoder.new_cache(4)]
-    decoder.step([[5], [5, 6, 7, 8]], caches, exact=True)
+    decoder.step([[5], [5, 6, 7, 8]], caches, mode="exact")
     with pytest.raises(TurboSparseError, match="5 tokens do not fit the context of 4"):
-        decoder.step([[9], [9]], caches, exact=True)
+        decoder.step([[9], [9]], caches, mode="exact")
     assert [cache.length for cache in caches] == [1, 4]
 
 
@@ -245,8 +350,9 @@ def test_counts_are_those_of_the_analysis(packed: Make, corpus: Path) -> None:
     stats = measure(model, tokenizer, {"one": [text]})
     tokens = tokenizer(text)["input_ids"][:-1]  # the last token predicts nothing
     engine = Engine(folder, road="cpu")
-    _, counts = engine.decoder(tokens, engine.new_cache(), exact=True)
+    _, counts = engine.decoder(tokens, engine.new_cache(), mode="exact")
     expected = torch.stack((stats.gate_positive.sum((1, 2)), stats.active.sum((1, 2))), 1)
+    counts = counts[:, :, 1:]
     # the half-precision cache may turn the sign of a pre-activation near zero
     assert (counts.sum(1) - expected).abs().max() <= 0.002 * expected.max()
 

@@ -61,14 +61,12 @@ def test_ffn_is_the_formula(
         combined = formula(g, u)
         truth = (combined @ down.double()).float()
         ffn = ops.road(road).Neurons(records, hidden, quant, activation, 2)
-        for exact in (False, True) if activation != "swiglu" else (False,):
-            y, counts = ffn.forward(x, exact=exact)
-            assert relative_rms(y, truth) < SAME_SUM, (activation, exact)
-            first = combined if activation == "relu" else g
-            assert (
-                counts.tolist()
-                == torch.stack(((first > 0).sum(1), (combined != 0).sum(1)), 1).tolist()
-            )
+        first = combined if activation == "relu" else g
+        expected = [torch.full((tokens,), neurons), (first > 0).sum(1), (combined != 0).sum(1)]
+        for mode in ("dense", "exact") if activation != "swiglu" else ("dense",):
+            y, counts = ffn.forward(x, x, mode=mode)
+            assert relative_rms(y, truth) < SAME_SUM, (activation, mode)
+            assert counts.tolist() == torch.stack(expected, 1).tolist()
 
 
 @pytest.mark.parametrize("road", ops.ROADS)
@@ -82,8 +80,9 @@ def test_a_single_active_neuron(road: str) -> None:
     gate[41] = 1.0
     records = torch.cat([quantise(part, "f16") for part in (gate, up, down)], 1).numpy()
     x = torch.rand(1, hidden)
-    y, counts = ops.road(road).Neurons(records, hidden, "f16", "drelu", 2).forward(x, exact=True)
-    assert counts.tolist() == [[1, 1]]
+    ffn = ops.road(road).Neurons(records, hidden, "f16", "drelu", 2)
+    y, counts = ffn.forward(x, x, mode="exact")
+    assert counts.tolist() == [[neurons, 1, 1]]
     assert relative_rms(y, x.sum() ** 2 * down[41].half().float()[None]) < SAME_SUM
 
 
@@ -92,7 +91,7 @@ def test_swiglu_refuses_exact_mode(road: str) -> None:
     records, _ = make_ffn(7, 32, "q8", 0.0)
     ffn = ops.road(road).Neurons(records, 32, "q8", "swiglu", 1)
     with pytest.raises(ValueError, match="dense mode"):
-        ffn.forward(inputs(1, 32), exact=True)
+        ffn.forward(inputs(1, 32), inputs(1, 32), mode="exact")
 
 
 @pytest.mark.parametrize("road", ops.ROADS)

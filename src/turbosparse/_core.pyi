@@ -18,16 +18,33 @@ class Matrix:
     def matmul(self, x: NDArray[Any], out: NDArray[np.float32], threads: int) -> None: ...
     def row(self, index: int, out: NDArray[np.float32]) -> None: ...
 
+class Predictor:
+    pass
+
+class LowRank(Predictor):
+    def __init__(self, fc1: Matrix, fc2: Matrix, threshold: float, pre_norm: bool) -> None: ...
+
+class Signs(Predictor):
+    def __init__(
+        self, bits: NDArray[np.uint8], hidden: int, activation: str, threshold: float
+    ) -> None: ...
+
 class Neurons:
     def __init__(
-        self, data: NDArray[np.uint8], hidden: int, quant: str, activation: str
+        self,
+        data: NDArray[np.uint8],
+        hidden: int,
+        quant: str,
+        activation: str,
+        predictor: Predictor | None = None,
     ) -> None: ...
     def forward(
         self,
         x: NDArray[Any],
+        residual: NDArray[Any],
         out: NDArray[np.float32],
         counts: NDArray[np.int32],
-        exact: bool,
+        mode: str,
         threads: int,
     ) -> None: ...
 
@@ -66,7 +83,7 @@ class Decoder:
         caches: list[Cache],
         tokens: list[NDArray[np.int32]],
         every: bool,
-        exact: bool,
+        mode: str,
         threads: int,
         logits: NDArray[np.float32],
         counts: NDArray[np.int32],

@@ -26,12 +26,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from turbosparse import _core, native
+from turbosparse import _core, native, ops
 from turbosparse.engine import Engine, Mode, threads_to_use
 from turbosparse.folders import TurboSparseError
 from turbosparse.format import Packed
 from turbosparse.hf import names
 from turbosparse.quant import row_bytes
+from turbosparse.synthetic import Wanted, make_synthetic
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,8 @@ class Benchmark:
     mode: str
     quant: str
     batch: int
+    candidates: float  # share of neurons that the predictor let through; 1 outside predicted mode
+    recall: float | None  # of predicted mode
     gate_positive: float
     activation_sparsity: float
     bytes: dict[str, float]
@@ -83,6 +86,9 @@ class Benchmark:
         table.add_row(
             "ran", f"mode {self.mode}, {self.quant}, {self.threads} threads, batch {self.batch}"
         )
+        if self.recall is not None:
+            table.add_row("candidates", f"{self.candidates:.1%}")
+            table.add_row("recall", f"{self.recall:.1%}")
         table.add_row("gate > 0", f"{self.gate_positive:.1%}")
         table.add_row("activation sparsity", f"{self.activation_sparsity:.1%}")
         for part, size in self.bytes.items():
@@ -111,6 +117,8 @@ def bench(
     sparsity: float = 0.9,
     quant: Literal["f16", "q8", "q4"] = "q4",
     layers: int | None = None,
+    predictor: str | None = None,
+    predictor_quant: Literal["f16", "q8", "q4"] = "q8",
     mode: Mode = "auto",
     threads: int | None = None,
     batch: int = 1,
@@ -136,8 +144,14 @@ def bench(
         Of the synthetic model.
     layers
         Fewer layers than the shape has, to fit a machine.
+    predictor
+        Of the synthetic model: rank=N makes one of two matrices that knows its neurons well, sign
+        one that compares signs and knows little of random weights.
+    predictor_quant
+        Of the matrices of the synthetic model's predictor.
     mode
-        exact skips neurons that are exactly zero; dense reads all.
+        exact skips neurons that are exactly zero; predicted also those that the predictor does not
+        pick, and is what auto takes if a --predictor is asked for; dense reads all.
     threads
         By default all processors of this process.
     batch
@@ -167,11 +181,14 @@ def bench(
             f"--tokens {tokens}, --prompt {prompt} and --rounds {rounds} must be 1 or more, "
             f"--prefill {prefill} 0 or more"
         )
+    if predictor and model:
+        raise TurboSparseError("--predictor is of a synthetic model: name a --shape, no folder")
+    if predictor and mode == "auto":
+        mode = "predicted"
     threads = threads_to_use(threads)
     load = os.getloadavg()[0]
-    with (
-        nullcontext(model) if model else _synthetic(shape, folder, quant, sparsity, layers) as path
-    ):
+    wanted = Wanted(str(shape), sparsity, layers, predictor, predictor_quant)
+    with nullcontext(model) if model else _synthetic(folder, quant, wanted) as path:
         engine = Engine(path, mode=mode, threads=threads)
         ours = _Ours(engine, batch, prompt)
         with _peer(peer, engine.packed, threads, prompt) as other:
@@ -180,19 +197,15 @@ def bench(
 
 
 @contextmanager
-def _synthetic(
-    shape: str | None, folder: Path | None, quant: str, sparsity: float, layers: int | None
-) -> Iterator[Path]:
-    from turbosparse.synthetic import describe, make_synthetic
-
+def _synthetic(folder: Path | None, quant: str, wanted: Wanted) -> Iterator[Path]:
     with tempfile.TemporaryDirectory() if folder is None else nullcontext(None) as temporary:
-        path = folder or Path(str(temporary)) / f"{shape}-{quant}"
+        path = folder or Path(str(temporary)) / f"{wanted.shape}-{quant}"
         if not path.exists():
-            make_synthetic(path, str(shape), quant=quant, sparsity=sparsity, layers=layers)
-        kept, asked = Packed(path), describe(str(shape), sparsity, layers)
-        if (kept.header.source, kept.quant) != (asked, quant):
+            make_synthetic(path, wanted, quant=quant)
+        kept = Packed(path)
+        if (kept.header.source, kept.quant) != (str(wanted), quant):
             raise TurboSparseError(
-                f"{path} holds {kept.header.source}, {kept.quant}, not {asked}, {quant}; "
+                f"{path} holds {kept.header.source}, {kept.quant}, not {wanted}, {quant}; "
                 "remove it or choose another --folder"
             )
         yield path
@@ -217,7 +230,7 @@ class _Ours:
             raise TurboSparseError("bench measures the cpu road")
         self.engine, self.decoder, self.batch, self.prompt = engine, engine.decoder, batch, prompt
         self.random = np.random.default_rng(0)
-        self.exact = engine.mode == "exact"
+        self.mode = engine.mode
         self.counts: list[torch.Tensor] = []
 
     def _tokens(self, count: int) -> list[int]:
@@ -226,14 +239,25 @@ class _Ours:
     def decode(self, tokens: int) -> float:
         """Tokens/s of all sequences together."""
         caches = [self.decoder.new_cache(self.engine.context) for _ in range(self.batch)]
-        self.decoder.step([self._tokens(self.prompt) for _ in caches], caches, exact=self.exact)
+        self.decoder.step([self._tokens(self.prompt) for _ in caches], caches, mode=self.mode)
         began = time.perf_counter()
         for _ in range(tokens):
-            _, counts = self.decoder.step(
-                [self._tokens(1) for _ in caches], caches, exact=self.exact
-            )
+            _, counts = self.decoder.step([self._tokens(1) for _ in caches], caches, mode=self.mode)
             self.counts.append(counts)
         return self.batch * tokens / (time.perf_counter() - began)
+
+    def recall(self, tokens: int = 32) -> float | None:
+        """Active neurons in predicted mode ÷ in exact mode, same tokens after the same cache."""
+        if self.mode != "predicted":
+            return None
+        before, text = self._tokens(self.prompt), self._tokens(tokens)
+        active = {}
+        modes: tuple[ops.Mode, ...] = ("predicted", "exact")
+        for mode in modes:
+            cache = self.decoder.new_cache(self.engine.context)
+            self.decoder(before, cache, mode="exact")
+            active[mode] = float(self.decoder(text, cache, mode=mode)[1][..., 2].sum())
+        return active["predicted"] / max(1, active["exact"])
 
     def prefill(self, tokens: int) -> float:
         cache = self.engine.new_cache()
@@ -281,9 +305,9 @@ def _card(
     load: float,
     peer: str | None,
 ) -> Benchmark:
-    counts = torch.stack(ours.counts).double()  # [steps, layers, batch, 2]
+    counts = torch.stack(ours.counts).double()  # [steps, layers, batch, 3]
     used = engine.config.intermediate_size * _experts_in_use(engine.config)
-    gate, active = (counts.mean((0, 1, 2)) / used).tolist()
+    candidates, gate, active = (counts.mean((0, 1, 2)) / used).tolist()
     sizes = bytes_per_step(engine, counts, ours.prompt + len(ours.counts) / len(decode[0]) / 2)
     speed, bandwidth = Spread.of(decode[0]), Spread.of(bandwidths)
     ceiling = batch * bandwidth.median * 1e9 / sum(sizes.values())
@@ -297,6 +321,8 @@ def _card(
         mode=engine.mode,
         quant=engine.packed.quant,
         batch=batch,
+        candidates=candidates,
+        recall=ours.recall(),
         gate_positive=gate,
         activation_sparsity=1 - active,
         bytes=sizes,
@@ -321,31 +347,44 @@ def bytes_per_step(engine: Engine, counts: torch.Tensor, positions: float) -> di
 
     Args:
         engine: the model and its mode.
-        counts: neurons with positive gate and active ones, ``[steps, layers, B, 2]``.
+        counts: candidates, neurons with positive gate and active ones, ``[steps, layers, B, 3]``.
         positions: in each sequence's cache, on average.
 
     A row that several sequences need is counted once. How far their neurons overlap is not
-    measured: the count takes them as independent, 1 − Π (1 − share) of the rows.
+    measured: the count takes them as independent, 1 − Π (1 − share) of the rows. Nor is it counted
+    how many rows pass the gate's sign bits: it takes gate and up to pass independently and alike.
     """
     config, plan = engine.config, engine.packed.plan
     batch, experts = counts.shape[2], names.experts(config) or 1
     # the share of all rows of a layer, of all its experts, that one sequence needs
     share = counts / (config.intermediate_size * experts)
-    union = 1 - (1 - share).prod(2).mean((0, 1))  # [2]
-    gates = 1 - (1 - _experts_in_use(config) / experts) ** batch
-    gate, active = union.tolist()
+    candidate, gate, active = (1 - (1 - share).prod(2).mean((0, 1))).tolist()
+    every = 1 - (1 - _experts_in_use(config) / experts) ** batch
     row = row_bytes(engine.packed.quant, config.hidden_size)
     rows = config.intermediate_size * experts * config.num_hidden_layers * row
     if engine.mode == "dense":
-        gate = active = gates
+        gate = active = every
     head = names.config_head_dim(config)
     kept = 2 * 2 * config.num_key_value_heads * head * config.num_hidden_layers
     vocabulary = names.EMBEDDING if config.tie_word_embeddings else names.HEAD
+    predictors = 0.0
+    if engine.mode == "predicted":
+        whole = sum(spec.nbytes for name, spec in plan.items() if ".predictor." in name)
+        predictors = whole * every * _share_of_predictor(engine.packed, candidate / every)
     return {
         "attention": sum(spec.nbytes for name, spec in plan.items() if "self_attn" in name),
         "head": plan[vocabulary].nbytes,
-        "gates": rows * gates,
+        "predictors": predictors,
+        "gates": rows * candidate,
         "ups": rows * gate,
         "downs": rows * active,
         "keys and values": batch * positions * kept,
     }
+
+
+def _share_of_predictor(packed: Packed, candidates: float) -> float:
+    """How much of a predictor one pass reads: of dReLU's sign bits the up's half only in part."""
+    predictor = packed.header.ffn.predictor
+    if predictor is None or predictor.kind == "low_rank":
+        return 1.0
+    return (1 + candidates**0.5) / 2 if packed.activation == "drelu" else 0.5

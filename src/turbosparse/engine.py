@@ -9,12 +9,16 @@ from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
-from turbosparse import model, native
+from turbosparse import model, native, ops
 from turbosparse.folders import TurboSparseError
 from turbosparse.format import Packed
 
 Road = Literal["auto", "torch", "cpu"]
-Mode = Literal["auto", "dense", "exact"]
+Mode = Literal["auto", "dense", "exact", "predicted"]
+
+# Recall, as measured when a predictor was made, from which `auto` trusts it: what a layer misses
+# the next ones miss too, and over 32 layers 1 % each is a quarter.
+TRUSTED_RECALL = 0.99
 
 
 @dataclass(frozen=True)
@@ -22,13 +26,14 @@ class Step:
     """One forward pass.
 
     `logits` is float32 ``[vocabulary]`` of the last token; `active` the share of neurons whose
-    Combined is not zero and `gate_positive` the share with positive gate, over the neurons in use
-    of all layers and tokens.
+    Combined is not zero, `gate_positive` the share with positive gate and `candidates` the share
+    that a predictor let through (else 1), over the neurons in use of all layers and tokens.
     """
 
     logits: Tensor
     active: float
     gate_positive: float
+    candidates: float
 
 
 class Cache(Protocol):
@@ -44,7 +49,7 @@ class Decoder(Protocol):
     def new_cache(self, context: int) -> Any: ...
 
     def __call__(
-        self, tokens: list[int], cache: Any, *, exact: bool, every: bool = False
+        self, tokens: list[int], cache: Any, *, mode: ops.Mode, every: bool = False
     ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -55,8 +60,10 @@ class Engine:
         folder: packed folder.
         road: ``cpu`` is the C++ core, ``torch`` the reference on dequantised weights; ``auto``
             takes the core.
-        mode: ``exact`` skips neurons that are exactly zero, ``dense`` reads all; ``auto`` takes
-            exact where the activation has exact zeros.
+        mode: ``exact`` skips neurons that are exactly zero, ``predicted`` also those that the
+            folder's predictor does not pick, ``dense`` reads all; ``auto`` takes predicted where
+            the predictor's measured recall is at least `TRUSTED_RECALL`, else exact where the
+            activation has exact zeros.
         threads: of the C++ core; by default the processors that this process may use.
 
     Raises:
@@ -74,12 +81,7 @@ class Engine:
         if mode not in get_args(Mode):
             raise TurboSparseError(f"mode {mode!r} is unknown; use {', '.join(get_args(Mode))}")
         self.packed = Packed(folder)
-        sparse = self.packed.activation != "swiglu"
-        if mode == "exact" and not sparse:
-            raise TurboSparseError(
-                f"{folder} is a swiglu model: it has no exact zeros to skip; use --mode dense"
-            )
-        self.mode = ("exact" if sparse else "dense") if mode == "auto" else mode
+        self.mode = _mode(self.packed, mode)
         self.road = "cpu" if road == "auto" else road
         self.threads = threads_to_use(threads)
         self.config = self.packed.config
@@ -95,9 +97,13 @@ class Engine:
     def describe(self) -> str:
         return (
             f"{self.packed.folder.name}: {self.packed.activation} {self.packed.quant}, "
-            f"road {self.runs_on}, mode {self.mode}, "
+            f"road {self.runs_on}, mode {self.mode}{self._predictor()}, "
             f"{self.threads} thread{'s' * (self.threads != 1)}"
         )
+
+    def _predictor(self) -> str:
+        predictor = self.packed.header.ffn.predictor
+        return f" ({predictor})" if predictor and self.mode == "predicted" else ""
 
     def new_cache(self) -> Cache:
         cache: Cache = self.decoder.new_cache(self.context)
@@ -116,11 +122,11 @@ class Engine:
                 f"token {foreign[0]} is outside the model's vocabulary of {vocabulary}; "
                 "use the tokenizer that belongs to the model"
             )
-        logits, counts = self.decoder(tokens, cache, exact=self.mode == "exact")
+        logits, counts = self.decoder(tokens, cache, mode=self.mode)
         # a token of a MoE model uses the neurons of several experts
         used = self.config.intermediate_size * getattr(self.config, "num_experts_per_tok", 1)
-        gate, active = (counts.double().mean((0, 1)) / used).tolist()
-        return Step(logits[-1], active=active, gate_positive=gate)
+        candidates, gate, active = (counts.double().mean((0, 1)) / used).tolist()
+        return Step(logits[-1], active, gate, candidates)
 
     def prefill(self, tokens: list[int], cache: Cache, *, chunk: int = 512) -> Step:
         """Read a prompt in chunks of up to `chunk` tokens."""
@@ -130,6 +136,29 @@ class Engine:
         if step is None:
             raise TurboSparseError("the prompt holds no token, and the model has no start token")
         return step
+
+
+def _mode(packed: Packed, asked: Mode) -> ops.Mode:
+    """The mode to run in.
+
+    Raises:
+        TurboSparseError: the model does not have the mode that was asked for.
+    """
+    sparse, predictor = packed.activation != "swiglu", packed.header.ffn.predictor
+    if asked in ("exact", "predicted") and not sparse:
+        raise TurboSparseError(
+            f"{packed.folder} is a swiglu model: it has no exact zeros to skip; use --mode dense"
+        )
+    if asked == "predicted" and predictor is None:
+        raise TurboSparseError(
+            f"{packed.folder} holds no predictor; pack a model that has one merged, or pack it "
+            "with --predictor sign"
+        )
+    if asked != "auto":
+        return asked
+    if predictor and (predictor.recall or 0) >= TRUSTED_RECALL:
+        return "predicted"
+    return "exact" if sparse else "dense"
 
 
 def threads_to_use(asked: int | None) -> int:

@@ -1,23 +1,4 @@
-"""The packed folder: what it holds, how it is written, and how it is opened.
-
-A packed folder is a Hugging Face folder whose weights are laid out for sparse reading:
-
-* ``config.json``: the model's keys and one block ``"turbosparse"`` (`Header`): format version,
-  quantisation, FFN record, neuron order, provenance, profile, and size and SHA-256 of every weight
-  file.
-* tokenizer and ``generation_config.json`` as in Hugging Face.
-* ``model-0000i-of-0000n.safetensors``, readable by any safetensors reader. Data begins at a
-  multiple of 4096 bytes (the JSON header is padded with spaces), and so does every tensor:
-  ``pad.N`` tensors fill the gaps.
-
-Tensors:
-
-* matrices (embedding, attention projections, LM head): U8 ``[rows, row_bytes]`` in a block format
-  of `quant`;
-* norms, biases, router: F32, in the model's shape;
-* ``model.layers.L.ffn``, in a MoE model ``model.layers.L.experts.E.ffn``: U8 ``[neurons, 3 ·
-  row_bytes]``, one record per neuron, ``gate row | up row | down column``, hot neurons first;
-* ``….neuron_order``: I32 ``[neurons]``, the model's own index of each neuron.
+"""The packed folder of ``docs/format.md``: how it is written, and how it is opened.
 
 The data are mapped, not read: opening costs the same for any size.
 """
@@ -31,15 +12,15 @@ from collections.abc import Iterator
 from enum import Enum
 from math import prod
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
 
 from turbosparse.folders import TurboSparseError, new_file, read_config
 from turbosparse.hf import names
-from turbosparse.quant import row_bytes
+from turbosparse.quant import BLOCK, row_bytes, sign_bytes
 
 VERSION = 1
 PAGE = 4096
@@ -77,11 +58,48 @@ class FormatError(TurboSparseError):
         self.fault = fault
 
 
+class Predictor(BaseModel):
+    """How candidate neurons are picked; see `ops.reference` for the two kinds.
+
+    `recall` and `density` are those measured on text when the predictor was made, None if never.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+    kind: Literal["low_rank", "sign"]
+    input: Literal["pre_norm", "post_norm"]
+    threshold: FiniteFloat
+    quant: Literal["f16", "q8", "q4"] | None = None  # of a low_rank one's matrices
+    ranks: list[list[int]] | None = None  # of a low_rank one, for each layer and expert
+    recall: FiniteFloat | None = None
+    density: FiniteFloat | None = None
+
+    @model_validator(mode="after")
+    def _is_of_its_kind(self) -> Self:
+        low_rank = self.kind == "low_rank"
+        if (self.quant is not None, self.ranks is not None) != (low_rank, low_rank):
+            raise ValueError("quant and ranks belong to low_rank")
+        if not low_rank and self.input != "post_norm":
+            raise ValueError("sign reads post_norm")
+        return self
+
+    def __str__(self) -> str:
+        recall = "" if self.recall is None else f", recall {self.recall:.1%}"
+        kind = f"{self.kind} {self.quant}" if self.quant else self.kind
+        return f"{kind} predictor, threshold {self.threshold:g}{recall}"
+
+
 class FFN(BaseModel):
     """The record that describes a model's feed-forward."""
 
     model_config = ConfigDict(extra="forbid")
     activation: Literal["drelu", "reglu", "relu", "swiglu"]
+    predictor: Predictor | None = None
+
+    @model_validator(mode="after")
+    def _has_zeros_to_predict(self) -> Self:
+        if self.predictor and self.activation == "swiglu":
+            raise ValueError("swiglu has no zeros to predict")
+        return self
 
 
 class File(BaseModel):
@@ -133,11 +151,18 @@ class Spec(NamedTuple):
         return prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
+class PackedPredictor(NamedTuple):
+    """The predictor of one feed-forward; `tensors` are ``fc1`` and ``fc2``, or ``signs``."""
+
+    about: Predictor
+    tensors: dict[str, NDArray[Any]]
+
+
 def ffn_prefix(layer: int, expert: int | None) -> str:
     return f"model.layers.{layer}." + ("" if expert is None else f"experts.{expert}.")
 
 
-def layout(config: Any, quant: str) -> dict[str, Spec]:
+def layout(config: Any, quant: str, predictor: Predictor | None = None) -> dict[str, Spec]:
     """Every tensor of a packed model, in the order in which a decoder reads them."""
     neurons, record = config.intermediate_size, 3 * row_bytes(quant, config.hidden_size)
 
@@ -159,10 +184,26 @@ def layout(config: Any, quant: str) -> dict[str, Spec]:
             prefix = ffn_prefix(layer, expert)
             plan[f"{prefix}ffn"] = Spec("U8", (neurons, record))
             plan[f"{prefix}neuron_order"] = Spec("I32", (neurons,))
+            if predictor:
+                own = _predictor_layout(config, predictor, layer, expert or 0)
+                plan |= {f"{prefix}predictor.{part}": spec for part, spec in own.items()}
     plan[names.FINAL_NORM] = spec((config.hidden_size,))
     if not config.tie_word_embeddings:
         plan[names.HEAD] = spec((config.vocab_size, config.hidden_size))
     return plan
+
+
+def _predictor_layout(
+    config: Any, predictor: Predictor, layer: int, expert: int
+) -> dict[str, Spec]:
+    hidden, neurons = config.hidden_size, config.intermediate_size
+    if predictor.ranks is None:
+        return {"signs": Spec("U8", (neurons, 2 * sign_bytes(hidden)))}
+    quant, rank = str(predictor.quant), predictor.ranks[layer][expert]
+    return {
+        "fc1": Spec("U8", (rank, row_bytes(quant, hidden))),
+        "fc2": Spec("U8", (neurons, row_bytes(quant, rank))),
+    }
 
 
 def write_weights(
@@ -234,7 +275,9 @@ class Packed:
         raw = read_config(self.folder)
         self.header = _read_header(self.folder, raw)
         self.config = load_config(self.folder)
-        self.plan = layout(self.config, self.header.quant)
+        predictor = self.header.ffn.predictor
+        _check_ranks(self.folder, predictor, self.config)
+        self.plan = layout(self.config, self.header.quant, predictor)
         self.tensors = _map_files(self.folder, self.header, self.plan)
         _check_orders(self.folder, self.tensors)
 
@@ -245,6 +288,15 @@ class Packed:
     @property
     def activation(self) -> str:
         return self.header.ffn.activation
+
+    def predictor(self, prefix: str) -> PackedPredictor | None:
+        """That of the feed-forward with this `ffn_prefix`; None if the folder holds none."""
+        about = self.header.ffn.predictor
+        if about is None:
+            return None
+        parts = ("signs",) if about.kind == "sign" else ("fc1", "fc2")
+        found = {part: self.tensors[f"{prefix}predictor.{part}"] for part in parts}
+        return PackedPredictor(about, found)
 
     def verify_checksums(self) -> None:
         """Read every byte and compare it with what `pack` wrote."""
@@ -266,6 +318,17 @@ def _read_header(folder: Path, raw: dict[str, Any]) -> Header:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))
         raise FormatError(folder, Fault.HEADER, f"{where}: {first['msg']}") from error
+
+
+def _check_ranks(folder: Path, predictor: Predictor | None, config: Any) -> None:
+    if predictor is None or predictor.ranks is None:
+        return
+    shape = [max(1, names.experts(config))] * config.num_hidden_layers
+    step = 1 if predictor.quant == "f16" else BLOCK
+    sound = all(rank > 0 and rank % step == 0 for layer in predictor.ranks for rank in layer)
+    if not sound or [len(layer) for layer in predictor.ranks] != shape:
+        detail = f"ffn.predictor.ranks: not a multiple of {step} for each layer and expert"
+        raise FormatError(folder, Fault.HEADER, detail)
 
 
 def _map_files(folder: Path, header: Header, plan: dict[str, Spec]) -> dict[str, NDArray[Any]]:

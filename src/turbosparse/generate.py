@@ -30,6 +30,7 @@ class Token:
     text: str  # may be empty while a character is incomplete
     seconds: float  # of the forward pass that gave it; the first one's is the prompt's
     active: float  # share of active neurons in that pass
+    candidates: float  # share that a predictor let through; 1 without
     finish: Literal["stop", "length", "context"] | None = None
 
 
@@ -44,13 +45,17 @@ class Generated:
     prompt_seconds: float
     tokens_per_second: float  # of decoding, the prompt left out
     activation_sparsity: float  # of decoding
+    predicted_density: float  # share of candidates in decoding; 1 outside predicted mode
     ran: str
 
     def __str__(self) -> str:
+        density = self.predicted_density
+        predicted = f"predicted density {density:.1%}; " if density < 1 else ""
         return (
             f"[{self.ran}] prompt {self.prompt_tokens} tokens in {self.prompt_seconds:.2f} s; "
             f"{self.tokens} tokens at {self.tokens_per_second:.1f} tokens/s; "
-            f"activation sparsity {self.activation_sparsity:.1%}; stopped by {self.finish}"
+            f"activation sparsity {self.activation_sparsity:.1%}; {predicted}"
+            f"stopped by {self.finish}"
         )
 
 
@@ -114,7 +119,7 @@ def stream(
         elif cache.length == engine.context:
             finish = "context"
         piece = "" if finish == "stop" else text.step(tokenizer.backend_tokenizer, token) or ""
-        yield Token(token, piece, seconds, step.active, finish)
+        yield Token(token, piece, seconds, step.active, step.candidates, finish)
         if finish:
             return
         began = time.perf_counter()
@@ -168,7 +173,8 @@ def generate(
     chat
         Put the prompt into the model's chat template as the user's turn.
     mode
-        exact skips neurons that are exactly zero and loses nothing; dense reads all.
+        exact skips neurons that are exactly zero and loses nothing; predicted also those that the
+        folder's predictor does not pick, and may lose some; dense reads all.
     road
         cpu is the C++ core; torch the slow reference.
     threads
@@ -210,6 +216,7 @@ def summarise(tokens: list[Token], prompt_tokens: int, ran: str) -> Generated:
     decoding = tokens[1:]
     seconds = sum(token.seconds for token in decoding)
     active = statistics.fmean(token.active for token in decoding or tokens)
+    candidates = statistics.fmean(token.candidates for token in decoding or tokens)
     return Generated(
         text="".join(token.text for token in tokens),
         finish=str(tokens[-1].finish),
@@ -218,6 +225,7 @@ def summarise(tokens: list[Token], prompt_tokens: int, ran: str) -> Generated:
         prompt_seconds=tokens[0].seconds,
         tokens_per_second=len(decoding) / seconds if seconds else 0.0,
         activation_sparsity=1 - active,
+        predicted_density=candidates,
         ran=ran,
     )
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from turbosparse.count import RULE, count_parameters
-from turbosparse.format import Packed
+from turbosparse.format import Packed, Predictor
 
 
 @dataclass(frozen=True)
@@ -22,6 +22,7 @@ class Inspection:
     architecture: str
     quant: str
     activation: str
+    predictor: str | None
     neuron_order: str
     source: str
     packed_by: str
@@ -50,6 +51,8 @@ class Inspection:
         table.add_row(
             "packed", f"{self.quant}, neurons in {self.neuron_order} order, by {self.packed_by}"
         )
+        if self.predictor:
+            table.add_row("predictor", self.predictor)
         table.add_row("parameters", f"{self.parameters:,}")
         if self.activation_sparsity is not None:
             table.add_row("activated", f"{self.activated_parameters:,}\n{RULE}")
@@ -80,7 +83,8 @@ def inspect(folder: Path) -> Inspection:
         active = statistics.fmean(header.profile.per_layer(header.profile.active))
         gate = statistics.fmean(header.profile.per_layer(header.profile.gate_positive))
         sparsity = 1 - active
-    parts = {"embedding and head": 0, "attention": 0, "feed-forward": 0, "norms and router": 0}
+    kinds = ("embedding and head", "attention", "feed-forward", "predictors", "norms and router")
+    parts = dict.fromkeys(kinds, 0)
     for name, spec in packed.plan.items():
         parts[_part(name)] += spec.nbytes
     parameters = count_parameters(
@@ -93,6 +97,7 @@ def inspect(folder: Path) -> Inspection:
         architecture=config.model_type,
         quant=header.quant,
         activation=packed.activation,
+        predictor=_describe(header.ffn.predictor),
         neuron_order=header.neuron_order,
         source=header.source,
         packed_by=header.packed_by,
@@ -110,7 +115,17 @@ def inspect(folder: Path) -> Inspection:
     )
 
 
+def _describe(predictor: Predictor | None) -> str | None:
+    if predictor is None:
+        return None
+    ranks = [rank for layer in predictor.ranks or [] for rank in layer]
+    rank = f", rank {min(ranks)} to {max(ranks)}" if ranks else ""
+    return f"{predictor}{rank}, reads {predictor.input}"
+
+
 def _part(name: str) -> str:
+    if ".predictor." in name:
+        return "predictors"
     if name.endswith((".ffn", ".neuron_order")):
         return "feed-forward"
     if "self_attn" in name:

@@ -17,6 +17,7 @@ from turbosparse import ops
 from turbosparse.folders import TurboSparseError
 from turbosparse.format import Packed, ffn_prefix
 from turbosparse.hf import names
+from turbosparse.ops import Mode
 
 # RoPE whose frequencies do not change with the length of the text
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -37,11 +38,10 @@ class Decoder:
     def __init__(self, packed: Packed, *, road: str, threads: int):
         config = packed.config
         self.config, self.quant = config, packed.quant
-        self._tensors, self._threads, self._kernels = packed.tensors, threads, ops.road(road)
+        self._packed, self._tensors = packed, packed.tensors
+        self._threads, self._kernels = threads, ops.road(road)
         self.embedding = self._matrix(names.EMBEDDING, config.hidden_size)
-        self.layers = [
-            Layer(self, index, packed.activation) for index in range(config.num_hidden_layers)
-        ]
+        self.layers = [Layer(self, index) for index in range(config.num_hidden_layers)]
         self.norm = self._norm(names.FINAL_NORM)
         tied = config.tie_word_embeddings
         self.head = self.embedding if tied else self._matrix(names.HEAD, config.hidden_size)
@@ -52,24 +52,25 @@ class Decoder:
 
     @torch.inference_mode()
     def __call__(
-        self, tokens: list[int], cache: Cache, *, exact: bool, every: bool = False
+        self, tokens: list[int], cache: Cache, *, mode: Mode, every: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Read `tokens` after what the cache holds.
 
         Args:
             tokens: T token ids; they are appended to `cache`.
-            exact: skip what is exactly zero in the feed-forwards.
+            mode: which rows of the feed-forwards are read.
             every: return logits of every token, not only of the last.
 
         Returns:
             Logits, float32 ``[T or 1, vocabulary]``, and the neurons used, int32
-            ``[layers, T, 2]``: with positive gate, and active (summed over a token's experts).
+            ``[layers, T, 3]``: candidates, with positive gate, and active (summed over a token's
+            experts).
         """
         rope = self.rope(cache.length, len(tokens))
         x = self.embedding.rows(tokens)
         counts = []
         for layer in self.layers:
-            x, count = layer(x, rope, cache, exact)
+            x, count = layer(x, rope, cache, mode)
             counts.append(count)
         cache.length += len(tokens)
         return self.head.matmul(self.norm(x if every else x[-1:])), torch.stack(counts)
@@ -77,10 +78,15 @@ class Decoder:
     def _matrix(self, name: str, cols: int) -> Any:
         return self._kernels.Matrix(self._tensors[name], cols, self.quant, self._threads)
 
-    def _neurons(self, name: str, activation: str) -> Any:
-        hidden = self.config.hidden_size
+    def _neurons(self, layer: int, expert: int | None) -> Any:
+        prefix = ffn_prefix(layer, expert)
         return self._kernels.Neurons(
-            self._tensors[name], hidden, self.quant, activation, self._threads
+            self._tensors[f"{prefix}ffn"],
+            self.config.hidden_size,
+            self.quant,
+            self._packed.activation,
+            self._threads,
+            self._packed.predictor(prefix),
         )
 
     def _norm(self, name: str) -> Norm:
@@ -93,21 +99,21 @@ class Decoder:
 class Layer:
     """``x + attention(norm(x))``, then ``x + ffn(norm(x))``."""
 
-    def __init__(self, decoder: Decoder, index: int, activation: str):
+    def __init__(self, decoder: Decoder, index: int):
         config, prefix = decoder.config, f"model.layers.{index}."
         self.attention = Attention(decoder, index)
         self.input_norm = decoder._norm(f"{prefix}input_layernorm.weight")
         self.post_norm = decoder._norm(f"{prefix}post_attention_layernorm.weight")
         if names.experts(config):
-            self.ffn: Any = Mixture(decoder, index, activation)
+            self.ffn: Any = Mixture(decoder, index)
         else:
-            self.ffn = decoder._neurons(f"{ffn_prefix(index, None)}ffn", activation).forward
+            self.ffn = decoder._neurons(index, None).forward
 
     def __call__(
-        self, x: Tensor, rope: Rotation, cache: Cache, exact: bool
+        self, x: Tensor, rope: Rotation, cache: Cache, mode: Mode
     ) -> tuple[Tensor, Tensor]:
         x = x + self.attention(self.input_norm(x), rope, cache)
-        y, counts = self.ffn(self.post_norm(x), exact=exact)
+        y, counts = self.ffn(self.post_norm(x), x, mode=mode)
         return x + y, counts
 
 
@@ -147,21 +153,20 @@ class Attention:
 class Mixture:
     """Mixtral's experts: softmax over all, the top k of them renormalised (Turbo Sparse §4)."""
 
-    def __init__(self, decoder: Decoder, index: int, activation: str):
+    def __init__(self, decoder: Decoder, index: int):
         self.router = decoder._vector(names.router(index))
         self.top_k = decoder.config.num_experts_per_tok
         self.experts = [
-            decoder._neurons(f"{ffn_prefix(index, expert)}ffn", activation)
-            for expert in range(names.experts(decoder.config))
+            decoder._neurons(index, expert) for expert in range(names.experts(decoder.config))
         ]
 
-    def __call__(self, x: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
+    def __call__(self, x: Tensor, residual: Tensor, *, mode: Mode) -> tuple[Tensor, Tensor]:
         weights, chosen = (x @ self.router.T).softmax(-1).topk(self.top_k)
         weights = weights / weights.sum(-1, keepdim=True)
-        out, counts = torch.zeros_like(x), torch.zeros((len(x), 2), dtype=torch.int32)
+        out, counts = torch.zeros_like(x), torch.zeros((len(x), 3), dtype=torch.int32)
         for expert in chosen.unique().tolist():
             token, slot = torch.where(chosen == expert)
-            y, used = self.experts[expert].forward(x[token], exact=exact)
+            y, used = self.experts[expert].forward(x[token], residual[token], mode=mode)
             out.index_add_(0, token, y * weights[token, slot, None])
             counts.index_add_(0, token, used)
         return out, counts

@@ -11,6 +11,8 @@ from turbosparse.folders import TurboSparseError
 from turbosparse.format import Packed, ffn_prefix
 from turbosparse.hf import names
 from turbosparse.model import Rope, sliding_window
+from turbosparse.ops import Mode
+from turbosparse.ops.cpu import neurons
 
 
 class Cache:
@@ -61,25 +63,25 @@ class Decoder:
         return Cache(self._native.new_cache(), context)
 
     def __call__(
-        self, tokens: list[int], cache: Cache, *, exact: bool, every: bool = False
+        self, tokens: list[int], cache: Cache, *, mode: Mode, every: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Read `tokens` after what the cache holds; see `model.Decoder`."""
-        return self.step([tokens], [cache], exact=exact, every=every)
+        return self.step([tokens], [cache], mode=mode, every=every)
 
     def step(
-        self, tokens: list[list[int]], caches: list[Cache], *, exact: bool, every: bool = False
+        self, tokens: list[list[int]], caches: list[Cache], *, mode: Mode, every: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Read the next tokens of several sequences; a weight row is read once for all of them.
 
         Args:
             tokens: of each sequence, at least one.
             caches: of each sequence, all different.
-            exact: skip what is exactly zero in the feed-forwards.
+            mode: which rows of the feed-forwards are read.
             every: return logits of every token, not only of the last of each sequence.
 
         Returns:
             Logits, float32 ``[sequences or tokens, vocabulary]``, and the neurons used, int32
-            ``[layers, tokens, 2]``: with positive gate, and active.
+            ``[layers, tokens, 3]``: candidates, with positive gate, and active.
 
         Raises:
             TurboSparseError: a context is full; nothing was done then.
@@ -91,12 +93,12 @@ class Decoder:
         total = sum(map(len, tokens))
         rows = total if every else len(tokens)
         logits = np.empty((rows, self.vocabulary), np.float32)
-        counts = np.empty((self.config.num_hidden_layers, total, 2), np.int32)
+        counts = np.empty((self.config.num_hidden_layers, total, 3), np.int32)
         self._native.step(
             [cache.native for cache in caches],
             [np.array(new, np.int32) for new in tokens],
             every,
-            exact,
+            mode,
             self.threads,
             logits,
             counts,
@@ -121,13 +123,14 @@ def _layer(packed: Packed, index: int) -> _core.Layer:
         tensors[f"{prefix}post_attention_layernorm.weight"],
         tensors[names.router(index)] if names.experts(config) else None,
         [
-            _core.Neurons(
-                tensors[f"{ffn_prefix(index, expert)}ffn"],
+            neurons(
+                tensors[f"{ffn}ffn"],
                 config.hidden_size,
                 packed.quant,
                 packed.activation,
+                packed.predictor(ffn),
             )
-            for expert in experts
+            for ffn in (ffn_prefix(index, expert) for expert in experts)
         ],
         sliding_window(config, index) or 0,
     )

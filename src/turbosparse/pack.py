@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from pydantic import ValidationError
 from torch import Tensor
 
 from turbosparse import __version__
@@ -35,6 +36,7 @@ from turbosparse.format import (
     FFN,
     VERSION,
     Header,
+    Predictor,
     Profile,
     Spec,
     ffn_prefix,
@@ -45,7 +47,7 @@ from turbosparse.hf import names
 from turbosparse.hf.checkpoint import Checkpoint
 from turbosparse.hf.load import activation_of, load_config
 from turbosparse.progress import track
-from turbosparse.quant import quantise
+from turbosparse.quant import dequantise, quantise, row_bytes, sign_bits
 
 
 @dataclass(frozen=True)
@@ -55,19 +57,28 @@ class PackedModel:
     out: str
     quant: str
     activation: str
+    predictor: str | None
     neuron_order: str
     bytes: int
     source_bytes: int
 
     def __str__(self) -> str:
+        predictor = f"{self.predictor}, " if self.predictor else ""
         return (
-            f"{self.out}: {self.activation}, {self.quant}, neurons in {self.neuron_order} order, "
+            f"{self.out}: {self.activation}, {self.quant}, {predictor}"
+            f"neurons in {self.neuron_order} order, "
             f"{self.bytes / 1e6:.1f} MB (from {self.source_bytes / 1e6:.1f} MB)"
         )
 
 
 def pack(
-    model: str, out: Path, *, quant: Literal["f16", "q8", "q4"] = "q4", stats: Path | None = None
+    model: str,
+    out: Path,
+    *,
+    quant: Literal["f16", "q8", "q4"] = "q4",
+    stats: Path | None = None,
+    predictor: Literal["auto", "none", "sign"] = "auto",
+    predictor_quant: Literal["f16", "q8", "q4"] = "q8",
 ) -> PackedModel:
     """Quantise a model and lay it out for sparse reading.
 
@@ -82,22 +93,30 @@ def pack(
         range.
     stats
         stats.safetensors of `analyse`; by default the one in the model folder, if any.
+    predictor
+        auto packs the predictor that is merged in the model, if any; sign needs none: it compares
+        the signs of weights and inputs.
+    predictor_quant
+        Of the matrices of a merged predictor.
     """
     check_free(out)
     folder = model_folder(model)
     config = load_config(folder)
-    ffn = FFN(activation=activation_of(config))  # type: ignore[arg-type]
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
+    ffn = FFN(
+        activation=activation_of(config),  # type: ignore[arg-type]
+        predictor=_predictor(config, checkpoint, predictor, predictor_quant),
+    )
     profile = _find_stats(folder, stats)
     if profile:
         profile.check(config)
-    plan = layout(config, quant)
+    plan = layout(config, quant, ffn.predictor)
 
     with new_folder(out) as work:
         copy_companions(folder, work)
         tensors = track(
-            _tensors(config, checkpoint, plan, quant, profile), "packing", total=len(plan)
+            _tensors(config, checkpoint, plan, quant, profile, ffn), "packing", total=len(plan)
         )
         files = write_weights(work, plan, tensors)
         header = Header(
@@ -110,17 +129,44 @@ def pack(
             profile=_profile(profile) if profile else None,
             files=files,
         )
-        raw = {key: value for key, value in read_config(folder).items() if key != "auto_map"}
+        raw = read_config(folder)
+        raw = {key: raw[key] for key in raw if key not in ("auto_map", "predictor")}
         raw["turbosparse"] = header.model_dump(mode="json")
         write_json(work / "config.json", raw)
     return PackedModel(
         out=str(out),
         quant=quant,
         activation=header.ffn.activation,
+        predictor=str(ffn.predictor) if ffn.predictor else None,
         neuron_order=header.neuron_order,
         bytes=sum(file.bytes for file in files.values()),
         source_bytes=sum(path.stat().st_size for path in checkpoint.shards),
     )
+
+
+def _predictor(config: Any, checkpoint: Checkpoint, choice: str, quant: str) -> Predictor | None:
+    """The record of the predictor to pack; what config.json says of one of its kind holds."""
+    ranks = None if choice == "sign" else checkpoint.predictor_ranks(config)
+    if choice == "none" or (choice == "auto" and ranks is None):
+        return None
+    if activation_of(config) == "swiglu":
+        raise TurboSparseError(
+            f"{checkpoint.folder} is a swiglu model: it has no zeros to predict; "
+            "use --predictor none"
+        )
+    kind: dict[str, Any] = {"kind": "sign"}
+    if ranks is not None:
+        kind = {"kind": "low_rank", "quant": quant, "ranks": ranks}
+        for rank in {rank for layer in ranks for rank in layer}:
+            row_bytes(quant, rank)  # raises if it is no multiple of a block
+    block = read_config(checkpoint.folder).get("predictor", {})
+    try:
+        said = block if block.get("kind", "low_rank") == kind["kind"] else {}
+        return Predictor.model_validate({"input": "post_norm", "threshold": 0.0} | said | kind)
+    except (ValidationError, AttributeError, TypeError) as error:
+        raise TurboSparseError(
+            f'{checkpoint.folder / "config.json"}: the block "predictor" is not valid: {error}'
+        ) from error
 
 
 def _find_stats(folder: Path, stats: Path | None) -> Stats | None:
@@ -143,7 +189,12 @@ def _profile(stats: Stats) -> Profile:
 
 
 def _tensors(
-    config: Any, checkpoint: Checkpoint, plan: dict[str, Spec], quant: str, stats: Stats | None
+    config: Any,
+    checkpoint: Checkpoint,
+    plan: dict[str, Spec],
+    quant: str,
+    stats: Stats | None,
+    ffn: FFN,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Every tensor of `plan`, in its order."""
     ffns = {ffn_prefix(*slot): slot for slot in names.ffns(config)}
@@ -152,11 +203,21 @@ def _tensors(
         if last == "ffn":
             layer, expert = ffns[f"{prefix}."]
             order = _order(stats, layer, expert, config.intermediate_size)
-            yield name, _records(checkpoint, layer, expert, order, quant)
+            records = _records(checkpoint, layer, expert, order, quant)
+            yield name, records.numpy()
             yield f"{prefix}.neuron_order", order.int().numpy()
+            if ffn.predictor and ffn.predictor.kind == "sign":
+                yield f"{prefix}.predictor.signs", signs(records, quant, config.hidden_size)
+            elif ffn.predictor:
+                fc1, fc2 = names.predictor(layer, expert)
+                own = str(ffn.predictor.quant)
+                yield f"{prefix}.predictor.fc1", _quantised(checkpoint, fc1, own).numpy()
+                yield f"{prefix}.predictor.fc2", _quantised(checkpoint, fc2, own, order).numpy()
+        elif last == "neuron_order" or prefix.endswith(".predictor"):
+            continue  # came with their records
         elif spec.dtype == "U8":
             yield name, _quantised(checkpoint, name, quant).numpy()
-        elif last != "neuron_order":
+        else:
             yield name, checkpoint[name].float().numpy()
 
 
@@ -173,7 +234,7 @@ def _records(
     expert: int | None,
     order: Tensor,
     quant: str,
-) -> NDArray[np.uint8]:
+) -> Tensor:
     """The FFN as one record per neuron: ``gate row | up row | down column``."""
     gate, up, down = names.ffn(layer, expert)
     return torch.cat(
@@ -183,7 +244,14 @@ def _records(
             _quantised(checkpoint, down, quant, order, transpose=True),
         ],
         dim=1,
-    ).numpy()
+    )
+
+
+def signs(records: Tensor, quant: str, hidden: int) -> NDArray[np.uint8]:
+    """Which weights of the gate and up rows of records are negative, as packed bits."""
+    gate, up, _ = records.chunk(3, dim=1)
+    bits = [sign_bits(dequantise(rows, quant, hidden)) for rows in (gate, up)]
+    return torch.cat(bits, 1).numpy()
 
 
 def _quantised(

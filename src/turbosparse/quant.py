@@ -17,6 +17,7 @@ block; byte ``4·word + byte`` of a block holds weight j = that number in its lo
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -74,6 +75,27 @@ def dequantise(packed: Tensor, quant: str, cols: int) -> Tensor:
     payload = packed[:, :values].contiguous()
     q = payload.view(torch.int8) if quant == "q8" else _nibbles(payload, blocks)
     return (q.reshape(-1, blocks, BLOCK) * scales[..., None]).reshape(-1, cols)
+
+
+def sign_bits(weights: Tensor) -> Tensor:
+    """Which weights are negative: ``[rows, cols]`` → uint8 ``[rows, sign_bytes(cols)]``.
+
+    Bit b, counted from the lowest, of byte i is column ``8 · i + b``; zeros fill up the row.
+    """
+    negative = (weights < 0).cpu().numpy()
+    bits = torch.from_numpy(np.packbits(negative, axis=1, bitorder="little"))
+    return torch.nn.functional.pad(bits, (0, sign_bytes(weights.shape[1]) - bits.shape[1]))
+
+
+def negative(bits: Tensor, cols: int) -> Tensor:
+    """Unpack `sign_bits`: uint8 ``[rows, sign_bytes(cols)]`` → bool ``[rows, cols]``."""
+    unpacked = np.unpackbits(bits.numpy(), axis=1, count=cols, bitorder="little")
+    return torch.from_numpy(unpacked).bool()
+
+
+def sign_bytes(cols: int) -> int:
+    """Stride of the sign bits of a row of `cols` weights, in bytes."""
+    return -(-cols // (8 * ALIGNMENT)) * ALIGNMENT
 
 
 def sqnr(reference: Tensor, approximation: Tensor) -> float:

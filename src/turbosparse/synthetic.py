@@ -8,20 +8,25 @@ makes the asked share positive, and every token computes its own active neurons.
 
 from __future__ import annotations
 
+import re
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from turbosparse import __version__
 from turbosparse.folders import TurboSparseError, new_folder, write_json
-from turbosparse.format import FFN, VERSION, Header, Spec, layout, write_weights
+from turbosparse.format import FFN, VERSION, Header, Predictor, Spec, layout, write_weights
 from turbosparse.hf import names
 from turbosparse.hf.load import with_activation
+from turbosparse.ops.reference import sign_scores
+from turbosparse.pack import signs
 from turbosparse.progress import track
-from turbosparse.quant import BLOCK, TILE
+from turbosparse.quant import BLOCK, TILE, negative, quantise, row_bytes
 
 # the architectures that people ask about; `layers` may be cut to fit a machine
 SHAPES: dict[str, dict[str, Any]] = {
@@ -69,60 +74,179 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 SPREAD = 0.02  # standard deviation of a weight
 CONSTANT = 4.0  # the constant features of an embedding, in standard deviations of the others
+LOW_RANK_MARGIN, SIGN_MARGIN = 0.01, 0.02  # more candidates than active neurons, of all
 QUIET = 1e-3  # o and down projections are this much smaller, so that the direction lasts
 
 
-def make_synthetic(
-    out: Path, shape: str, *, quant: str, sparsity: float, layers: int | None = None, seed: int = 0
-) -> None:
+@dataclass(frozen=True)
+class Wanted:
+    """A synthetic model that is asked for, and what it names as its source.
+
+    `sparsity` is the share of neurons with Combined zero; 0 makes a swiglu model. `predictor` is
+    ``rank=N``, ``sign`` or None.
+    """
+
+    shape: str
+    sparsity: float = 0.9
+    layers: int | None = None  # fewer than the shape has
+    predictor: str | None = None
+    predictor_quant: str = "q8"
+
+    def __str__(self) -> str:
+        cut = f" with {self.layers} layers" if self.layers else ""
+        kind = {None: "", "sign": ", predictor sign"}.get(
+            self.predictor, f", predictor {self.predictor} {self.predictor_quant}"
+        )
+        return f"synthetic {self.shape}{cut}, sparsity {self.sparsity:g}{kind}"
+
+    def check(self) -> None:
+        """Raise TurboSparseError for what cannot be made."""
+        if self.shape not in SHAPES:
+            raise TurboSparseError(f"shape {self.shape!r} is unknown; use {', '.join(SHAPES)}")
+        if not 0 <= self.sparsity < 1:
+            raise TurboSparseError(f"sparsity {self.sparsity:g} must be 0 or more and less than 1")
+        if self.predictor and not self.sparsity:
+            raise TurboSparseError("sparsity 0 makes a swiglu model: it has no zeros to predict")
+        if self.predictor not in (None, "sign") and not self.rank:
+            raise TurboSparseError(
+                f"--predictor {self.predictor!r} is unknown; use sign, or rank=N with N a "
+                f"multiple of {BLOCK}"
+            )
+
+    @property
+    def rank(self) -> int:
+        """Of a low-rank predictor; 0 if it names none."""
+        found = re.fullmatch(r"rank=(\d{1,5})", self.predictor or "", re.ASCII)
+        return int(found[1]) if found and int(found[1]) % BLOCK == 0 else 0
+
+
+def make_synthetic(out: Path, wanted: Wanted, *, quant: str, seed: int = 0) -> None:
     """Write a packed folder of a named shape, without tokenizer, streaming to disk.
+
+    Gate and up are positive independently, each with probability √(1 − sparsity). With a low-rank
+    predictor an up is positive only where its gate is, with probability 1 − sparsity.
 
     Args:
         out: new folder.
-        shape: one of `SHAPES`.
+        wanted: the model.
         quant: ``f16``, ``q8`` or ``q4``.
-        sparsity: share of neurons with Combined zero; gate and up are positive independently, each
-            with probability √(1 − sparsity). 0 makes a swiglu model.
-        layers: fewer layers than the shape has.
         seed: of the weights.
 
     Raises:
-        TurboSparseError: unknown shape, sparsity out of range.
+        TurboSparseError: unknown shape or predictor, sparsity out of range.
     """
-    source = describe(shape, sparsity, layers)
-    if shape not in SHAPES:
-        raise TurboSparseError(f"shape {shape!r} is unknown; use {', '.join(SHAPES)}")
-    if not 0 <= sparsity < 1:
-        raise TurboSparseError(f"sparsity {sparsity:g} must be 0 or more and less than 1")
+    wanted.check()
     from transformers import AutoConfig
 
-    fields = dict(SHAPES[shape])
-    if layers:
-        fields["num_hidden_layers"] = layers
-    activation = "drelu" if sparsity else "swiglu"
+    fields = dict(SHAPES[wanted.shape])
+    if wanted.layers:
+        fields["num_hidden_layers"] = wanted.layers
+    activation = "drelu" if wanted.sparsity else "swiglu"
     stock = AutoConfig.for_model(fields.pop("model_type"), **fields, max_position_embeddings=4096)
     config = with_activation(stock, activation)
-    plan = layout(config, quant)
-    weights = _Weights(quant, sparsity, seed)
+    weights = _Weights(quant, wanted.sparsity, seed)
+    predictor, ffn = _predicted_ffn(config, wanted, weights)
+    plan = layout(config, quant, predictor)
+
+    def make(name: str, spec: Spec) -> NDArray[Any]:
+        last = name.rpartition(".")[2]
+        return ffn[last] if last in ffn else weights.make(name, spec, config)
+
     with new_folder(out) as work:
-        tensors = ((name, weights.make(name, spec, config)) for name, spec in plan.items())
-        files = write_weights(work, plan, track(tensors, f"making {shape}", total=len(plan)))
+        tensors = ((name, make(name, spec)) for name, spec in plan.items())
+        files = write_weights(work, plan, track(tensors, f"making {wanted.shape}", total=len(plan)))
         header = Header(
             format_version=VERSION,
             quant=quant,  # type: ignore[arg-type]
-            ffn=FFN(activation=activation),  # type: ignore[arg-type]
+            ffn=FFN(activation=activation, predictor=predictor),  # type: ignore[arg-type]
             neuron_order="model",
-            source=source,
+            source=str(wanted),
             packed_by=f"turbosparse {__version__}",
             files=files,
         )
         write_json(work / "config.json", config.to_dict() | {"turbosparse": header.model_dump()})
 
 
-def describe(shape: str, sparsity: float, layers: int | None) -> str:
-    """What a synthetic folder names as its source."""
-    cut = f" with {layers} layers" if layers else ""
-    return f"synthetic {shape}{cut}, sparsity {sparsity:g}"
+def _predicted_ffn(
+    config: Any, wanted: Wanted, weights: _Weights
+) -> tuple[Predictor | None, dict[str, NDArray[Any]]]:
+    """A predictor, and the tensors of the one feed-forward that every layer then has.
+
+    Each layer's input is another, so each computes its own activity.
+    """
+    if wanted.rank:
+        return _low_rank_ffn(config, wanted, weights)
+    if wanted.predictor:
+        return _sign_ffn(config, wanted, weights)
+    return None, {}
+
+
+def _low_rank_ffn(
+    config: Any, wanted: Wanted, weights: _Weights
+) -> tuple[Predictor, dict[str, NDArray[Any]]]:
+    """Gate and up rows are B · A and a lean, with A ``[rank / 2, hidden]``.
+
+    relu of A · x and −A · x gives A · x, hence fc1 is ±A, fc2 is ±B and a logit B · A · x; up is
+    positive where that exceeds what the row leans by. What is missed is what quantising changes.
+    """
+    hidden, neurons = config.hidden_size, config.intermediate_size
+    half = wanted.rank // 2
+    a = weights.random.standard_normal((half, hidden), dtype=np.float32) * SPREAD
+    a[:, :BLOCK] = 0  # the constant features are for the lean
+    b = weights.random.standard_normal((neurons, half), dtype=np.float32) / half**0.5
+    rows = torch.from_numpy(b @ a)
+    parts = []
+    for share in ((1 - wanted.sparsity) ** 0.5, 1 - wanted.sparsity):
+        rows[:, :BLOCK] = lean(share, hidden)
+        parts.append(quantise(rows, weights.quant))
+    stride = row_bytes(weights.quant, hidden)
+    down = weights.rows(neurons, hidden, stride, QUIET)
+    quant = wanted.predictor_quant
+    fc1, fc2 = np.concatenate((a, -a)), np.concatenate((b, -b), axis=1)
+    # of the features that are not constant, behind RMSNorm
+    deviation = ((BLOCK * CONSTANT**2 + hidden - BLOCK) / hidden) ** -0.5
+    density = min(1 - wanted.sparsity + LOW_RANK_MARGIN, 0.999)
+    threshold = NormalDist().inv_cdf(1 - density) * (hidden - BLOCK) ** 0.5 * SPREAD * deviation
+    predictor = Predictor(
+        kind="low_rank",
+        quant=quant,  # type: ignore[arg-type]
+        input="post_norm",
+        threshold=threshold,
+        ranks=[[wanted.rank] * max(1, names.experts(config))] * config.num_hidden_layers,
+    )
+    return predictor, {
+        "ffn": torch.cat([*parts, torch.from_numpy(down)], 1).numpy(),
+        "fc1": quantise(torch.from_numpy(fc1), quant).numpy(),
+        "fc2": quantise(torch.from_numpy(fc2), quant).numpy(),
+    }
+
+
+def _sign_ffn(
+    config: Any, wanted: Wanted, weights: _Weights
+) -> tuple[Predictor, dict[str, NDArray[Any]]]:
+    """Random rows, whose signs say little, and the threshold that lets the wanted share pass."""
+    hidden = config.hidden_size
+    records = weights.records(config.intermediate_size, hidden)
+    bits = signs(torch.from_numpy(records), weights.quant, hidden)
+    x = torch.from_numpy(weights.random.random((64, hidden)) < 0.5)
+    x[:, :BLOCK] = False  # the constant features are positive
+    some = torch.from_numpy(bits[:2048])
+    scores = [sign_scores(x, negative(half, hidden)) for half in some.chunk(2, dim=1)]
+    density = min(1 - wanted.sparsity + SIGN_MARGIN, 1.0)
+    threshold = float(np.quantile(torch.minimum(*scores).numpy(), 1 - density))
+    predictor = Predictor(kind="sign", input="post_norm", threshold=threshold)
+    return predictor, {"ffn": records, "signs": bits}
+
+
+def lean(share: float, cols: int) -> float:
+    """The first 32 weights of a row at which its pre-activation is positive for this share.
+
+    An embedding is `CONSTANT` in 32 features and has deviation 1 in the others, up to a factor
+    that RMSNorm takes away: the sum over the others has deviation √(cols − 32) · SPREAD, and the
+    sum over the constant ones is 32 · CONSTANT times the weight.
+    """
+    quantile = NormalDist().inv_cdf(share)
+    return float(quantile * (cols - BLOCK) ** 0.5 * SPREAD / (BLOCK * CONSTANT))
 
 
 class _Weights:
@@ -150,18 +274,23 @@ class _Weights:
         rows, stride = spec.shape
         hidden = config.hidden_size
         if name.endswith(".ffn"):
-            gate, up = (self._rows(rows, hidden, stride // 3) for _ in range(2))
-            if self.sparsity:
-                self._lean(gate, hidden)
-                self._lean(up, hidden)
-            return np.concatenate((gate, up, self._rows(rows, hidden, stride // 3, QUIET)), axis=1)
+            return self.records(rows, hidden)
         if name.endswith("o_proj.weight"):
             heads = config.num_attention_heads * names.config_head_dim(config)
-            return self._rows(rows, heads, stride, QUIET)
-        matrix = self._rows(rows, hidden, stride)
+            return self.rows(rows, heads, stride, QUIET)
+        matrix = self.rows(rows, hidden, stride)
         if name == names.EMBEDDING:
             self._first_block(matrix, hidden, CONSTANT * SPREAD)
         return matrix
+
+    def records(self, neurons: int, hidden: int) -> NDArray[np.uint8]:
+        stride = row_bytes(self.quant, hidden)
+        gate, up = (self.rows(neurons, hidden, stride) for _ in range(2))
+        if self.sparsity:
+            for rows in (gate, up):
+                self._first_block(rows, hidden, lean((1 - self.sparsity) ** 0.5, hidden))
+        down = self.rows(neurons, hidden, stride, QUIET)
+        return np.concatenate((gate, up, down), axis=1)
 
     def _small(self, name: str, spec: Spec) -> NDArray[np.float32]:
         if "norm" in name:
@@ -173,7 +302,7 @@ class _Weights:
             values[:, :BLOCK] = 0
         return values
 
-    def _rows(self, rows: int, cols: int, stride: int, factor: float = 1.0) -> NDArray[np.uint8]:
+    def rows(self, rows: int, cols: int, stride: int, factor: float = 1.0) -> NDArray[np.uint8]:
         """``[rows, stride]`` of random weights with standard deviation `factor` · `SPREAD`."""
         out = np.zeros((rows, stride), np.uint8)
         payload = {"f16": 2 * cols, "q8": cols, "q4": cols // 2}[self.quant]
@@ -204,14 +333,3 @@ class _Weights:
             for word in range(4):
                 rows[:, word * 4 * blocks : word * 4 * blocks + 4] = 0x99  # nibble 9 is weight 1
             self._scales(rows, cols)[:, 0] = value
-
-    def _lean(self, rows: NDArray[np.uint8], cols: int) -> None:
-        """Give rows the mean pre-activation at which √(1 − sparsity) of them are positive.
-
-        An embedding is `CONSTANT` in 32 features and has deviation 1 in the others, up to a factor
-        that RMSNorm takes away: the sum over the others has deviation √(cols − 32) · SPREAD, and
-        the sum over the constant ones is 32 · CONSTANT times the weight set here.
-        """
-        quantile = NormalDist().inv_cdf(1 - (1 - self.sparsity) ** 0.5)
-        weight = -quantile * (cols - BLOCK) ** 0.5 * SPREAD / (BLOCK * CONSTANT)
-        self._first_block(rows, cols, weight)

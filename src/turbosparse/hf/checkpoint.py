@@ -38,6 +38,9 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         tensor: torch.Tensor = self._home[name].get_tensor(name)
         return tensor
 
+    def __contains__(self, name: object) -> bool:
+        return name in self._home
+
     def __iter__(self) -> Any:
         return iter(self._home)
 
@@ -53,7 +56,29 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         Raises:
             TurboSparseError: names the first few tensors that are missing or have another shape.
         """
-        expected = names.tensor_shapes(config)
+        self._check_shapes(names.tensor_shapes(config))
+
+    def predictor_ranks(self, config: Any) -> list[list[int]] | None:
+        """Ranks of the merged predictor, ``[layers][experts]``; None if there is none.
+
+        Raises:
+            TurboSparseError: it is not whole: every FFN has an fc1 ``[R, H]`` and fc2 ``[I, R]``.
+        """
+        matrices = [names.predictor(*slot) for slot in names.ffns(config)]
+        if not any(name in self for pair in matrices for name in pair):
+            return None
+        ranks = [self.shape(fc1)[0] if fc1 in self else 0 for fc1, _ in matrices]
+        expected: dict[str, tuple[int, ...]] = {}
+        for (fc1, fc2), rank in zip(matrices, ranks, strict=True):
+            expected[fc1], expected[fc2] = (
+                (rank, config.hidden_size),
+                (config.intermediate_size, rank),
+            )
+        self._check_shapes(expected)
+        width = max(1, names.experts(config))
+        return [ranks[at : at + width] for at in range(0, len(ranks), width)]
+
+    def _check_shapes(self, expected: dict[str, tuple[int, ...]]) -> None:
         missing = [name for name in expected if name not in self._home]
         wrong = [
             f"{name} is {list(self.shape(name))}, config.json asks for {list(shape)}"

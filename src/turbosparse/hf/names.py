@@ -43,6 +43,12 @@ def ffn(layer: int, expert: int | None = None) -> FFNNames:
     return FFNNames(f"{moe}w1.weight", f"{moe}w3.weight", f"{moe}w2.weight")
 
 
+def predictor(layer: int, expert: int | None = None) -> tuple[str, str]:
+    """Names of the fc1 and fc2 of a predictor that is merged into the checkpoint."""
+    module = ffn(layer, expert).gate.rsplit(".", 2)[0]
+    return f"{module}.predictor.fc1.weight", f"{module}.predictor.fc2.weight"
+
+
 def ffns(config: Any) -> list[tuple[int, int | None]]:
     """Every (layer, expert) that holds an FFN; expert is None in a dense model."""
     slots: list[int | None] = list(range(experts(config))) or [None]

@@ -6,10 +6,13 @@
 from __future__ import annotations
 
 from types import ModuleType
+from typing import Literal
 
 from turbosparse.folders import TurboSparseError
 
 ROADS = ("torch", "cpu")
+# which rows of a feed-forward are read; see `reference.sparse_ffn`
+Mode = Literal["dense", "exact", "predicted"]
 
 
 def road(name: str) -> ModuleType:

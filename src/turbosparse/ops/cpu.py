@@ -10,6 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turbosparse import _core
+from turbosparse.format import PackedPredictor
+from turbosparse.ops import Mode
 
 
 class Matrix:
@@ -34,17 +36,51 @@ class Matrix:
 
 
 class Neurons:
-    """The records of one feed-forward."""
+    """The records of one feed-forward, and its predictor, if it has one."""
 
     def __init__(
-        self, packed: NDArray[Any], hidden: int, quant: str, activation: str, threads: int
+        self,
+        packed: NDArray[Any],
+        hidden: int,
+        quant: str,
+        activation: str,
+        threads: int,
+        predictor: PackedPredictor | None = None,
     ):
-        self._neurons = _core.Neurons(packed, hidden, quant, activation)
+        self._neurons = neurons(packed, hidden, quant, activation, predictor)
         self._threads = threads
 
-    def forward(self, x: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
-        """See `reference.sparse_ffn`."""
+    def forward(self, x: Tensor, residual: Tensor, *, mode: Mode) -> tuple[Tensor, Tensor]:
+        """See `reference.Neurons.forward`."""
         out = np.empty(x.shape, np.float32)
-        counts = np.empty((len(x), 2), np.int32)
-        self._neurons.forward(x.contiguous().numpy(), out, counts, exact, self._threads)
+        counts = np.empty((len(x), 3), np.int32)
+        self._neurons.forward(
+            x.contiguous().numpy(),
+            residual.contiguous().numpy(),
+            out,
+            counts,
+            mode,
+            self._threads,
+        )
         return torch.from_numpy(out), torch.from_numpy(counts)
+
+
+def neurons(
+    packed: NDArray[Any],
+    hidden: int,
+    quant: str,
+    activation: str,
+    predictor: PackedPredictor | None,
+) -> _core.Neurons:
+    """The core's view of one feed-forward."""
+    view = predictor and _predictor(predictor, hidden, activation)
+    return _core.Neurons(packed, hidden, quant, activation, view)
+
+
+def _predictor(packed: PackedPredictor, hidden: int, activation: str) -> _core.Predictor:
+    about, tensors = packed.about, packed.tensors
+    if about.kind == "sign":
+        return _core.Signs(tensors["signs"], hidden, activation, about.threshold)
+    fc1 = _core.Matrix(tensors["fc1"], hidden, str(about.quant))
+    fc2 = _core.Matrix(tensors["fc2"], fc1.rows, str(about.quant))
+    return _core.LowRank(fc1, fc2, about.threshold, about.input == "pre_norm")

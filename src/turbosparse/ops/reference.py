@@ -1,22 +1,35 @@
 """The truth for every kernel: plain PyTorch on weights dequantised to float32.
 
-Shapes: T tokens, H hidden, I neurons.
+Shapes: T tokens, H hidden, I neurons, R rank of a predictor.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn.functional import relu
 
+from turbosparse.format import PackedPredictor
 from turbosparse.hf.ffn_activation import combined
-from turbosparse.quant import dequantise
+from turbosparse.ops import Mode
+from turbosparse.quant import dequantise, negative
+
+Predict = Callable[[Tensor, Tensor], Tensor]  # x [T, H], residual [T, H] → candidates [T, I]
 
 
 def sparse_ffn(
-    x: Tensor, gate: Tensor, up: Tensor, down: Tensor, activation: str, *, exact: bool
+    x: Tensor,
+    gate: Tensor,
+    up: Tensor,
+    down: Tensor,
+    activation: str,
+    *,
+    mode: Mode,
+    candidates: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The feed-forward of T tokens (Turbo Sparse §2).
 
@@ -24,26 +37,74 @@ def sparse_ffn(
         x: ``[T, H]``.
         gate, up, down: ``[I, H]``, one row per neuron (`down` is the transposed down projection).
         activation: of the FFN record.
-        exact: read an up row only where a gate is positive, and a down row only where Combined is
-            not zero. Nothing is lost: what is skipped is exactly zero.
+        mode: ``dense`` reads every row. ``exact`` reads an up row only where a gate is positive,
+            and a down row only where Combined is not zero; nothing is lost: what is skipped is
+            exactly zero. ``predicted`` does so with the candidates, and takes the other neurons
+            for inactive.
+        candidates: of each token, bool ``[T, I]``; for predicted mode.
 
     Returns:
-        The output ``[T, H]``, and per token the number of neurons with positive gate and with
-        Combined ≠ 0, int32 ``[T, 2]``. In the ungated ``relu`` both speak of Combined.
+        The output ``[T, H]``, and per token the number of candidates (all neurons in the other
+        modes), of these those with positive gate, and those with Combined ≠ 0, int32 ``[T, 3]``.
+        In the ungated ``relu`` up is its own gate.
     """
-    if exact and activation == "swiglu":
+    if mode != "dense" and activation == "swiglu":
         raise ValueError("swiglu has no exact zeros to skip: use dense mode")
+    if (mode == "predicted") != (candidates is not None):
+        raise ValueError("predicted mode needs candidates, and the other modes take none")
     gated = activation != "relu"
-    g = x @ gate.T if gated else x.new_zeros(len(x), len(gate))
-    if exact and gated:
-        read = (g > 0).any(0).nonzero().squeeze(1)
+    g = x @ (gate if gated else up).T
+    offered = torch.full((len(x),), g.shape[1])
+    if candidates is not None:
+        g, offered = torch.where(candidates, g, 0.0), candidates.sum(1)
+    if mode != "dense":
+        read = relu(g).ne(0).any(0).nonzero().squeeze(1)
         g, up, down = g[:, read], up[read], down[read]
-    c = combined(g, x @ up.T, activation)
-    counts = torch.stack(((g if gated else c).gt(0).sum(1), c.ne(0).sum(1)), 1).int()
-    if exact:
-        read = (c != 0).any(0).nonzero().squeeze(1)
+    c = combined(g, x @ up.T if gated else g, activation)
+    counts = torch.stack((offered, g.gt(0).sum(1), c.ne(0).sum(1)), 1).int()
+    if mode != "dense":
+        read = c.ne(0).any(0).nonzero().squeeze(1)
         c, down = c[:, read], down[read]
     return c @ down, counts
+
+
+def low_rank_candidates(h: Tensor, fc1: Tensor, fc2: Tensor, threshold: float) -> Tensor:
+    """The neurons whose logit is at least the threshold, bool ``[T, I]``.
+
+    Args:
+        h: ``[T, H]``, what the predictor was made for: the FFN's input, or the residual before its
+            norm.
+        fc1: ``[R, H]``.
+        fc2: ``[I, R]``.
+        threshold: of the logits ``fc2 · relu(fc1 · h)``. A logit that is no number is a candidate.
+    """
+    return ~(relu(h @ fc1.T) @ fc2.T < threshold)
+
+
+def sign_candidates(
+    x: Tensor, gate: Tensor, up: Tensor, activation: str, threshold: float
+) -> Tensor:
+    """The neurons whose signs agree with those of `x` often enough, bool ``[T, I]``.
+
+    The score of a row is 2 · (share of columns that agree) − 1; every row that decides must have
+    at least the threshold: gate and up for drelu, gate for reglu, up for relu.
+
+    Args:
+        x: ``[T, H]``, the FFN's input.
+        gate, up: which weights are negative, bool ``[I, H]``.
+        activation: of the FFN record.
+        threshold: of the scores, −1 to 1.
+    """
+    rows = {"drelu": [gate, up], "reglu": [gate], "relu": [up]}[activation]
+    scores = torch.stack([sign_scores(x < 0, row) for row in rows])
+    return (scores >= threshold).all(0)
+
+
+def sign_scores(x: Tensor, rows: Tensor) -> Tensor:
+    """1 − 2 · (share of columns that differ), float64 ``[T, I]``; bool ``[T, H]``, ``[I, H]``."""
+    a, b = x.float(), rows.float()
+    differ = a @ (1 - b).T + (1 - a) @ b.T  # whole numbers: exact
+    return 1 - 2 * differ.double() / x.shape[1]
 
 
 class Matrix:
@@ -62,7 +123,7 @@ class Matrix:
 
 
 class Neurons:
-    """The records of one feed-forward."""
+    """The records of one feed-forward, and its predictor, if it has one."""
 
     def __init__(
         self,
@@ -71,16 +132,39 @@ class Neurons:
         quant: str,
         activation: str,
         threads: int,  # noqa: ARG002
+        predictor: PackedPredictor | None = None,
     ):
         records = _tensor(packed)
         self.gate, self.up, self.down = (
             dequantise(part, quant, hidden) for part in records.chunk(3, dim=1)
         )
         self.activation = activation
+        self.candidates = predictor and _predictor(predictor, hidden, activation)
 
-    def forward(self, x: Tensor, *, exact: bool) -> tuple[Tensor, Tensor]:
-        """See `sparse_ffn`."""
-        return sparse_ffn(x, self.gate, self.up, self.down, self.activation, exact=exact)
+    def forward(self, x: Tensor, residual: Tensor, *, mode: Mode) -> tuple[Tensor, Tensor]:
+        """See `sparse_ffn`; `residual`, which x is the norm of, is for the predictor."""
+        candidates = None
+        if mode == "predicted":
+            if self.candidates is None:
+                raise ValueError("predicted mode needs a predictor")
+            candidates = self.candidates(x, residual)
+        return sparse_ffn(
+            x, self.gate, self.up, self.down, self.activation, mode=mode, candidates=candidates
+        )
+
+
+def _predictor(packed: PackedPredictor, hidden: int, activation: str) -> Predict:
+    about = packed.about
+    if about.kind == "sign":
+        signs = _tensor(packed.tensors["signs"])
+        gate, up = (negative(part, hidden) for part in signs.chunk(2, dim=1))
+        return lambda x, _: sign_candidates(x, gate, up, activation, about.threshold)
+    fc1, fc2 = (_tensor(packed.tensors[name]) for name in ("fc1", "fc2"))
+    first = dequantise(fc1, str(about.quant), hidden)
+    second = dequantise(fc2, str(about.quant), len(fc1))
+    return lambda x, residual: low_rank_candidates(
+        residual if about.input == "pre_norm" else x, first, second, about.threshold
+    )
 
 
 def _tensor(packed: NDArray[Any]) -> Tensor:
