@@ -8,6 +8,18 @@
 #include "half.h"
 #include "threads.h"
 
+namespace {
+
+// In lanes, which the compiler may keep in registers.
+double sum_of_squares(const float* x, int count) {
+  constexpr int kLanes = 8;
+  double sums[kLanes] = {};
+  for (int i = 0; i < count; ++i) sums[i % kLanes] += double{x[i]} * x[i];
+  return std::accumulate(sums, sums + kLanes, 0.0);
+}
+
+}  // namespace
+
 struct Decoder::Position {
   Cache* cache;
   int place;  // in its sequence
@@ -95,13 +107,13 @@ void Decoder::keep_last(const std::vector<Sequence>& sequences) {
 void Decoder::normalise(const float* weight) {
   normed_.resize(x_.size());
   const int hidden = shape_.hidden;
-  for (int t = 0; t < tokens_; ++t) {
-    const float* x = &x_[int64_t{t} * hidden];
-    float* out = &normed_[int64_t{t} * hidden];
-    const double square = std::inner_product(x, x + hidden, x, 0.0);
-    const float scale = 1 / std::sqrt(static_cast<float>(square / hidden) + shape_.norm_eps);
+  parallel_for(threads_, tokens_, [&](int64_t t) {
+    const float* x = &x_[t * hidden];
+    float* out = &normed_[t * hidden];
+    const float square = static_cast<float>(sum_of_squares(x, hidden) / hidden);
+    const float scale = 1 / std::sqrt(square + shape_.norm_eps);
     for (int i = 0; i < hidden; ++i) out[i] = x[i] * scale * weight[i];
-  }
+  });
 }
 
 // x += attention(norm(x))
@@ -113,9 +125,9 @@ void Decoder::attend(int index) {
   project(layer.v, normed_, v_);
   rotate(q_, shape_.heads);
   rotate(k_, shape_.kv_heads);
-  for (int t = 0; t < tokens_; ++t) {
+  parallel_for(threads_, tokens_, [&](int64_t t) {
     for (int head = 0; head < shape_.kv_heads; ++head) remember(index, t, head);
-  }
+  });
   mixed_.resize(q_.size());
   const int items = tokens_ * shape_.kv_heads;
   const int threads = std::min(threads_, items);
@@ -135,18 +147,18 @@ void Decoder::project(const Projection& projection, const std::vector<float>& in
   out.resize(tokens_ * rows);
   projection.matrix.matmul(in.data(), out.data(), tokens_, threads_);
   if (!projection.bias) return;
-  for (int t = 0; t < tokens_; ++t) {
+  parallel_for(threads_, tokens_, [&](int64_t t) {
     for (int64_t row = 0; row < rows; ++row) out[t * rows + row] += projection.bias[row];
-  }
+  });
 }
 
 // Turns each head's pairs (i, i + D/2) by the token's angles.
 void Decoder::rotate(std::vector<float>& x, int heads) const {
   const int half = static_cast<int>(frequencies_.size());
-  for (int t = 0; t < tokens_; ++t) {
+  parallel_for(threads_, tokens_, [&](int64_t t) {
     const float *cosine = &cos_[t * half], *sine = &sin_[t * half];
     for (int head = 0; head < heads; ++head) {
-      float* left = &x[(int64_t{t} * heads + head) * shape_.head];
+      float* left = &x[(t * heads + head) * shape_.head];
       float* right = left + half;
       for (int i = 0; i < half; ++i) {
         const float a = left[i], b = right[i];
@@ -154,13 +166,13 @@ void Decoder::rotate(std::vector<float>& x, int heads) const {
         right[i] = b * cosine[i] + a * sine[i];
       }
     }
-  }
+  });
 }
 
 // Puts a token's key and value into its cache.
-void Decoder::remember(int layer, int token, int kv_head) {
+void Decoder::remember(int layer, int64_t token, int kv_head) {
   const Position& position = positions_[token];
-  const int64_t from = (int64_t{token} * shape_.kv_heads + kv_head) * shape_.head;
+  const int64_t from = (token * shape_.kv_heads + kv_head) * shape_.head;
   uint16_t* key = position.cache->at(layer, 0, kv_head, position.place);
   uint16_t* value = position.cache->at(layer, 1, kv_head, position.place);
   for (int i = 0; i < shape_.head; ++i) {

@@ -93,7 +93,7 @@ class Decoder {
   void attend(int layer);
   void project(const Projection& projection, const std::vector<float>& in, std::vector<float>& out);
   void rotate(std::vector<float>& x, int heads) const;
-  void remember(int layer, int token, int kv_head);
+  void remember(int layer, int64_t token, int kv_head);
   void look(int layer, int token, int kv_head);
   void feed_forward(const Layer& layer, Mode mode, int32_t* counts);
   void mix_experts(const Layer& layer, Mode mode, int32_t* counts);

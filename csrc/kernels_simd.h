@@ -126,7 +126,7 @@ void add_tile(const float (*tile)[TILE], int count, const float* coefficients, i
   }
 }
 
-using UnpackTile = void(const uint8_t* row, int cols, int tile, float* out);
+using UnpackTile = void(const uint8_t* row, const uint8_t* next, int cols, int tile, float* out);
 
 template <UnpackTile* unpack>
 void axpys_many(const Rows& rows, const float* coefficients, int64_t stride, int64_t tokens,
@@ -135,7 +135,10 @@ void axpys_many(const Rows& rows, const float* coefficients, int64_t stride, int
   for (int64_t i = 0; i < rows.count; i += kUnpacked) {
     const int count = static_cast<int>(rows.count - i < kUnpacked ? rows.count - i : kUnpacked);
     for (int tile = 0; tile < cols; tile += TILE) {
-      for (int n = 0; n < count; ++n) unpack(row_at(rows, i + n), cols, tile, unpacked[n]);
+      for (int n = 0; n < count; ++n) {
+        const int64_t next = i + kUnpacked + n < rows.count ? i + kUnpacked + n : i + n;
+        unpack(row_at(rows, i + n), row_at(rows, next), cols, tile, unpacked[n]);
+      }
       const int64_t left = sum_stride - tile;
       const int width = left < TILE ? static_cast<int>(left) : TILE;
       int64_t t = 0;
@@ -204,7 +207,8 @@ struct DotsF16 : Dots {
   }
 };
 
-void unpack_f16(const uint8_t* row, int cols, int tile, float* out) {
+void unpack_f16(const uint8_t* row, const uint8_t* next, int cols, int tile, float* out) {
+  prefetch(next + 2 * tile, 2 * TILE);
   for (int c = 0; c < smaller(cols - tile, TILE); c += GROUP) {
     for (int k = c; k < c + GROUP; k += kLanes) store(out + k, from_halves(row + 2 * (tile + k)));
   }
@@ -286,7 +290,9 @@ struct DotsQ8 : Dots {
   }
 };
 
-void unpack_q8(const uint8_t* row, int cols, int tile, float* out) {
+void unpack_q8(const uint8_t* row, const uint8_t* next, int cols, int tile, float* out) {
+  prefetch(next + tile, TILE);
+  prefetch(next + cols + tile / GROUP * 2, 1);
   alignas(64) float scales[TILE_GROUPS];
   load_scales(row + cols + tile / GROUP * 2, (cols - tile) / GROUP, scales);
   for (int c = 0; c < smaller(cols - tile, TILE); c += kLanes) {
@@ -342,13 +348,9 @@ struct Nibbles {
   Floats scale(const uint8_t* row) const { return from_halves(row + scales, lanes); }
 };
 
-// The next rows' bytes of a tile.
-template <int N>
-ALWAYS_INLINE void fetch_tile(const Group<N>& group, int cols, int tile) {
-  for (int n = 0; n < N; ++n) {
-    prefetch(group.next[n] + tile / 2, TILE / 2);
-    prefetch(group.next[n] + cols / 2 + tile / GROUP * 2, 1);
-  }
+ALWAYS_INLINE void fetch_tile(const uint8_t* row, int cols, int tile) {
+  prefetch(row + tile / 2, TILE / 2);
+  prefetch(row + cols / 2 + tile / GROUP * 2, 1);
 }
 
 void dequantise_q4(const uint8_t* row, float* out, int cols) {
@@ -430,7 +432,7 @@ struct DotsQ4 : Dots {
       for (int t = 0; t < T; ++t) totals[n][t] = zero();
     }
     for (int tile = 0; tile < cols; tile += TILE) {
-      fetch_tile(group, cols, tile);
+      for (int n = 0; n < N; ++n) fetch_tile(group.next[n], cols, tile);
       for (int part = 0; part < kParts; ++part) {
         const Nibbles nibbles(cols, tile, part);
         if (nibbles.lanes <= 0) break;
@@ -504,7 +506,8 @@ void add_sum_q4(const float* sum, int cols, float* out) {
   }
 }
 
-void unpack_q4(const uint8_t* row, int cols, int tile, float* out) {
+void unpack_q4(const uint8_t* row, const uint8_t* next, int cols, int tile, float* out) {
+  fetch_tile(next, cols, tile);
   for (int part = 0; part < kParts; ++part) {
     const Nibbles nibbles(cols, tile, part);
     if (nibbles.lanes <= 0) break;
@@ -527,7 +530,7 @@ struct AxpysQ4 : Axpys {
   void run(int64_t i) const {
     const Group<N> group(rows, i);
     for (int tile = 0; tile < cols; tile += TILE) {
-      fetch_tile(group, cols, tile);
+      for (int n = 0; n < N; ++n) fetch_tile(group.next[n], cols, tile);
       for (int part = 0; part < kParts; ++part) {
         const Nibbles nibbles(cols, tile, part);
         if (nibbles.lanes <= 0) break;
