@@ -9,7 +9,7 @@ ISA_OBJECTS := build/*/CMakeFiles/turbosparse_kernels.dir/csrc/kernels_[!r]*.o
 LINES_PYTHON := 6000
 LINES_CPP := 2500
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test sanitize lint format bench clean
 
 setup: $(INSTALLED)
 
@@ -26,6 +26,9 @@ demo: setup
 # two workers with one torch thread each: faster than one with two on these small models
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
+
+sanitize: setup
+	.ci/sanitize
 
 lint: setup
 	$(BIN)/ruff check .
