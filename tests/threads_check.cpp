@@ -30,6 +30,14 @@ void call_sections(unsigned caller) {
       wrong += sums[share] != int64_t{share + 1} * (rounds(share) + 1);
       sums[share] = 0;
     }
+    try {
+      parallel(shares, [&](int share) {
+        if (share % 3 == 1) throw share;
+      });
+      wrong += shares > 1;
+    } catch (int share) {
+      wrong += share % 3 != 1;
+    }
     // long enough for the workers to fall asleep
     if (section % 100 == 99) std::this_thread::sleep_for(std::chrono::milliseconds(5));
   }
