@@ -77,7 +77,7 @@ def run(
 def check(done: subprocess.CompletedProcess[str], what: str) -> None:
     if done.returncode:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-        errors = [line for line in lines if "error:" in line.lower()]
+        errors = [line for line in lines if ": error:" in line]
         sys.exit(f"{what} failed: {(errors or lines[-1:])[0].strip()}")
 
 
