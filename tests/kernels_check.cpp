@@ -220,6 +220,13 @@ void for_inputs(int64_t count, Check check) {
   std::vector<float> mixed = normal(count, 1);
   for (float& value : mixed) value = std::ldexp(value, -static_cast<int>(random_bits() % 60));
   check(mixed, "of mixed sizes");
+  // the largest of a group at 127.5 of 128, where its first byte as an integer could overflow
+  std::vector<float> top(count);
+  for (int64_t i = 0; i < count; ++i) {
+    const float largest = 2 - (126 + random_bits() % 256 / 64.0f) / (1 << 14);
+    top[i] = i % GROUP ? largest * (i % 5 - 2) / 4 : largest;
+  }
+  check(top, "at the ends of integers");
   for (float value : {kNan, -HUGE_VALF, HUGE_VALF}) {
     for (int64_t place : {int64_t{0}, count / 2, count - 1}) {
       if (count == 0) continue;
