@@ -3,6 +3,7 @@
 //
 //   g++ -std=c++17 -O2 -mavx2 -mfma -mf16c -DTURBOSPARSE_X86 -DKERNELS=avx2_kernels -Icsrc
 //     tests/kernels_check.cpp csrc/kernels_avx2.cpp csrc/kernels_ref.cpp -o check && ./check
+#include <algorithm>
 #include <cfloat>
 #include <cmath>
 #include <cstdio>
@@ -16,7 +17,8 @@
 
 namespace {
 
-constexpr double kRelativeRms = 2e-5;  // of float32 sums, as in tests/test_kernels.py
+// Of float32 sums, as in tests/test_kernels.py; q4 keeps x to 15 bits of the largest of a group.
+constexpr double kRelativeRms[QUANTS] = {2e-5, 2e-5, 1.2e-4};
 constexpr const char* kQuants[QUANTS] = {"f16", "q8", "q4"};
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
@@ -26,7 +28,7 @@ int failures = 0;
 #define CHECK(condition, ...)               \
   do {                                      \
     if (!(condition)) {                     \
-      if (++failures <= 20) {               \
+      if (++failures <= 20) {             \
         std::printf("FAILED " __VA_ARGS__); \
         std::printf(": %s\n", #condition);  \
       }                                     \
@@ -92,8 +94,8 @@ struct Case {
   Rows rows;
   std::vector<float> weights;  // [count, cols], of the rows that `rows` names
 
-  const Kernels& reference() const { return reference_kernels[quant]; }
-  const Kernels& tested() const { return KERNELS[quant]; }
+  const Kernels& reference() const { return reference_kernels.of[quant]; }
+  const Kernels& tested() const { return KERNELS.of[quant]; }
   const float* row(int64_t i) const { return &weights[i * cols]; }
 };
 
@@ -125,8 +127,8 @@ struct Error {
     expected += size;
     terms += count;
   }
-  bool small() const {  // false for NaN
-    return std::sqrt(squares) <= kRelativeRms * std::sqrt(expected) + FLT_MIN * terms;
+  bool small(int quant) const {  // false for NaN
+    return std::sqrt(squares) <= kRelativeRms[quant] * std::sqrt(expected) + FLT_MIN * terms;
   }
   double relative() const { return std::sqrt(squares / expected); }
 };
@@ -143,15 +145,16 @@ void check_dequantise(const Case& c) {
   }
 }
 
-// dots of the rows with x; in NaN where x has a value that is not finite.
-void check_dots(const Case& c, const float* x, const char* what) {
-  bool finite = true;
-  for (int j = 0; j < c.cols; ++j) finite &= std::isfinite(x[j]);
-  const Block<uint8_t> prepared(c.tested().prepared_bytes(c.cols));
-  const Block<float> out(c.rows.count);
-  c.tested().prepare(x, c.cols, prepared);
-  c.tested().dots(&c.rows, prepared, c.cols, out);
+bool all_finite(const float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    if (!std::isfinite(values[i])) return false;
+  }
+  return true;
+}
 
+// dots of one token's x, which came out as `out`; not finite where x is not.
+void check_dots(const Case& c, const float* x, const float* out, const char* what) {
+  const bool finite = all_finite(x, c.cols);
   const std::vector<double> sizes = sizes_of(x, c.cols);
   Error error;
   for (int64_t i = 0; i < c.rows.count; ++i) {
@@ -168,22 +171,13 @@ void check_dots(const Case& c, const float* x, const char* what) {
     }
     error.add(out[i] - truth, size, c.cols);
   }
-  CHECK(error.small(), "dots of " WHERE ", x %s, relative RMS %g", HERE(c), what, error.relative());
+  CHECK(error.small(c.quant), "dots of " WHERE ", x %s, relative RMS %g", HERE(c), what,
+        error.relative());
 }
 
-// axpys twice and add_sum: out + 2 * Σ coefficient * row, and the same with a lone NaN or infinity.
-void check_axpys(const Case& c, const std::vector<float>& coefficients, const char* what) {
-  bool finite = true;
-  for (float coefficient : coefficients) finite &= std::isfinite(coefficient);
-  const Block<float> sum(c.tested().sum_floats(c.cols));
-  for (float& value : sum) value = 0;
-  for (int turn = 0; turn < 2; ++turn) {
-    c.tested().axpys(&c.rows, coefficients.data(), c.cols, sum);
-  }
-  const Block<float> out(c.cols);
-  for (int j = 0; j < c.cols; ++j) out[j] = static_cast<float>(j % 3 - 1);
-  c.tested().add_sum(sum, c.cols, out);
-
+// out + 2 * Σ coefficient * row, which came out as `out`; not finite where a coefficient is not.
+void check_axpys(const Case& c, const float* coefficients, const float* out, const char* what) {
+  const bool finite = all_finite(coefficients, c.rows.count);
   Error error;
   for (int j = 0; j < c.cols; ++j) {
     if (!finite) {
@@ -199,8 +193,44 @@ void check_axpys(const Case& c, const std::vector<float>& coefficients, const ch
     }
     error.add(out[j] - truth, size, c.rows.count);
   }
-  CHECK(error.small(), "axpys of " WHERE ", coefficients %s, relative RMS %g", HERE(c), what,
+  CHECK(error.small(c.quant), "axpys of " WHERE ", coefficients %s, relative RMS %g", HERE(c), what,
         error.relative());
+}
+
+constexpr int64_t kPast = 3;  // values between the outputs of two tokens
+
+// dots of the rows with several tokens, x[tokens, cols].
+void run_dots(const Case& c, const std::vector<float>& x, int64_t tokens, const char* what) {
+  const int64_t bytes = c.tested().prepared_bytes(c.cols), stride = c.rows.count + kPast;
+  const Block<uint8_t> prepared(tokens * bytes);
+  const Block<float> out(tokens * stride);
+  for (int64_t t = 0; t < tokens; ++t) {
+    c.tested().prepare(&x[t * c.cols], c.cols, prepared + t * bytes);
+  }
+  c.tested().dots(&c.rows, prepared, tokens, c.cols, out, stride);
+  for (int64_t t = 0; t < tokens; ++t) {
+    check_dots(c, &x[t * c.cols], out + t * stride, what);
+    for (int64_t i = c.rows.count; i < stride; ++i) {
+      CHECK(std::isnan(out[t * stride + i]), "dots of " WHERE " writes past a token", HERE(c));
+    }
+  }
+}
+
+// axpys of several tokens, twice, and add_sum; coefficients[tokens, rows].
+void run_axpys(const Case& c, const std::vector<float>& coefficients, int64_t tokens,
+               const char* what) {
+  const int64_t floats = c.tested().sum_floats(c.cols), count = c.rows.count;
+  const Block<float> sums(tokens * floats);
+  for (float& value : sums) value = 0;
+  for (int turn = 0; turn < 2; ++turn) {
+    c.tested().axpys(&c.rows, coefficients.data(), count, tokens, c.cols, sums);
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    const Block<float> out(c.cols);
+    for (int j = 0; j < c.cols; ++j) out[j] = static_cast<float>(j % 3 - 1);
+    c.tested().add_sum(sums + t * floats, c.cols, out);
+    check_axpys(c, coefficients.data() + t * count, out, what);
+  }
 }
 
 // Values of a normal distribution times `size`.
@@ -211,29 +241,59 @@ std::vector<float> normal(int64_t count, double size) {
   return values;
 }
 
-// Calls check(values, name) with values of every size, and with single ones that are not finite.
-template <typename Check>
-void for_inputs(int64_t count, Check check) {
+// Calls run(values[tokens, count], tokens, name) with values of every size, and with single ones
+// that are not finite: these in the token in the middle, the others being ordinary.
+template <typename Run>
+void for_inputs(int64_t count, Run run) {
+  const auto run_with = [&](const std::vector<float>& special, const char* what) {
+    for (int64_t tokens : {1, 2, 5}) {
+      std::vector<float> values = normal(tokens * count, 1);
+      std::copy(special.begin(), special.end(), values.begin() + tokens / 2 * count);
+      run(values, tokens, what);
+    }
+  };
   for (const char* size : {"1", "0", "1e-44", "1e-38", "1e-30", "1e-10", "1e10", "1e30"}) {
-    check(normal(count, std::atof(size)), size);
+    run_with(normal(count, std::atof(size)), size);
   }
   std::vector<float> mixed = normal(count, 1);
   for (float& value : mixed) value = std::ldexp(value, -static_cast<int>(random_bits() % 60));
-  check(mixed, "of mixed sizes");
+  run_with(mixed, "of mixed sizes");
   // the largest of a group at 127.5 of 128, where its first byte as an integer could overflow
   std::vector<float> top(count);
   for (int64_t i = 0; i < count; ++i) {
     const float largest = 2 - (126 + random_bits() % 256 / 64.0f) / (1 << 14);
     top[i] = i % GROUP ? largest * (i % 5 - 2) / 4 : largest;
   }
-  check(top, "at the ends of integers");
+  run_with(top, "at the ends of integers");
   for (float value : {kNan, -HUGE_VALF, HUGE_VALF}) {
     for (int64_t place : {int64_t{0}, count / 2, count - 1}) {
       if (count == 0) continue;
       std::vector<float> values = normal(count, 1);
       values[place] = value;
-      check(values, std::isnan(value) ? "with NaN" : "with infinity");
+      run_with(values, std::isnan(value) ? "with NaN" : "with infinity");
     }
+  }
+}
+
+// How many bits of the rows agree with given ones.
+void check_agreements(int words, int64_t count) {
+  const int64_t stride = (words * 8 + ROW_ALIGNMENT - 1) / ROW_ALIGNMENT * ROW_ALIGNMENT;
+  const Block<uint8_t> data(count * stride);
+  for (uint8_t& byte : data) byte = static_cast<uint8_t>(random_bits());
+  const Block<uint64_t> bits(words);
+  for (uint64_t& word : bits) word = uint64_t{random_bits()} << 32 | random_bits();
+  const Block<int32_t> out(count);
+  const Rows rows{data, stride, nullptr, count};
+  KERNELS.agreements(&rows, bits, words, out);
+  for (int64_t i = 0; i < count; ++i) {
+    int expected = 0;
+    for (int w = 0; w < words; ++w) {
+      uint64_t word;
+      std::memcpy(&word, data + i * stride + 8 * w, sizeof word);
+      expected += __builtin_popcountll(~(word ^ bits[w]));
+    }
+    CHECK(out[i] == expected, "agreements of %d words, row %d of %d, %d for %d", words,
+          static_cast<int>(i), static_cast<int>(count), out[i], expected);
   }
 }
 
@@ -253,10 +313,11 @@ void check(int quant, int cols, int64_t count, bool by_index) {
     c.reference().dequantise_row(row, &c.weights[i * cols], cols);
   }
   check_dequantise(c);
-  for_inputs(cols,
-             [&](const std::vector<float>& x, const char* what) { check_dots(c, x.data(), what); });
-  for_inputs(count, [&](const std::vector<float>& coefficients, const char* what) {
-    check_axpys(c, coefficients, what);
+  for_inputs(cols, [&](const std::vector<float>& x, int64_t tokens, const char* what) {
+    run_dots(c, x, tokens, what);
+  });
+  for_inputs(count, [&](const std::vector<float>& coefficients, int64_t tokens, const char* what) {
+    run_axpys(c, coefficients, tokens, what);
   });
 }
 
@@ -276,6 +337,9 @@ int main() {
         }
       }
     }
+  }
+  for (int words : {1, 2, 7, 8, 16, 33}) {
+    for (int64_t count : {0, 1, 3, 4, 5, 63}) check_agreements(words, count);
   }
   std::printf("%d cases, %d failures\n", cases, failures);
   return failures ? 1 : 0;
