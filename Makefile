@@ -3,10 +3,13 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 CPP := $(wildcard csrc/*.cpp csrc/*.h)
+CPP_TESTS := $(wildcard tests/*.cpp)
+# the linker would merge a weak function of these with those of other files, flags and all
+ISA_OBJECTS := build/*/CMakeFiles/turbosparse_kernels.dir/csrc/kernels_[!r]*.o
 LINES_PYTHON := 6000
 LINES_CPP := 2500
 
-.PHONY: setup demo test lint format bench clean
+.PHONY: setup demo test sanitize lint format bench clean
 
 setup: $(INSTALLED)
 
@@ -24,20 +27,28 @@ demo: setup
 test: setup
 	OMP_NUM_THREADS=1 $(BIN)/pytest -n 2 --dist worksteal
 
+sanitize: setup
+	.ci/sanitize
+
 lint: setup
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/clang-format --dry-run -Werror $(CPP)
+	$(BIN)/clang-format --dry-run -Werror $(CPP) $(CPP_TESTS)
 	$(BIN)/mypy
 	$(BIN)/codespell
 	@git ls-files 'src/*.py' | xargs cat | wc -l | \
 	  awk '{ print "Python", $$1, "lines of $(LINES_PYTHON)"; exit $$1 > $(LINES_PYTHON) }'
+	@$(BIN)/python -c 'import turbosparse._core' # builds what changed
+	@nm -P $(ISA_OBJECTS) | awk ' \
+	  $$2 == "t" { functions++ } \
+	  $$2 ~ /^[WwVvu]$$/ { print "weak symbol in the kernels of an instruction set:", $$1; weak++ } \
+	  END { if (!functions) print "no kernels of an instruction set: run make clean setup"; exit weak || !functions }'
 	@cat $(CPP) | wc -l | awk '{ print "C++", $$1, "lines of $(LINES_CPP)"; exit $$1 > $(LINES_CPP) }'
 
 format: setup
 	$(BIN)/ruff check --fix-only -q .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CPP)
+	$(BIN)/clang-format -i $(CPP) $(CPP_TESTS)
 
 bench: setup
 	$(BIN)/python benchmarks/ops.py

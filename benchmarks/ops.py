@@ -5,6 +5,10 @@
 Weights are random; a constant direction in the input that the gate rows lean against sets the
 sparsity, so that the activity is computed, not faked. Several copies are cycled, more than fits in
 the caches. Rounds are interleaved.
+
+    python benchmarks/ops.py --base main --quant q4
+
+compares this working tree with another commit: each runs its own core and its own ops.py, in turn.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from base import compare
 
 from turbosparse import _core
 from turbosparse.engine import threads_to_use
@@ -54,6 +59,12 @@ def make_ffn(
     return torch.cat([quantise(part, quant) for part in rows], 1).numpy(), x
 
 
+def flags_for_both(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
+    """The flags that were given, without those that only say what to compare."""
+    given = {k: v for k, v in vars(args).items() if k not in ("base", "pairs")}
+    return [f"--{k}={v}" for k, v in given.items() if v != parser.get_default(k)]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--hidden", type=int, default=2048)
@@ -69,7 +80,14 @@ def main() -> None:
         default=_core.isa(),
         help="instruction sets to compare, with commas; `torch` is the reference road",
     )
+    base = parser.add_argument_group("comparing with another commit")
+    base.add_argument("--base", metavar="REV", help="a commit; the other flags are for both")
+    base.add_argument("--pairs", type=int, default=5, help="runs of each of the two")
     args = parser.parse_args()
+    if args.base:
+        print(compare("ops.py", args.base, flags_for_both(parser, args), args.pairs))
+        return
+    del args.base, args.pairs
     threads = threads_to_use(args.threads)
     torch.set_num_threads(threads)
     torch.manual_seed(0)

@@ -59,10 +59,10 @@ void Decoder::step(const std::vector<Sequence>& sequences, bool every, Mode mode
     attend(static_cast<int>(layer));
     feed_forward(layers_[layer], mode, counts + layer * tokens_ * 3);
   }
-  for (const Sequence& sequence : sequences) sequence.cache->advance(sequence.count);
   if (!every) keep_last(sequences);
   normalise(norm_);
   head_.matmul(normed_.data(), logits, tokens_, threads_);
+  for (const Sequence& sequence : sequences) sequence.cache->advance(sequence.count);
 }
 
 // Reads the embeddings, finds the places and their rotations, and makes room in the caches.

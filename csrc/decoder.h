@@ -40,8 +40,8 @@ class Cache {
   Cache(Cache&&) = default;
 
   int length() const { return length_; }
-  // Makes room for positions up to `end`; throws std::bad_alloc and changes nothing if there is
-  // none.
+  // Makes room for positions up to `end`; throws std::bad_alloc if there is none: what the cache
+  // holds stays as it is.
   void reserve(int end);
   void advance(int tokens) { length_ += tokens; }
   // The D halves of a position's key (part 0) or value (part 1).

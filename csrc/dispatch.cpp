@@ -4,6 +4,11 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#if defined(TURBOSPARSE_ARM) && defined(__linux__)
+#include <asm/hwcap.h>
+#include <sys/auxv.h>
+#endif
+
 #include "matrix.h"
 
 namespace {
@@ -13,6 +18,16 @@ struct Isa {
   bool (*available)();
   const KernelSet* kernels;
 };
+
+#ifdef TURBOSPARSE_ARM
+bool has_dot_products() {
+#ifdef __linux__
+  return getauxval(AT_HWCAP) & HWCAP_ASIMDDP;
+#else
+  return true;  // Apple's all have them
+#endif
+}
+#endif
 
 constexpr Isa kIsas[] = {
 #ifdef TURBOSPARSE_X86
@@ -29,6 +44,9 @@ constexpr Isa kIsas[] = {
               __builtin_cpu_supports("f16c");
      },
      &avx2_kernels},
+#endif
+#ifdef TURBOSPARSE_ARM
+    {"neon", has_dot_products, &neon_kernels},
 #endif
     {"ref", [] { return true; }, &reference_kernels},
 };

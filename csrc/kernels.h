@@ -72,3 +72,6 @@ extern const struct KernelSet reference_kernels;
 extern const struct KernelSet avx2_kernels;
 extern const struct KernelSet avx512_kernels;
 #endif
+#ifdef TURBOSPARSE_ARM
+extern const struct KernelSet neon_kernels;
+#endif

@@ -380,7 +380,8 @@ float to_integers(const float* x, int32_t* integers) {
     largest = magnitude > largest ? magnitude : largest;
   }
   const bool finite = largest < 0x7f800000;
-  const int exponent = (largest + 0x10000) >> 23;  // biased; the next one above 127/128 of it
+  const int exponent =
+      (largest + 0x10100) >> 23;  // biased; the next one where rounding needs 128 * 256
   const int32_t scale_bits = finite ? (exponent - 14) << 23 : 0x7fc00000;
   const int32_t inverse_bits = (2 * 127 - exponent + 14) << 23;
   float scale, inverse;

@@ -3,8 +3,10 @@
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
+#include <exception>
 #include <mutex>
 #include <thread>
+#include <utility>
 
 namespace {
 
@@ -43,6 +45,7 @@ class Pool {
     for (int turn = 0; unfinished_.load(std::memory_order_acquire) > 0; ++turn) {
       turn < kSpins ? pause() : std::this_thread::yield();
     }
+    if (thrown_) std::rethrow_exception(std::exchange(thrown_, nullptr));
   }
 
  private:
@@ -55,7 +58,12 @@ class Pool {
 
   void work_on(uint64_t section) {
     for (int share; (share = claim(section)) >= 0;) {
-      job_(context_, share);
+      try {
+        job_(context_, share);
+      } catch (...) {
+        std::lock_guard<std::mutex> lock(sleep_);
+        if (!thrown_) thrown_ = std::current_exception();
+      }
       unfinished_.fetch_sub(1, std::memory_order_release);
     }
   }
@@ -87,6 +95,7 @@ class Pool {
   int workers_ = 0;
   detail::Job job_ = nullptr;
   void* context_ = nullptr;
+  std::exception_ptr thrown_;  // the first one of the section
   // section number (32 bits), its shares (16), the next share to claim (16)
   std::atomic<uint64_t> state_{0};
   std::atomic<int> unfinished_{0};

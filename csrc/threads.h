@@ -10,7 +10,8 @@ void run(int threads, Job job, void* context);
 }  // namespace detail
 
 // Calls work(0) ... work(threads - 1), on up to that many threads at once, and returns when all are
-// done. `work` must not throw. Callers take turns: one section runs at a time in a process.
+// done; then throws what a call threw first. Callers take turns: one section runs at a time in a
+// process.
 template <typename Work>
 void parallel(int threads, Work&& work) {
   detail::run(

@@ -162,12 +162,29 @@ def _mode(packed: Packed, asked: Mode) -> ops.Mode:
 
 
 def threads_to_use(asked: int | None) -> int:
-    """The number of threads, checked against the processors that this process may use."""
+    """The number of threads, checked against the processors that this process may use.
+
+    The default is also no more than what a container's quota of processor time is worth.
+    """
     cores = (
         len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     )
     if asked is None:
-        return cores
+        return min(cores, _processor_quota() or cores)
     if not 1 <= asked <= cores:
         raise TurboSparseError(f"--threads {asked}: this process may use 1 to {cores}")
     return asked
+
+
+def _processor_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """The processors that the control group's quota pays for, rounded up; None without one."""
+    v1 = ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+    for files in (("cpu.max",), v1):
+        try:
+            quota, period = " ".join((cgroup / name).read_text() for name in files).split()
+            quota_us, period_us = int(quota), int(period)
+        except (OSError, ValueError):  # another version, or "max": no quota
+            continue
+        if quota_us > 0 and period_us > 0:  # version 1 says -1 for none
+            return -(-quota_us // period_us)
+    return None

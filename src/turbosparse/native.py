@@ -13,6 +13,9 @@ from turbosparse.hf import names
 from turbosparse.model import Rope, sliding_window
 from turbosparse.ops import Mode
 from turbosparse.ops.cpu import neurons
+from turbosparse.quant import row_bytes
+
+PAGE = 64  # positions, as in csrc/decoder.h
 
 
 class Cache:
@@ -46,6 +49,8 @@ class Decoder:
         embedding = _matrix(packed, names.EMBEDDING, hidden)
         head = embedding if config.tie_word_embeddings else _matrix(packed, names.HEAD, hidden)
         self.vocabulary = embedding.rows
+        heads = config.num_hidden_layers * config.num_key_value_heads
+        self._position_bytes = 2 * heads * row_bytes("f16", 2 * len(rope.frequencies))
         self._native = _core.Decoder(
             embedding,
             head,
@@ -84,7 +89,7 @@ class Decoder:
             ``[layers, tokens, 3]``: candidates, with positive gate, and active.
 
         Raises:
-            TurboSparseError: a context is full; nothing was done then.
+            TurboSparseError: a context is full, or there is no memory; nothing was done then.
         """
         for new, cache in zip(tokens, caches, strict=True):
             end = cache.length + len(new)
@@ -92,17 +97,25 @@ class Decoder:
                 raise TurboSparseError(f"{end} tokens do not fit the context of {cache.context}")
         total = sum(map(len, tokens))
         rows = total if every else len(tokens)
-        logits = np.empty((rows, self.vocabulary), np.float32)
-        counts = np.empty((self.config.num_hidden_layers, total, 3), np.int32)
-        self._native.step(
-            [cache.native for cache in caches],
-            [np.array(new, np.int32) for new in tokens],
-            every,
-            mode,
-            self.threads,
-            logits,
-            counts,
-        )
+        try:
+            logits = np.empty((rows, self.vocabulary), np.float32)
+            counts = np.empty((self.config.num_hidden_layers, total, 3), np.int32)
+            self._native.step(
+                [cache.native for cache in caches],
+                [np.array(new, np.int32) for new in tokens],
+                every,
+                mode,
+                self.threads,
+                logits,
+                counts,
+            )
+        except MemoryError as error:
+            ends = [cache.length + len(new) for new, cache in zip(tokens, caches, strict=True)]
+            size = sum(-(-end // PAGE) for end in ends) * PAGE * self._position_bytes
+            raise TurboSparseError(
+                f"out of memory in a step of {total} tokens: {sum(ends)} positions need "
+                f"{size / 1e6:.1f} MB of key-value cache; use a shorter prompt or fewer sequences"
+            ) from error
         return torch.from_numpy(logits), torch.from_numpy(counts)
 
 

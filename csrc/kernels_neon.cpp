@@ -1,0 +1,61 @@
+// Kernels for ARM's NEON with dot products: the words that kernels_simd.h is written in.
+#include <arm_neon.h>
+#include <stdint.h>
+
+#include "kernels.h"
+
+namespace {
+
+using Floats = float32x4_t;
+using Ints = int32x4_t;
+constexpr int kLanes = 4, kRows = 4, kDotTokens = 2, kAxpyTokens = 4, kWide = 4;
+constexpr bool kNibblesRaw = true;
+
+Floats zero() { return vdupq_n_f32(0); }
+Floats broadcast(float value) { return vdupq_n_f32(value); }
+Floats load(const float* p) { return vld1q_f32(p); }
+void store(float* p, Floats v) { vst1q_f32(p, v); }
+Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
+Floats multiply(Floats a, Floats b) { return vmulq_f32(a, b); }
+Floats multiply_add(Floats a, Floats b, Floats c) { return vfmaq_f32(c, a, b); }
+float sum_of(Floats v) { return vaddvq_f32(v); }
+
+Floats from_halves(const uint8_t* p) { return vcvt_f32_f16(vreinterpret_f16_u8(vld1_u8(p))); }
+Floats from_halves(const uint8_t* p, int lanes) {
+  uint8_t padded[2 * kLanes] = {};
+  __builtin_memcpy(padded, p, 2 * (lanes < kLanes ? lanes : kLanes));
+  return from_halves(padded);
+}
+Floats from_bytes(const uint8_t* p) {
+  uint32_t bytes;
+  __builtin_memcpy(&bytes, p, sizeof bytes);
+  return vcvtq_f32_s32(vmovl_s16(vget_low_s16(vmovl_s8(vcreate_s8(bytes)))));
+}
+Ints load_words(const uint8_t* p, int lanes) {
+  if (lanes >= kLanes) return vreinterpretq_s32_u8(vld1q_u8(p));
+  uint8_t padded[4 * kLanes] = {};
+  __builtin_memcpy(padded, p, 4 * lanes);
+  return vreinterpretq_s32_u8(vld1q_u8(padded));
+}
+Ints load_ints(const void* p) {
+  return vreinterpretq_s32_u8(vld1q_u8(static_cast<const uint8_t*>(p)));
+}
+Ints low_nibbles(Ints v) {
+  return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(v), vdupq_n_u8(15)));
+}
+Ints high_nibbles(Ints v) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(v), 4)); }
+Floats nibble_weight(Ints v, int k) {
+  return vcvtq_f32_s32(vandq_s32(vshlq_s32(v, vdupq_n_s32(-4 * k)), vdupq_n_s32(15)));
+}
+Ints first_products(const int32_t* start) { return vld1q_s32(start); }
+Ints products(Ints sum, Ints u, Ints s) {  // a nibble fits a signed byte
+  return vdotq_s32(sum, vreinterpretq_s8_s32(u), vreinterpretq_s8_s32(s));
+}
+Ints lane_sums(Ints products, const int32_t*) { return products; }
+Floats combined(Ints high, Ints low) { return vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(high, 8), low)); }
+
+#include "kernels_simd.h"
+
+}  // namespace
+
+extern const KernelSet neon_kernels = {{kKernels[0], kKernels[1], kKernels[2]}, agreements};

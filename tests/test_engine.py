@@ -1,0 +1,93 @@
+"""What the engine makes of the machine: its processors and its memory."""
+
+from __future__ import annotations
+
+import resource
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import make_model
+
+from turbosparse import engine
+from turbosparse.convert import convert
+from turbosparse.engine import threads_to_use
+from turbosparse.folders import TurboSparseError
+from turbosparse.pack import pack
+
+QUOTAS = [
+    ({"cpu.max": "150000 100000\n"}, 2),
+    ({"cpu.max": "10000 100000\n"}, 1),
+    ({"cpu.max": "400000 100000\n"}, 4),
+    ({"cpu.max": "max 100000\n"}, None),
+    ({"cpu/cpu.cfs_quota_us": "250000\n", "cpu/cpu.cfs_period_us": "100000\n"}, 3),
+    ({"cpu/cpu.cfs_quota_us": "-1\n", "cpu/cpu.cfs_period_us": "100000\n"}, None),
+    ({"cpu/cpu.cfs_quota_us": "250000\n"}, None),
+    ({"cpu.max": "nonsense\n"}, None),
+    ({}, None),
+]
+
+
+@pytest.mark.parametrize(("files", "expected"), QUOTAS)
+def test_the_quota_of_a_container(tmp_path: Path, files: dict[str, str], expected: int | None):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert engine._processor_quota(tmp_path) == expected
+
+
+@pytest.mark.parametrize(("quota", "expected"), [(None, 4), (2, 2), (9, 4)])
+def test_threads_by_default(monkeypatch: pytest.MonkeyPatch, quota: int | None, expected: int):
+    monkeypatch.setattr(engine.os, "sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr(engine, "_processor_quota", lambda: quota)
+    assert threads_to_use(None) == expected
+    assert threads_to_use(4) == 4  # who asks may have more than the quota
+    with pytest.raises(TurboSparseError, match="--threads 5: this process may use 1 to 4"):
+        threads_to_use(5)
+
+
+# Each of the 100 sequences needs a page of 2.1 MB.
+STARVE = """
+import re, resource, sys
+from pathlib import Path
+import torch
+from turbosparse.engine import Engine
+from turbosparse.folders import TurboSparseError
+
+engine = Engine(sys.argv[1], threads=1)
+tokens = [[1 + n] for n in range(100)]
+caches = [engine.new_cache() for _ in tokens]
+in_use = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) << 10
+resource.setrlimit(resource.RLIMIT_AS, (in_use + (100 << 20), resource.RLIM_INFINITY))
+for _ in range(2):
+    try:
+        engine.decoder.step(tokens, caches, mode="exact")
+    except TurboSparseError as error:
+        print(error)
+    assert [cache.length for cache in caches] == [0] * 100
+resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+logits, _ = engine.decoder.step(tokens, caches, mode="exact")
+for row, token in zip(logits, tokens):
+    alone, _ = engine.decoder(token, engine.new_cache(), mode="exact")
+    assert torch.equal(row, alone[0])
+"""
+
+
+@pytest.mark.skipif(
+    not Path("/proc/self/status").exists()
+    or resource.getrlimit(resource.RLIMIT_AS)[1] != resource.RLIM_INFINITY,
+    reason="needs /proc and address space without limit",
+)
+def test_a_step_without_memory_is_named_and_changes_nothing(tmp_path: Path):
+    wide = {"num_attention_heads": 4, "num_key_value_heads": 4, "head_dim": 1024}
+    convert(str(make_model("mistral", tmp_path / "dense", **wide)), tmp_path / "sparse")
+    pack(str(tmp_path / "sparse"), tmp_path / "packed", quant="q8")
+    command = [sys.executable, "-c", STARVE, tmp_path / "packed"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    expected = (
+        "out of memory in a step of 100 tokens: 100 positions need 209.7 MB of key-value cache; "
+        "use a shorter prompt or fewer sequences\n"
+    )
+    assert done.stdout == 2 * expected

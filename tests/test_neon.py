@@ -1,0 +1,29 @@
+"""The NEON kernels on emulated ARM against the portable ones, by the program of kernels_check.cpp."""
+
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).parent
+SOURCES = TESTS.parent / "csrc"
+NATIVE = platform.machine() == "aarch64"
+COMPILER = shutil.which("g++" if NATIVE else "aarch64-linux-gnu-g++")
+EMULATOR = shutil.which("qemu-aarch64") or shutil.which("qemu-aarch64-static")
+
+pytestmark = [
+    pytest.mark.skipif(not COMPILER, reason="needs g++ for aarch64 (g++-aarch64-linux-gnu)"),
+    pytest.mark.skipif(not (NATIVE or EMULATOR), reason="needs qemu-aarch64 (qemu-user)"),
+]
+
+
+def test_kernels(tmp_path):
+    flags = ["-std=c++17", "-O2", "-static", "-march=armv8.2-a+dotprod", f"-I{SOURCES}"]
+    flags += ["-DTURBOSPARSE_ARM", "-DKERNELS=neon_kernels"]
+    files = [TESTS / "kernels_check.cpp", *(SOURCES / f"kernels_{n}.cpp" for n in ("ref", "neon"))]
+    subprocess.run([COMPILER, *flags, *files, "-o", tmp_path / "check"], check=True)
+    emulator = [] if NATIVE else [EMULATOR, "-cpu", "max"]
+    done = subprocess.run([*emulator, tmp_path / "check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
