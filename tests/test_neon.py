@@ -1,4 +1,4 @@
-"""The NEON kernels on emulated ARM against the portable ones, by the program of kernels_check.cpp."""
+"""NEON kernels on emulated ARM against the portable ones, by the program of kernels_check.cpp."""
 
 import platform
 import shutil
