@@ -381,8 +381,9 @@ def test_the_cache_grows_to_the_context_and_not_beyond(packed: Make) -> None:
 def test_swiglu_has_no_exact_mode(packed: Make) -> None:
     folder = packed("llama", "q8", "swiglu")
     assert Engine(folder).mode == "dense"
-    with pytest.raises(TurboSparseError, match="no exact zeros"):
-        Engine(folder, mode="exact")
+    for mode in ("exact", "predicted"):
+        with pytest.raises(TurboSparseError, match="no exact zeros"):
+            Engine(folder, mode=mode)
 
 
 def test_rope_with_changing_frequencies_is_refused(packed: Make, tmp_path: Path) -> None:
