@@ -386,6 +386,15 @@ def test_swiglu_has_no_exact_mode(packed: Make) -> None:
             Engine(folder, mode=mode)
 
 
+@pytest.mark.parametrize("road", ROADS)
+def test_a_decoder_without_predictor_refuses_predicted_mode(packed: Make, road: str) -> None:
+    engine = Engine(packed("llama", "q8"), road=road)
+    cache = engine.new_cache()
+    with pytest.raises(ValueError, match="predicted mode needs a predictor"):
+        engine.decoder([5], cache, mode="predicted")
+    assert cache.length == 0
+
+
 def test_rope_with_changing_frequencies_is_refused(packed: Make, tmp_path: Path) -> None:
     import json
     import shutil
