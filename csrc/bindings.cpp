@@ -16,7 +16,6 @@ using Output = Array<float, 2>;
 using Counts = Array<int32_t, 2>;
 
 constexpr int kMaxThreads = 1024;
-constexpr const char* kModes[] = {"dense", "exact", "predicted"};  // in the order of Mode
 
 // `parts` rows of `cols` weights lie side by side in each row of `data`.
 void check_rows(const Bytes& data, const char* what, int cols, Quant quant, int parts) {
@@ -77,7 +76,8 @@ void forward(const OwningNeurons& self, Input x, Input residual, Output out, Cou
   check_shape("out", out, x.shape(0), self.hidden);
   check_shape("counts", counts, x.shape(0), 3);
   check_threads(threads);
-  const Mode mode = parse_mode(mode_name, self);
+  const auto mode = parse<Mode>("mode", mode_name, kModes);
+  check_mode(mode, self);
   nb::gil_scoped_release release;
   self.forward(x.data(), residual.data(), out.data(), counts.data(), x.shape(0), mode, threads);
 }
@@ -89,13 +89,11 @@ void check_threads(int threads) {
   fail("threads is " + std::to_string(threads) + ", expected 1 to " + std::to_string(kMaxThreads));
 }
 
-Mode parse_mode(const std::string& name, const Neurons& neurons) {
-  const auto mode = parse<Mode>("mode", name, kModes);
+void check_mode(Mode mode, const Neurons& neurons) {
   if (mode != Mode::kDense && neurons.activation == Activation::kSwiglu) {
     fail("activation is 'swiglu', which has no exact zeros to skip: use dense mode");
   }
   if (mode == Mode::kPredicted && !neurons.predictor) fail("predicted mode needs a predictor");
-  return mode;
 }
 
 // .noconvert() everywhere: without it nanobind fills a copy of an unfit `out`, and the result is

@@ -24,7 +24,8 @@ struct OwningNeurons : Neurons {
 
 [[noreturn]] inline void fail(const std::string& message) { throw std::invalid_argument(message); }
 
-constexpr const char* kQuants[] = {"f16", "q8", "q4"};  // in the order of Quant
+constexpr const char* kQuants[] = {"f16", "q8", "q4"};             // in the order of Quant
+constexpr const char* kModes[] = {"dense", "exact", "predicted"};  // of Mode
 constexpr const char* kActivations[] = {"drelu", "reglu", "relu", "swiglu"};  // of Activation
 
 template <typename Enum, size_t N>
@@ -48,7 +49,6 @@ void check_shape(const char* what, const Array<T, 2>& array, size_t rows, size_t
 }
 
 void check_threads(int threads);
-// A mode by its name, if these neurons have it.
-Mode parse_mode(const std::string& name, const Neurons& neurons);
+void check_mode(Mode mode, const Neurons& neurons);
 void bind_predictors(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);

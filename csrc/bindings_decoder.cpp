@@ -97,8 +97,8 @@ void init_decoder(OwningDecoder* self, const OwningMatrix& embedding, const Owni
 void step(OwningDecoder& self, std::vector<Cache*> caches, std::vector<Tokens> tokens, bool every,
           const char* mode_name, int threads, Array<float, 2> logits, Array<int32_t, 3> counts) {
   check_threads(threads);
-  Mode mode = Mode::kDense;
-  for (const Neurons& ffn : self.ffns) mode = parse_mode(mode_name, ffn);
+  const auto mode = parse<Mode>("mode", mode_name, kModes);
+  for (const Neurons& ffn : self.ffns) check_mode(mode, ffn);
   if (caches.size() != tokens.size()) fail("as many caches as token lists are needed");
   std::vector<Sequence> sequences;
   size_t total = 0;

@@ -70,7 +70,62 @@ def test_bench_reports_what_it_measured(tmp_path: Path) -> None:
     json.dumps(card.bytes)
 
 
-@pytest.mark.parametrize("other", [{"shape": "mixtral-toy"}, {"quant": "q8"}, {"sparsity": 0.5}])
+@pytest.mark.parametrize("shape", ["llama-toy", "mixtral-toy"])
+@pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
+def test_a_synthetic_predictor_knows_its_neurons(tmp_path: Path, shape: str, quant: str) -> None:
+    card = bench(
+        shape=shape,
+        quant=quant,
+        predictor="rank=64",
+        folder=tmp_path / "kept",
+        tokens=24,
+        rounds=1,
+        threads=1,
+    )
+    assert card.mode == "predicted"
+    assert card.recall is not None
+    assert card.recall > (0.9 if quant == "q4" else 0.97)
+    assert card.candidates == pytest.approx(0.11, abs=0.03)
+    assert card.activation_sparsity == pytest.approx(0.9, abs=0.03)
+    engine = Engine(tmp_path / "kept", mode="exact", road="torch")
+    step = engine.step(list(range(3, 99)), engine.new_cache())
+    assert step.gate_positive == pytest.approx(0.1**0.5, abs=0.04)
+    assert step.active == pytest.approx(0.1, abs=0.02)
+
+
+@pytest.mark.parametrize("shape", ["llama-toy", "mixtral-toy"])
+def test_signs_of_a_synthetic_model_let_the_wanted_share_pass(shape: str) -> None:
+    card = bench(shape=shape, predictor="sign", tokens=24, rounds=1, threads=1)
+    assert card.mode == "predicted"
+    assert card.recall is not None
+    assert 0.3 < card.recall < 0.9, "signs say something, but little, of random weights"
+    assert card.candidates == pytest.approx(0.12, abs=0.05)
+
+
+@pytest.mark.parametrize("predictor", ["rank=64", "sign"])
+def test_bytes_of_predicted_mode(tmp_path: Path, predictor: str) -> None:
+    wanted = Wanted("mixtral-toy", predictor=predictor)
+    make_synthetic(tmp_path / "model", wanted, quant="q8")
+    engine = Engine(tmp_path / "model", mode="predicted")
+    _, counts = engine.decoder([7], engine.new_cache(), mode="predicted")
+    sizes = bytes_per_step(engine, counts[None].double(), positions=10)
+    record = 256 + 2 * 8 + 48  # int8 weights, scales, padding to 64
+    candidates, gate, active = counts[:, 0].double().sum(0).tolist()
+    assert sizes["gates"] == pytest.approx(record * candidates)
+    assert sizes["ups"] == pytest.approx(record * gate)
+    assert sizes["downs"] == pytest.approx(record * active)
+    layers, used, neurons = 2, 2, 512
+    if predictor == "sign":
+        share = candidates / (layers * used * neurons)
+        expected = 64 * neurons * (1 + share**0.5)  # 256 bits in 64 bytes: gate, part of up
+    else:
+        expected = 64 * record + neurons * 128  # fc1; fc2 of 64 int8 and 2 scales, padded
+    assert sizes["predictors"] == pytest.approx(layers * used * expected)
+
+
+@pytest.mark.parametrize(
+    "other", [{"shape": "mixtral-toy"}, {"quant": "q8"}, {"sparsity": 0.5}, {"predictor": "sign"}]
+)
 def test_a_kept_model_of_another_kind_is_not_measured(
     tmp_path: Path, other: dict[str, object]
 ) -> None:
@@ -124,6 +179,11 @@ def test_rows_shared_by_sequences_count_once(tmp_path: Path) -> None:
         ({"shape": "llama-toy", "sparsity": 1.0}, "sparsity 1 must be 0 or more and less than 1"),
         ({"shape": "llama-toy", "batch": 17}, "--batch 17 must be 1 to 16"),
         ({"shape": "llama-toy", "batch": 2, "peer": "llama.cpp"}, "measured with one sequence"),
+        ({"shape": "llama-toy", "predictor": "rank=48"}, "'rank=48' is unknown; use sign, or"),
+        ({"shape": "llama-toy", "predictor": "oracle"}, "'oracle' is unknown; use sign, or rank=N"),
+        ({"shape": "llama-toy", "predictor": "sign", "sparsity": 0.0}, "no zeros to predict"),
+        ({"model": Path("packed"), "predictor": "sign"}, "--predictor is of a synthetic model"),
+        ({"shape": "llama-toy", "mode": "predicted"}, "holds no predictor"),
         ({"shape": "llama-toy", "rounds": 0}, "--rounds 0 must be 1 or more"),
         ({"shape": "llama-toy", "sparsity": 0.0, "mode": "exact"}, "no exact zeros to skip"),
     ],

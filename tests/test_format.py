@@ -26,10 +26,10 @@ WEIGHTS = "model-00001-of-00001.safetensors"
 
 
 @pytest.fixture(scope="module")
-def whole(sparse: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed toy model; do not write into it."""
+def whole(merged: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A packed toy model with a predictor; do not write into it."""
     folder = tmp_path_factory.mktemp("packed") / "whole"
-    pack(str(sparse("mistral")), folder, quant="q8")
+    pack(str(merged), folder, quant="q8")
     return folder
 
 
@@ -52,6 +52,10 @@ def edit_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> Non
 
 def edit_block(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     edit_config(folder, lambda config: change(config["turbosparse"]))
+
+
+def edit_predictor(folder: Path, **fields: Any) -> None:
+    edit_block(folder, lambda block: block["ffn"]["predictor"].update(fields))
 
 
 def header_end(data: bytes) -> int:
@@ -100,6 +104,7 @@ def repeat_a_neuron(folder: Path) -> None:
 
 
 NORM = "model.norm.weight"  # F32 [64]
+FC2 = "model.layers.1.predictor.fc2"  # U8 [96, 128], of rank 64
 DAMAGES: dict[str, tuple[Callable[[Path], object], Fault]] = {
     "no block": (lambda f: edit_config(f, lambda c: c.pop("turbosparse")), Fault.NOT_PACKED),
     "block of convert": (
@@ -110,6 +115,34 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], Fault]] = {
     "unknown quant": (lambda f: edit_block(f, lambda b: b.update(quant="q5")), Fault.HEADER),
     "unknown key": (lambda f: edit_block(f, lambda b: b.update(colour="red")), Fault.HEADER),
     "key missing": (lambda f: edit_block(f, lambda b: b.pop("ffn")), Fault.HEADER),
+    "unknown predictor": (lambda f: edit_predictor(f, kind="oracle"), Fault.HEADER),
+    "threshold no number": (lambda f: edit_predictor(f, threshold=float("nan")), Fault.HEADER),
+    "low_rank without ranks": (lambda f: edit_predictor(f, ranks=None), Fault.HEADER),
+    "sign with ranks": (lambda f: edit_predictor(f, kind="sign"), Fault.HEADER),
+    "sign before the norm": (
+        lambda f: edit_predictor(f, kind="sign", quant=None, ranks=None),
+        Fault.HEADER,
+    ),
+    "ranks of fewer layers": (lambda f: edit_predictor(f, ranks=[[32]]), Fault.HEADER),
+    "ranks of experts": (lambda f: edit_predictor(f, ranks=[[32, 32], [64, 64]]), Fault.HEADER),
+    "rank off the block": (lambda f: edit_predictor(f, ranks=[[32], [63]]), Fault.HEADER),
+    "rank 0": (lambda f: edit_predictor(f, ranks=[[32], [0]]), Fault.HEADER),
+    "rank of another": (lambda f: edit_predictor(f, ranks=[[32], [96]]), Fault.TENSOR_SHAPE),
+    "predictor of another quant": (lambda f: edit_predictor(f, quant="q4"), Fault.TENSOR_SHAPE),
+    "predictor of swiglu": (
+        lambda f: edit_block(f, lambda b: b["ffn"].update(activation="swiglu")),
+        Fault.HEADER,
+    ),
+    "predictor not in the block": (
+        lambda f: edit_block(f, lambda b: b["ffn"].pop("predictor")),
+        Fault.TENSOR_UNKNOWN,
+    ),
+    "signs for matrices": (
+        lambda f: edit_predictor(f, kind="sign", quant=None, ranks=None, input="post_norm"),
+        Fault.TENSOR_UNKNOWN,
+    ),
+    "half a predictor": (lambda f: edit_entries(f, lambda e: e.pop(FC2)), Fault.TENSOR_MISSING),
+    "fc2 of another shape": (lambda f: edit_entry(f, FC2, shape=[192, 64]), Fault.TENSOR_SHAPE),
     "path as file name": (
         lambda f: edit_block(f, lambda b: b.update(files={f"../{WEIGHTS}": b["files"][WEIGHTS]})),
         Fault.HEADER,
@@ -138,7 +171,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], Fault]] = {
         Fault.TENSOR_SHAPE,
     ),
     "config of a deeper model": (
-        lambda f: edit_config(f, lambda c: c.update(num_hidden_layers=3)),
+        lambda f: (
+            edit_config(f, lambda c: c.update(num_hidden_layers=3)),
+            edit_predictor(f, ranks=[[32], [64], [64]]),
+        ),
         Fault.TENSOR_MISSING,
     ),
     "off the page": (lambda f: shift(f, NORM, -64), Fault.ALIGNMENT),
@@ -167,6 +203,13 @@ def test_a_block_that_names_another_quant_is_refused(folder: Path, quant: str) -
     edit_block(folder, lambda block: block.update(quant=quant))
     with pytest.raises(FormatError, match="wrong type or shape"):
         Packed(folder)
+
+
+def test_a_folder_from_before_predictors_opens(sparse: Make, folder: Path, tmp_path: Path) -> None:
+    pack(str(sparse("mistral")), tmp_path / "old", quant="q8")
+    edit_block(tmp_path / "old", lambda block: block["ffn"].pop("predictor"))
+    assert Packed(tmp_path / "old").predictor("model.layers.0.") is None
+    assert Packed(folder).predictor("model.layers.0.") is not None
 
 
 def test_shapes_are_integers(folder: Path) -> None:
@@ -210,10 +253,10 @@ def test_tensors_cannot_be_written(whole: Path) -> None:
 
 
 def test_a_model_in_several_files_opens_as_one(
-    sparse: Make, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    merged: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(packed_format, "SHARD_BYTES", 80_000)
-    pack(str(sparse("mistral")), tmp_path / "shards", quant="q8")
+    pack(str(merged), tmp_path / "shards", quant="q8")
     packed, one = Packed(tmp_path / "shards"), Packed(whole)
     assert len(packed.header.files) > 1
     assert sorted(packed.header.files) == sorted(

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT, VOCABULARY
+from conftest import CONTEXT, VOCABULARY, merge_predictor
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -276,6 +276,34 @@ def test_generate_prints_the_text_and_returns_the_figures(
     assert (done.tokens, done.finish) == (12, "length")
     assert 0.5 < done.activation_sparsity < 0.95  # dReLU of random weights: three of four
     assert f"road cpu ({_core.isa()}), mode exact, 1 thread" in done.ran
+
+
+def test_predicted_mode_says_what_its_predictor_lets_through(merged: Path, tmp_path: Path) -> None:
+    pack(str(merged), tmp_path / "packed", quant="q8")
+    done = generate(tmp_path / "packed", prompt=PROMPT, max_tokens=5, mode="predicted", threads=1)
+    assert "mode predicted (low_rank q8 predictor, threshold -1.5, recall 50.0%)" in done.ran
+    assert 0 < done.predicted_density < 1
+    assert f"; predicted density {done.predicted_density:.1%}; stopped by length" in str(done)
+    exact = generate(tmp_path / "packed", prompt=PROMPT, max_tokens=5, mode="exact", threads=1)
+    assert exact.predicted_density == 1
+    assert "predict" not in str(exact)
+
+
+def test_predicted_mode_without_a_predictor_says_how_to_get_one(model: Path) -> None:
+    message = "model holds no predictor; pack a model that has one merged, .*--predictor sign"
+    with pytest.raises(TurboSparseError, match=message):
+        generate(model, prompt=PROMPT, mode="predicted")
+
+
+@pytest.mark.parametrize(
+    ("recall", "mode"), [(None, "exact"), (0.98, "exact"), (0.99, "predicted"), (1, "predicted")]
+)
+def test_auto_takes_a_predictor_that_was_measured_to_be_good(
+    sparse: Make, tmp_path: Path, recall: float | None, mode: str
+) -> None:
+    model = merge_predictor(sparse("llama"), tmp_path / "model", recall=recall)
+    pack(str(model), tmp_path / "packed", quant="q8")
+    assert Engine(tmp_path / "packed", threads=1).mode == mode
 
 
 def test_generate_stops_at_a_token_asked_for(model: Path, tokenizer: Any, engine: Engine) -> None:

@@ -381,8 +381,18 @@ def test_the_cache_grows_to_the_context_and_not_beyond(packed: Make) -> None:
 def test_swiglu_has_no_exact_mode(packed: Make) -> None:
     folder = packed("llama", "q8", "swiglu")
     assert Engine(folder).mode == "dense"
-    with pytest.raises(TurboSparseError, match="no exact zeros"):
-        Engine(folder, mode="exact")
+    for mode in ("exact", "predicted"):
+        with pytest.raises(TurboSparseError, match="no exact zeros"):
+            Engine(folder, mode=mode)
+
+
+@pytest.mark.parametrize("road", ROADS)
+def test_a_decoder_without_predictor_refuses_predicted_mode(packed: Make, road: str) -> None:
+    engine = Engine(packed("llama", "q8"), road=road)
+    cache = engine.new_cache()
+    with pytest.raises(ValueError, match="predicted mode needs a predictor"):
+        engine.decoder([5], cache, mode="predicted")
+    assert cache.length == 0
 
 
 def test_rope_with_changing_frequencies_is_refused(packed: Make, tmp_path: Path) -> None:

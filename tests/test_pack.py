@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONTEXT, FAMILIES, VOCABULARY, make_model
+from conftest import CONTEXT, FAMILIES, VOCABULARY, make_model, merge_predictor
 from safetensors.torch import load_file, save_file
 
 from turbosparse import pack as packing
@@ -22,6 +22,7 @@ from turbosparse.format import Packed
 from turbosparse.hf.load import load_config
 from turbosparse.inspect import inspect, validate
 from turbosparse.pack import pack
+from turbosparse.quant import dequantise, negative
 from turbosparse.unpack import state_dict
 
 Make = Callable[..., Path]
@@ -87,6 +88,118 @@ def test_what_travels_with_the_model_is_packed_too(sparse: Make, tmp_path: Path)
     assert {"tokenizer.json", "generation_config.json", "chat_template.jinja"} <= names
     assert not {name for name in names if name.endswith(".py")}
     assert "auto_map" not in json.loads((tmp_path / "packed" / "config.json").read_text())
+
+
+# --- predictors -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+@pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
+def test_a_merged_predictor_is_packed_in_the_order_of_the_neurons(
+    sparse: Make, statistics: Make, tmp_path: Path, family: str, quant: str
+) -> None:
+    model = merge_predictor(sparse(family), tmp_path / "model", threshold=0.25, density=0.2)
+    out = tmp_path / "packed"
+    pack(str(model), out, stats=statistics(family), predictor_quant=quant)
+    packed, source = Packed(out), load_file(model / "model.safetensors")
+    last = "model.layers.1.experts.3." if family == "mixtral" else "model.layers.1."
+    module = "block_sparse_moe.experts.3" if family == "mixtral" else "mlp"
+    predictor = packed.predictor(last)
+    assert predictor is not None
+    about = predictor.about
+    assert about.ranks == [[rank] * (4 if family == "mixtral" else 1) for rank in (32, 64)]
+    assert (about.input, about.threshold, about.recall, about.density) == (
+        "post_norm",
+        0.25,
+        None,
+        0.2,
+    )
+    order = packed.tensors[f"{last}neuron_order"].tolist()
+    assert order == list(range(95, -1, -1))
+    error = {"f16": 1e-3, "q8": 0.01, "q4": 0.12}[quant]
+    for part, rows in (("fc1", slice(None)), ("fc2", order)):
+        truth = source[f"model.layers.1.{module}.predictor.{part}.weight"][rows]
+        found = dequantise(torch.tensor(predictor.tensors[part]), quant, truth.shape[1])
+        assert float((found - truth).norm() / truth.norm()) < error
+    assert "predictor" not in json.loads((out / "config.json").read_text())
+    assert validate(out)
+
+
+def test_signs_are_those_of_the_packed_rows(sparse: Make, statistics: Make, tmp_path: Path) -> None:
+    out = tmp_path / "packed"
+    done = pack(str(sparse("mixtral")), out, stats=statistics("mixtral"), predictor="sign")
+    assert done.predictor == "sign predictor, threshold 0"
+    packed, prefix = Packed(out), "model.layers.1.experts.3."
+    records = torch.tensor(packed.tensors[f"{prefix}ffn"])
+    bits = torch.tensor(packed.tensors[f"{prefix}predictor.signs"])
+    for rows, half in zip(records.chunk(3, 1)[:2], bits.chunk(2, 1), strict=True):
+        assert torch.equal(negative(half, 64), dequantise(rows, "q4", 64) < 0)
+
+
+def test_a_merged_predictor_is_left_out_on_request(merged: Path, tmp_path: Path) -> None:
+    assert pack(str(merged), tmp_path / "none", predictor="none").predictor is None
+    assert Packed(tmp_path / "none").header.ffn.predictor is None
+    signs = pack(str(merged), tmp_path / "sign", predictor="sign")
+    assert signs.predictor == "sign predictor, threshold 0", "its own settings, not the other's"
+
+
+def test_inspect_shows_the_predictor(merged: Path, tmp_path: Path) -> None:
+    pack(str(merged), tmp_path / "packed")
+    found = inspect(tmp_path / "packed")
+    assert found.predictor == (
+        "low_rank q8 predictor, threshold -1.5, recall 50.0%, rank 32 to 64, reads pre_norm"
+    )
+    assert found.parts["predictors"] == (32 * 128 + 96 * 64) + (64 * 128 + 96 * 128)
+
+
+def edited(model: Path, copy: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
+    shutil.copytree(model, copy)
+    tensors = load_file(copy / "model.safetensors")
+    change(tensors)
+    save_file(tensors, copy / "model.safetensors", metadata={"format": "pt"})
+    return copy
+
+
+FC = "model.layers.1.mlp.predictor.fc{}.weight"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(FC.format(2)), f"{FC.format(2)} is missing"),
+        (lambda t: t.pop(FC.format(1)), f"{FC.format(1)} is missing"),
+        (lambda t: t.update({FC.format(2): torch.ones(96, 32)}), r"fc2.weight is \[96, 32\], .*64"),
+        (
+            lambda t: t.update(
+                {FC.format(1): torch.ones(33, 64), FC.format(2): torch.ones(96, 33)}
+            ),
+            "q8 needs rows of a multiple of 32 weights, not 33; use f16",
+        ),
+        (lambda t: t[FC.format(1)].fill_(torch.nan), f"{FC.format(1)}: .* does not fit q8"),
+    ],
+)
+def test_predictors_that_are_not_whole_are_named(
+    merged: Path, tmp_path: Path, change: Callable[..., object], message: str
+) -> None:
+    model = edited(merged, tmp_path / "model", change)
+    refused(model, tmp_path / "packed", message)
+
+
+@pytest.mark.parametrize(
+    "block", [{"input": "mid_norm"}, {"threshold": "high"}, {"colour": 1}, {"recall": "x"}, [], 7]
+)
+def test_settings_of_a_predictor_that_are_not_valid_are_named(
+    merged: Path, tmp_path: Path, block: object
+) -> None:
+    model = shutil.copytree(merged, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"predictor": block}))
+    refused(model, tmp_path / "packed", 'config.json: the block "predictor" is not valid')
+
+
+def test_swiglu_has_nothing_to_predict(dense: Make, tmp_path: Path) -> None:
+    message = "is a swiglu model: it has no zeros to predict; use --predictor none"
+    refused(dense("llama"), tmp_path / "packed", message, predictor="sign")
 
 
 # --- inspect and validate -------------------------------------------------------------------------

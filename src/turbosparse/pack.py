@@ -248,8 +248,8 @@ def _records(
 
 
 def signs(records: Tensor, quant: str, hidden: int) -> NDArray[np.uint8]:
-    """Which weights of the gate and up rows of records are negative, as packed bits."""
-    gate, up, _ = records.chunk(3, dim=1)
+    """Which weights of the gate and up rows, the first of a record, are negative: packed bits."""
+    gate, up = records.split(row_bytes(quant, hidden), dim=1)[:2]
     bits = [sign_bits(dequantise(rows, quant, hidden)) for rows in (gate, up)]
     return torch.cat(bits, 1).numpy()
 

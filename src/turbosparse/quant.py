@@ -1,18 +1,7 @@
 """Block formats of packed weights: quantise, and dequantise, which is the truth for every kernel.
 
-A row of `cols` weights becomes a payload, padded with zeros to a stride that is a multiple of 64
-bytes:
-
-* ``f16``: `cols` little-endian IEEE halves.
-* ``q8``: `cols` int8, then one fp16 scale per block of 32; ``w = scale · q``. The numbers of GGUF
-  Q8_0.
-* ``q4``: `cols` / 2 bytes of nibbles, then the scales; ``w = scale · (nibble − 8)``. The numbers of
-  GGUF Q4_0.
-
-In q4 the row is cut into tiles of 16 blocks (512 weights; the last may have fewer, G). A tile
-stands as ``[word 0..3][block 0..G−1][byte 0..3]``, so that one 32-bit SIMD lane only ever sees one
-block; byte ``4·word + byte`` of a block holds weight j = that number in its low nibble and weight j
-+ 16 in its high one.
+``docs/format.md`` says where each byte lies: values, then one fp16 scale for each block of 32, then
+zeros up to a multiple of 64 bytes. The numbers are those of GGUF Q8_0 and Q4_0.
 """
 
 from __future__ import annotations

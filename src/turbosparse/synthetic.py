@@ -145,15 +145,10 @@ def make_synthetic(out: Path, wanted: Wanted, *, quant: str, seed: int = 0) -> N
     stock = AutoConfig.for_model(fields.pop("model_type"), **fields, max_position_embeddings=4096)
     config = with_activation(stock, activation)
     weights = _Weights(quant, wanted.sparsity, seed)
-    predictor, ffn = _predicted_ffn(config, wanted, weights)
+    predictor, weights.shared = _predicted_ffn(config, wanted, weights)
     plan = layout(config, quant, predictor)
-
-    def make(name: str, spec: Spec) -> NDArray[Any]:
-        last = name.rpartition(".")[2]
-        return ffn[last] if last in ffn else weights.make(name, spec, config)
-
     with new_folder(out) as work:
-        tensors = ((name, make(name, spec)) for name, spec in plan.items())
+        tensors = ((name, weights.make(name, spec, config)) for name, spec in plan.items())
         files = write_weights(work, plan, track(tensors, f"making {wanted.shape}", total=len(plan)))
         header = Header(
             format_version=VERSION,
@@ -170,9 +165,11 @@ def make_synthetic(out: Path, wanted: Wanted, *, quant: str, seed: int = 0) -> N
 def _predicted_ffn(
     config: Any, wanted: Wanted, weights: _Weights
 ) -> tuple[Predictor | None, dict[str, NDArray[Any]]]:
-    """A predictor, and the tensors of the one feed-forward that every layer then has.
+    """A predictor, and what every layer then has in common, by the last part of its name.
 
-    Each layer's input is another, so each computes its own activity.
+    These are the predictor's tensors and, as ``rows``, the gates and ups that it knows. Each
+    layer's input is another, so each computes its own activity. Downs are not shared: over many
+    layers the same ones would add up to a direction of their own.
     """
     if wanted.rank:
         return _low_rank_ffn(config, wanted, weights)
@@ -191,22 +188,21 @@ def _low_rank_ffn(
     """
     hidden, neurons = config.hidden_size, config.intermediate_size
     half = wanted.rank // 2
-    a = weights.random.standard_normal((half, hidden), dtype=np.float32) * SPREAD
+    spread = SPREAD / 4  # gate and up are large together: else the outputs turn the direction
+    a = weights.random.standard_normal((half, hidden), dtype=np.float32) * spread
     a[:, :BLOCK] = 0  # the constant features are for the lean
     b = weights.random.standard_normal((neurons, half), dtype=np.float32) / half**0.5
     rows = torch.from_numpy(b @ a)
     parts = []
     for share in ((1 - wanted.sparsity) ** 0.5, 1 - wanted.sparsity):
-        rows[:, :BLOCK] = lean(share, hidden)
+        rows[:, :BLOCK] = lean(share, hidden) * spread
         parts.append(quantise(rows, weights.quant))
-    stride = row_bytes(weights.quant, hidden)
-    down = weights.rows(neurons, hidden, stride, QUIET)
     quant = wanted.predictor_quant
     fc1, fc2 = np.concatenate((a, -a)), np.concatenate((b, -b), axis=1)
     # of the features that are not constant, behind RMSNorm
     deviation = ((BLOCK * CONSTANT**2 + hidden - BLOCK) / hidden) ** -0.5
     density = min(1 - wanted.sparsity + LOW_RANK_MARGIN, 0.999)
-    threshold = NormalDist().inv_cdf(1 - density) * (hidden - BLOCK) ** 0.5 * SPREAD * deviation
+    threshold = NormalDist().inv_cdf(1 - density) * (hidden - BLOCK) ** 0.5 * spread * deviation
     predictor = Predictor(
         kind="low_rank",
         quant=quant,  # type: ignore[arg-type]
@@ -215,7 +211,7 @@ def _low_rank_ffn(
         ranks=[[wanted.rank] * max(1, names.experts(config))] * config.num_hidden_layers,
     )
     return predictor, {
-        "ffn": torch.cat([*parts, torch.from_numpy(down)], 1).numpy(),
+        "rows": torch.cat(parts, 1).numpy(),
         "fc1": quantise(torch.from_numpy(fc1), quant).numpy(),
         "fc2": quantise(torch.from_numpy(fc2), quant).numpy(),
     }
@@ -226,8 +222,8 @@ def _sign_ffn(
 ) -> tuple[Predictor, dict[str, NDArray[Any]]]:
     """Random rows, whose signs say little, and the threshold that lets the wanted share pass."""
     hidden = config.hidden_size
-    records = weights.records(config.intermediate_size, hidden)
-    bits = signs(torch.from_numpy(records), weights.quant, hidden)
+    rows = weights.gates_and_ups(config.intermediate_size, hidden)
+    bits = signs(torch.from_numpy(rows), weights.quant, hidden)
     x = torch.from_numpy(weights.random.random((64, hidden)) < 0.5)
     x[:, :BLOCK] = False  # the constant features are positive
     some = torch.from_numpy(bits[:2048])
@@ -235,18 +231,17 @@ def _sign_ffn(
     density = min(1 - wanted.sparsity + SIGN_MARGIN, 1.0)
     threshold = float(np.quantile(torch.minimum(*scores).numpy(), 1 - density))
     predictor = Predictor(kind="sign", input="post_norm", threshold=threshold)
-    return predictor, {"ffn": records, "signs": bits}
+    return predictor, {"rows": rows, "signs": bits}
 
 
 def lean(share: float, cols: int) -> float:
     """The first 32 weights of a row at which its pre-activation is positive for this share.
 
-    An embedding is `CONSTANT` in 32 features and has deviation 1 in the others, up to a factor
-    that RMSNorm takes away: the sum over the others has deviation √(cols − 32) · SPREAD, and the
-    sum over the constant ones is 32 · CONSTANT times the weight.
+    In deviations of its other weights. An embedding is `CONSTANT` in 32 features and has deviation
+    1 in the others, up to a factor that RMSNorm takes away: the sum over the others has deviation
+    √(cols − 32), and the sum over the constant ones is 32 · CONSTANT times the weight.
     """
-    quantile = NormalDist().inv_cdf(share)
-    return float(quantile * (cols - BLOCK) ** 0.5 * SPREAD / (BLOCK * CONSTANT))
+    return float(NormalDist().inv_cdf(share) * (cols - BLOCK) ** 0.5 / (BLOCK * CONSTANT))
 
 
 class _Weights:
@@ -254,6 +249,7 @@ class _Weights:
 
     def __init__(self, quant: str, sparsity: float, seed: int):
         self.quant, self.sparsity = quant, sparsity
+        self.shared: dict[str, NDArray[Any]] = {}
         self.random = np.random.default_rng(seed)
         if quant == "f16":
             normal = self.random.standard_normal(1 << 24, dtype=np.float32) * SPREAD
@@ -267,30 +263,37 @@ class _Weights:
             self.deviation = 4.32
 
     def make(self, name: str, spec: Spec, config: Any) -> NDArray[Any]:
+        last = name.rpartition(".")[2]
+        if last in self.shared:
+            return self.shared[last]
         if spec.dtype == "I32":
             return np.arange(spec.shape[0], dtype=np.int32)
         if spec.dtype == "F32":
             return self._small(name, spec)
         rows, stride = spec.shape
         hidden = config.hidden_size
-        if name.endswith(".ffn"):
-            return self.records(rows, hidden)
+        if last == "ffn":
+            rest = self._rows(rows, hidden, stride // 3, QUIET)
+            first = self.shared.get("rows")
+            first = self.gates_and_ups(rows, hidden) if first is None else first
+            return np.concatenate((first, rest), axis=1)
         if name.endswith("o_proj.weight"):
             heads = config.num_attention_heads * names.config_head_dim(config)
-            return self.rows(rows, heads, stride, QUIET)
-        matrix = self.rows(rows, hidden, stride)
+            return self._rows(rows, heads, stride, QUIET)
+        matrix = self._rows(rows, hidden, stride)
         if name == names.EMBEDDING:
             self._first_block(matrix, hidden, CONSTANT * SPREAD)
         return matrix
 
-    def records(self, neurons: int, hidden: int) -> NDArray[np.uint8]:
+    def gates_and_ups(self, neurons: int, hidden: int) -> NDArray[np.uint8]:
+        """``gate row | up row``, of neurons that are active as often as is asked."""
         stride = row_bytes(self.quant, hidden)
-        gate, up = (self.rows(neurons, hidden, stride) for _ in range(2))
+        gate, up = (self._rows(neurons, hidden, stride) for _ in range(2))
         if self.sparsity:
             for rows in (gate, up):
-                self._first_block(rows, hidden, lean((1 - self.sparsity) ** 0.5, hidden))
-        down = self.rows(neurons, hidden, stride, QUIET)
-        return np.concatenate((gate, up, down), axis=1)
+                share = (1 - self.sparsity) ** 0.5
+                self._first_block(rows, hidden, lean(share, hidden) * SPREAD)
+        return np.concatenate((gate, up), axis=1)
 
     def _small(self, name: str, spec: Spec) -> NDArray[np.float32]:
         if "norm" in name:
@@ -302,7 +305,7 @@ class _Weights:
             values[:, :BLOCK] = 0
         return values
 
-    def rows(self, rows: int, cols: int, stride: int, factor: float = 1.0) -> NDArray[np.uint8]:
+    def _rows(self, rows: int, cols: int, stride: int, factor: float = 1.0) -> NDArray[np.uint8]:
         """``[rows, stride]`` of random weights with standard deviation `factor` · `SPREAD`."""
         out = np.zeros((rows, stride), np.uint8)
         payload = {"f16": 2 * cols, "q8": cols, "q4": cols // 2}[self.quant]
