@@ -28,7 +28,7 @@ int failures = 0;
 #define CHECK(condition, ...)               \
   do {                                      \
     if (!(condition)) {                     \
-      if (++failures <= 20) {             \
+      if (++failures <= 20) {               \
         std::printf("FAILED " __VA_ARGS__); \
         std::printf(": %s\n", #condition);  \
       }                                     \

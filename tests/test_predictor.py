@@ -58,6 +58,12 @@ def sign(data: np.ndarray, quant: str, threshold: float, hidden: int = HIDDEN) -
     return PackedPredictor(about, {"signs": signs(torch.from_numpy(data), quant, hidden)})
 
 
+def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """x and residual, on a grid, which the 15 bits that the core gives the x of q4 hold exactly."""
+    x, residual = ((64 * random(tokens, HIDDEN, seed=seed)).round() / 64 for seed in (3, 4))
+    return x, residual
+
+
 def forward(
     road: str,
     predictor: PackedPredictor | None,
@@ -68,11 +74,21 @@ def forward(
     mode: ops.Mode = "predicted",
     threads: int = 2,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    # on a grid, which the 15 bits that the core gives the x of q4 hold exactly
-    x, residual = ((64 * random(tokens, HIDDEN, seed=seed)).round() / 64 for seed in (3, 4))
+    x, residual = inputs(tokens)
     ffn = ops.road(road).Neurons(records(quant), HIDDEN, quant, activation, threads, predictor)
     y, counts = ffn.forward(x, residual, mode=mode)
     return y, counts
+
+
+def clear_threshold(predictor: PackedPredictor, h: torch.Tensor) -> float:
+    """One near 0.3 that no logit is close to: the core rounds what a q4 fc2 meets to 15 bits."""
+    quant = str(predictor.about.quant)
+    fc1 = dequantise(torch.from_numpy(predictor.tensors["fc1"]), quant, HIDDEN)
+    fc2 = dequantise(torch.from_numpy(predictor.tensors["fc2"]), quant, len(fc1))
+    logits = ((h @ fc1.T).relu() @ fc2.T).flatten().sort().values
+    near = logits[(logits > 0.2) & (logits < 0.4)]
+    widest = int(near.diff().argmax())
+    return float(near[widest : widest + 2].mean())
 
 
 def relative_rms(value: torch.Tensor, truth: torch.Tensor) -> float:
@@ -170,7 +186,9 @@ def test_low_rank_on_the_core_is_the_reference(
 ) -> None:
     for rank in (32, 96) if predictor_quant != "f16" else (5, 32):
         for where in ("pre_norm", "post_norm"):
-            predictor = low_rank(predictor_quant, rank, 0.3, input=where)
+            random_one = low_rank(predictor_quant, rank, 0.3, input=where)
+            h = inputs(tokens)[where == "pre_norm"]
+            predictor = low_rank(predictor_quant, rank, clear_threshold(random_one, h), input=where)
             for activation in ACTIVATIONS:
                 same = {"quant": quant, "activation": activation}
                 truth, expected = forward("torch", predictor, tokens, **same)
