@@ -93,14 +93,14 @@ struct Axpys {
   float* sum;
 };
 
-// The same for several tokens: a tile of some rows is unpacked to floats, in the order of the sums,
-// and multiplied with all tokens.
-constexpr int kUnpacked = 16;  // rows: with the sums of some tokens, what the nearest cache holds
+// The same for several tokens: a piece of some rows is unpacked to floats, in the order of the
+// sums, and multiplied with all tokens. Together with their sums it fits the nearest cache.
+constexpr int kPiece = TILE / 4, kUnpacked = 64;  // columns, rows
 
-// sums[t] += coefficients[t, n] * tile[n] for T tokens, `count` rows.
+// sums[t] += coefficients[t, n] * piece[n] for T tokens and `count` rows.
 template <int T>
-void add_tile(const float (*tile)[TILE], int count, const float* coefficients, int64_t stride,
-              int width, float* sums, int64_t sum_stride) {
+void add_piece(const float (*piece)[kPiece], int count, const float* coefficients, int64_t stride,
+               int width, float* sums, int64_t sum_stride) {
   for (int c = 0; c < width; c += kWide * kLanes) {
     Floats y[T][kWide];
 #pragma GCC unroll 4
@@ -114,7 +114,7 @@ void add_tile(const float (*tile)[TILE], int count, const float* coefficients, i
         const Floats a = broadcast(coefficients[t * stride + n]);
 #pragma GCC unroll 4
         for (int k = 0; k < kWide; ++k) {
-          y[t][k] = multiply_add(load(tile[n] + c + k * kLanes), a, y[t][k]);
+          y[t][k] = multiply_add(load(piece[n] + c + k * kLanes), a, y[t][k]);
         }
       }
     }
@@ -126,29 +126,33 @@ void add_tile(const float (*tile)[TILE], int count, const float* coefficients, i
   }
 }
 
-using UnpackTile = void(const uint8_t* row, const uint8_t* next, int cols, int tile, float* out);
-
-template <UnpackTile* unpack>
+// `Form` unpacks the piece at column c of a row, and knows its bytes.
+template <typename Form>
 void axpys_many(const Rows& rows, const float* coefficients, int64_t stride, int64_t tokens,
                 int cols, float* sums, int64_t sum_stride) {
-  alignas(64) float unpacked[kUnpacked][TILE] = {};
+  alignas(64) float unpacked[kUnpacked][kPiece] = {};
   for (int64_t i = 0; i < rows.count; i += kUnpacked) {
     const int count = static_cast<int>(rows.count - i < kUnpacked ? rows.count - i : kUnpacked);
-    for (int tile = 0; tile < cols; tile += TILE) {
+    for (int c = 0; c < sum_stride; c += kPiece) {
       for (int n = 0; n < count; ++n) {
-        const int64_t next = i + kUnpacked + n < rows.count ? i + kUnpacked + n : i + n;
-        unpack(row_at(rows, i + n), row_at(rows, next), cols, tile, unpacked[n]);
+        const uint8_t* row = row_at(rows, i + n);
+        Form::unpack(row, cols, c, unpacked[n]);
+        const bool last = c + kPiece >= sum_stride && i + kUnpacked + n < rows.count;
+        const uint8_t* next = last ? row_at(rows, i + kUnpacked + n) : row;
+        Form::fetch(next, cols, last ? 0 : c + kPiece);
       }
-      const int64_t left = sum_stride - tile;
-      const int width = left < TILE ? static_cast<int>(left) : TILE;
+      const int64_t left = sum_stride - c;
+      const int width = left < kPiece ? static_cast<int>(left) : kPiece;
+      const float* a = coefficients + i;
+      float* y = sums + c;
       int64_t t = 0;
       for (; t + kAxpyTokens <= tokens; t += kAxpyTokens) {
-        add_tile<kAxpyTokens>(unpacked, count, coefficients + t * stride + i, stride, width,
-                              sums + t * sum_stride + tile, sum_stride);
+        add_piece<kAxpyTokens>(unpacked, count, a + t * stride, stride, width, y + t * sum_stride,
+                               sum_stride);
       }
       for (; t < tokens; ++t) {
-        add_tile<1>(unpacked, count, coefficients + t * stride + i, stride, width,
-                    sums + t * sum_stride + tile, sum_stride);
+        add_piece<1>(unpacked, count, a + t * stride, stride, width, y + t * sum_stride,
+                     sum_stride);
       }
     }
   }
@@ -207,14 +211,16 @@ struct DotsF16 : Dots {
   }
 };
 
-void unpack_f16(const uint8_t* row, const uint8_t* next, int cols, int tile, float* out) {
-  prefetch(next + 2 * tile, 2 * TILE);
-  for (int c = 0; c < smaller(cols - tile, TILE); c += GROUP) {
-    for (int k = c; k < c + GROUP; k += kLanes) store(out + k, from_halves(row + 2 * (tile + k)));
-  }
-}
-
 struct AxpysF16 : Axpys {
+  static void unpack(const uint8_t* row, int cols, int c, float* out) {
+    for (int k = 0; k < smaller(round_up(cols - c, GROUP), kPiece); k += kLanes) {
+      store(out + k, from_halves(row + 2 * (c + k)));
+    }
+  }
+  ALWAYS_INLINE static void fetch(const uint8_t* row, int, int c) {
+    prefetch(row + 2 * c, 2 * kPiece);
+  }
+
   template <int N>
   void run(int64_t i) const {
     const Group<N> group(rows, i);
@@ -290,17 +296,19 @@ struct DotsQ8 : Dots {
   }
 };
 
-void unpack_q8(const uint8_t* row, const uint8_t* next, int cols, int tile, float* out) {
-  prefetch(next + tile, TILE);
-  prefetch(next + cols + tile / GROUP * 2, 1);
-  alignas(64) float scales[TILE_GROUPS];
-  load_scales(row + cols + tile / GROUP * 2, (cols - tile) / GROUP, scales);
-  for (int c = 0; c < smaller(cols - tile, TILE); c += kLanes) {
-    store(out + c, multiply(broadcast(scales[c / GROUP]), from_bytes(row + tile + c)));
-  }
-}
-
 struct AxpysQ8 : Axpys {
+  static void unpack(const uint8_t* row, int cols, int c, float* out) {
+    alignas(64) float scales[TILE_GROUPS];
+    load_scales(row + cols + c / GROUP * 2, smaller(cols - c, kPiece) / GROUP, scales);
+    for (int k = 0; k < smaller(cols - c, kPiece); k += kLanes) {
+      store(out + k, multiply(broadcast(scales[k / GROUP]), from_bytes(row + c + k)));
+    }
+  }
+  ALWAYS_INLINE static void fetch(const uint8_t* row, int cols, int c) {
+    prefetch(row + c, kPiece);
+    prefetch(row + cols + c / GROUP * 2, 1);
+  }
+
   template <int N>
   void run(int64_t i) const {
     const Group<N> group(rows, i);
@@ -507,26 +515,28 @@ void add_sum_q4(const float* sum, int cols, float* out) {
   }
 }
 
-void unpack_q4(const uint8_t* row, const uint8_t* next, int cols, int tile, float* out) {
-  fetch_tile(next, cols, tile);
-  for (int part = 0; part < kParts; ++part) {
-    const Nibbles nibbles(cols, tile, part);
-    if (nibbles.lanes <= 0) break;
-    const Floats scale = nibbles.scale(row);
-    for (int r = 0; r < 4; ++r) {
+struct AxpysQ4 : Axpys {
+  // A piece is a word of each group of a tile.
+  static void unpack(const uint8_t* row, int cols, int c, float* out) {
+    const int tile = c / TILE * TILE, r = (c - tile) / kPiece;
+    for (int part = 0; part < kParts; ++part) {
+      const Nibbles nibbles(cols, tile, part);
+      if (nibbles.lanes <= 0) break;
+      const Floats scale = nibbles.scale(row);
       const Ints word = nibbles.word(row, r);
-      float* to = out + 8 * r * TILE_GROUPS + part * kLanes;
 #pragma GCC unroll 8
       for (int k = 0; k < 8; ++k) {
         const Floats w =
             kNibblesRaw ? add(nibble_weight(word, k), broadcast(-8)) : nibble_weight(word, k);
-        store(to + k * TILE_GROUPS, multiply(w, scale));
+        store(out + k * TILE_GROUPS + part * kLanes, multiply(w, scale));
       }
     }
   }
-}
+  ALWAYS_INLINE static void fetch(const uint8_t* row, int cols, int c) {
+    prefetch(row + c / 2, kPiece / 2);
+    prefetch(row + cols / 2 + c / GROUP * 2, 1);
+  }
 
-struct AxpysQ4 : Axpys {
   template <int N>
   void run(int64_t i) const {
     const Group<N> group(rows, i);
@@ -592,11 +602,11 @@ void dots(const Rows* rows, const void* prepared, int64_t tokens, int cols, floa
   for (; t < tokens; ++t) for_rows<1>(kernel, rows->count, t);
 }
 
-template <typename Kernel, UnpackTile* unpack, int64_t (*floats)(int)>
+template <typename Kernel, int64_t (*floats)(int)>
 void axpys(const Rows* rows, const float* coefficients, int64_t stride, int64_t tokens, int cols,
            float* sums) {
   if (tokens >= kAxpyTokens) {
-    axpys_many<unpack>(*rows, coefficients, stride, tokens, cols, sums, floats(cols));
+    axpys_many<Kernel>(*rows, coefficients, stride, tokens, cols, sums, floats(cols));
     return;
   }
   for (int64_t t = 0; t < tokens; ++t) {
@@ -607,9 +617,9 @@ void axpys(const Rows* rows, const float* coefficients, int64_t stride, int64_t 
 
 constexpr Kernels kKernels[QUANTS] = {
     {dequantise_f16, prepared_bytes, prepare, dots<DotsF16, prepared_bytes>, sum_floats,
-     axpys<AxpysF16, unpack_f16, sum_floats>, add_sum},
+     axpys<AxpysF16, sum_floats>, add_sum},
     {dequantise_q8, prepared_bytes, prepare, dots<DotsQ8, prepared_bytes>, sum_floats,
-     axpys<AxpysQ8, unpack_q8, sum_floats>, add_sum},
+     axpys<AxpysQ8, sum_floats>, add_sum},
     {dequantise_q4, prepared_bytes_q4, prepare_q4, dots<DotsQ4, prepared_bytes_q4>, sum_floats_q4,
-     axpys<AxpysQ4, unpack_q4, sum_floats_q4>, add_sum_q4},
+     axpys<AxpysQ4, sum_floats_q4>, add_sum_q4},
 };

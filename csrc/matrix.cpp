@@ -37,18 +37,21 @@ float relu(float x) { return x < 0 ? 0 : x; }
 
 float silu(float x) { return x / (1 + std::exp(-x)); }
 
-float combine(Activation activation, float gate, float up) {
+// gate[i] becomes Combined.
+void combine(Activation activation, float* gate, const float* up, size_t count) {
+  const auto each = [&](auto formula) {
+    for (size_t i = 0; i < count; ++i) gate[i] = formula(gate[i], up[i]);
+  };
   switch (activation) {
     case Activation::kDrelu:
-      return relu(gate) * relu(up);
+      return each([](float g, float u) { return relu(g) * relu(u); });
     case Activation::kReglu:
-      return relu(gate) * up;
+      return each([](float g, float u) { return relu(g) * u; });
     case Activation::kRelu:
-      return relu(up);
+      return each([](float, float u) { return relu(u); });
     case Activation::kSwiglu:
-      return silu(gate) * up;
+      return each([](float g, float u) { return silu(g) * u; });
   }
-  return 0;
 }
 
 // One call of Neurons::forward.
@@ -119,21 +122,13 @@ class Share {
       counts_[3 * t] += lists_[t].size();
     }
     project(pass_.gated ? Pass::kGate : Pass::kUp, values_);
-    keep([&](int64_t t, float gate) {
-      counts_[3 * t + 1] += gate > 0;
-      return relu(gate) != 0;
-    });
+    keep(1, [](float gate) { return !(gate <= 0); });  // a NaN goes on, so that it shows
     if (pass_.gated) project(Pass::kUp, ups_);
     const std::vector<float>& ups = pass_.gated ? ups_ : values_;
     for (int64_t t = 0; t < pass_.tokens; ++t) {
-      for (size_t i = t * width_; i < t * width_ + lists_[t].size(); ++i) {
-        values_[i] = combine(pass_.ffn.activation, values_[i], ups[i]);
-      }
+      combine(pass_.ffn.activation, &values_[t * width_], &ups[t * width_], lists_[t].size());
     }
-    keep([&](int64_t t, float combined) {
-      counts_[3 * t + 2] += combined != 0;
-      return combined != 0;
-    });
+    keep(2, [](float combined) { return combined != 0; });
     for_lists(Pass::kDown, [&](const Rows& down, int64_t t, int64_t tokens) {
       pass_.kernels.axpys(&down, &values_[t * width_], width_, tokens, pass_.ffn.hidden,
                           sums_ + t * sum_floats_);
@@ -157,22 +152,28 @@ class Share {
     }
   }
 
-  // Leaves each token the neurons whose value it needs; in dense mode it asks and leaves all.
+  // Leaves each token the neurons whose value it needs; in dense mode it counts them and leaves
+  // all. Returns nothing of a branch on the values, which the processor could not foresee.
   template <typename Needed>
-  void keep(Needed needed) {
-    const bool all = pass_.mode == Mode::kDense;
+  void keep(int which, Needed needed) {
     for (int64_t t = 0; t < pass_.tokens; ++t) {
       std::vector<int32_t>& list = lists_[t];
       float* values = &values_[t * width_];
-      size_t kept = 0;
-      for (size_t i = 0; i < list.size(); ++i) {
-        if (!needed(t, values[i]) && !all) continue;
-        list[kept] = list[i];
-        values[kept++] = values[i];
+      int32_t kept = 0;
+      if (pass_.mode == Mode::kDense) {
+        for (size_t i = 0; i < list.size(); ++i) kept += needed(values[i]);
+      } else {
+        for (size_t i = 0; i < list.size(); ++i) {
+          const float value = values[i];
+          list[kept] = list[i];
+          values[kept] = value;
+          kept += needed(value);
+        }
+        list.resize(kept);
       }
-      list.resize(kept);
+      counts_[3 * t + which] += kept;
     }
-    together_ = together_ && all;
+    together_ = together_ && pass_.mode == Mode::kDense;
   }
 
   const Pass& pass_;
