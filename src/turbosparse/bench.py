@@ -35,6 +35,9 @@ from turbosparse.quant import row_bytes
 from turbosparse.synthetic import Wanted, make_synthetic
 
 
+READS = 4  # of the memory, before and after a decode: some 50 ms
+
+
 @dataclass(frozen=True)
 class Spread:
     """Median, least and greatest of some rounds."""
@@ -71,7 +74,7 @@ class Benchmark:
     bandwidth: Spread  # GB/s
     tokens_per_second: Spread  # of all sequences together
     ceiling: float  # tokens/s
-    share_of_ceiling: float
+    share_of_ceiling: Spread  # round by round: the bandwidth of shared machines wanders
     prefill_tokens_per_second: Spread | None
     peer: str | None
     peer_tokens_per_second: Spread | None
@@ -97,7 +100,7 @@ class Benchmark:
         table.add_row("read bandwidth, GB/s", str(self.bandwidth))
         table.add_row("ceiling, tokens/s", f"{self.ceiling:.2f}")
         table.add_row("decode, tokens/s", f"{self.tokens_per_second}")
-        table.add_row("share of the ceiling", f"{self.share_of_ceiling:.1%}")
+        table.add_row("share of the ceiling, round by round", str(self.share_of_ceiling))
         if self.prefill_tokens_per_second:
             table.add_row("prefill, tokens/s", str(self.prefill_tokens_per_second))
         if self.peer:
@@ -279,19 +282,23 @@ def _rounds(
         side.decode(2)
     ours.counts.clear()
     for _ in range(rounds):
-        bandwidths.append(max(_read_speed(memory, threads) for _ in range(4)))
-        for index, side in enumerate(sides):
-            decode[index].append(side.decode(tokens))
-            if prefill:
-                prefills[index].append(side.prefill(prefill))
+        around = [_read_speed(memory, threads)]
+        decode[0].append(ours.decode(tokens))
+        around.append(_read_speed(memory, threads))
+        bandwidths.append(statistics.fmean(around))
+        if other:
+            decode[1].append(other.decode(tokens))
+        for index, side in enumerate(sides if prefill else []):
+            prefills[index].append(side.prefill(prefill))
     return decode, prefills, bandwidths
 
 
 def _read_speed(memory: NDArray[np.uint64], threads: int) -> float:
-    """GB/s of reading an array once."""
+    """GB/s of reading an array a few times."""
     began = time.perf_counter()
-    _core.read_all(memory, threads)
-    return memory.nbytes / (time.perf_counter() - began) / 1e9
+    for _ in range(READS):
+        _core.read_all(memory, threads)
+    return READS * memory.nbytes / (time.perf_counter() - began) / 1e9
 
 
 def _card(
@@ -310,7 +317,12 @@ def _card(
     candidates, gate, active = (counts.mean((0, 1, 2)) / used).tolist()
     sizes = bytes_per_step(engine, counts, ours.prompt + len(ours.counts) / len(decode[0]) / 2)
     speed, bandwidth = Spread.of(decode[0]), Spread.of(bandwidths)
-    ceiling = batch * bandwidth.median * 1e9 / sum(sizes.values())
+    total = sum(sizes.values())
+    ceiling = batch * bandwidth.median * 1e9 / total
+    shares = [
+        rate * total / (batch * 1e9 * near)
+        for rate, near in zip(decode[0], bandwidths, strict=True)
+    ]
     ratios = [a / b for a, b in zip(*decode, strict=False)]
     return Benchmark(
         model=engine.packed.header.source,
@@ -329,7 +341,7 @@ def _card(
         bandwidth=bandwidth,
         tokens_per_second=speed,
         ceiling=ceiling,
-        share_of_ceiling=speed.median / ceiling,
+        share_of_ceiling=Spread.of(shares),
         prefill_tokens_per_second=Spread.of(prefills[0]) if prefills[0] else None,
         peer=peer,
         peer_tokens_per_second=Spread.of(decode[1]) if decode[1] else None,
