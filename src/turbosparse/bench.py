@@ -34,7 +34,6 @@ from turbosparse.hf import names
 from turbosparse.quant import row_bytes
 from turbosparse.synthetic import Wanted, make_synthetic
 
-
 READS = 4  # of the memory, before and after a decode: some 50 ms
 
 
