@@ -38,16 +38,23 @@ ALWAYS_INLINE void prefetch(const uint8_t* from, int bytes) {
   for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
 }
 
+// How many rows ahead to fetch: the next ones, or of short rows as many as make up for the memory's
+// latency.
+int64_t rows_ahead(int row_bytes) {
+  constexpr int kBytes = 8 << 10;
+  return kRows * (1 + kBytes / (kRows * row_bytes + 1));
+}
+
 // N rows: the ones at hand and those to fetch, which are the ones at hand at the end.
 template <int N>
 struct Group {
   const uint8_t* row[N];
   const uint8_t* next[N];
 
-  Group(const Rows& rows, int64_t i) {
+  Group(const Rows& rows, int64_t i, int64_t ahead) {
     for (int n = 0; n < N; ++n) {
       row[n] = row_at(rows, i + n);
-      next[n] = row_at(rows, i + N + n < rows.count ? i + N + n : i + n);
+      next[n] = row_at(rows, i + ahead + n < rows.count ? i + ahead + n : i + n);
     }
   }
 };
@@ -65,6 +72,7 @@ void for_rows(const Kernel& kernel, int64_t rows, Token... token) {
 // What the kernels on `rows` and several tokens have in common.
 struct Dots {
   const Rows& rows;
+  int64_t ahead;
   const void* prepared;
   int64_t prepared_stride;
   int cols;
@@ -88,6 +96,7 @@ struct Dots {
 // sum += coefficients · rows, for one token.
 struct Axpys {
   const Rows& rows;
+  int64_t ahead;
   const float* coefficients;
   int cols;
   float* sum;
@@ -186,9 +195,11 @@ void dequantise_f16(const uint8_t* row, float* out, int cols) {
 
 // Whole cache lines: x has zeros where the row has its padding.
 struct DotsF16 : Dots {
+  static constexpr int kBits = 16;
+
   template <int N, int T>
   void run(int64_t i, int64_t token) const {
-    const Group<N> group(rows, i);
+    const Group<N> group(rows, i, ahead);
     Floats sums[N][T];
     for (int n = 0; n < N; ++n) {
       for (int t = 0; t < T; ++t) sums[n][t] = zero();
@@ -212,6 +223,8 @@ struct DotsF16 : Dots {
 };
 
 struct AxpysF16 : Axpys {
+  static constexpr int kBits = 16;
+
   static void unpack(const uint8_t* row, int cols, int c, float* out) {
     for (int k = 0; k < smaller(round_up(cols - c, GROUP), kPiece); k += kLanes) {
       store(out + k, from_halves(row + 2 * (c + k)));
@@ -223,7 +236,7 @@ struct AxpysF16 : Axpys {
 
   template <int N>
   void run(int64_t i) const {
-    const Group<N> group(rows, i);
+    const Group<N> group(rows, i, ahead);
     Floats a[N];
     for (int n = 0; n < N; ++n) a[n] = broadcast(coefficients[i + n]);
     for (int c = 0; c < cols; c += GROUP) {
@@ -260,9 +273,11 @@ void dequantise_q8(const uint8_t* row, float* out, int cols) {
 }
 
 struct DotsQ8 : Dots {
+  static constexpr int kBits = 8;
+
   template <int N, int T>
   void run(int64_t i, int64_t token) const {
-    const Group<N> group(rows, i);
+    const Group<N> group(rows, i, ahead);
     alignas(64) float scales[N][TILE_GROUPS];
     Floats sums[N][T];
     for (int n = 0; n < N; ++n) {
@@ -297,6 +312,8 @@ struct DotsQ8 : Dots {
 };
 
 struct AxpysQ8 : Axpys {
+  static constexpr int kBits = 8;
+
   static void unpack(const uint8_t* row, int cols, int c, float* out) {
     alignas(64) float scales[TILE_GROUPS];
     load_scales(row + cols + c / GROUP * 2, smaller(cols - c, kPiece) / GROUP, scales);
@@ -311,7 +328,7 @@ struct AxpysQ8 : Axpys {
 
   template <int N>
   void run(int64_t i) const {
-    const Group<N> group(rows, i);
+    const Group<N> group(rows, i, ahead);
     alignas(64) float a[N][TILE_GROUPS];  // coefficient times scale
     for (int tile = 0; tile < cols; tile += TILE) {
       const int scales_at = cols + tile / GROUP * 2;
@@ -433,15 +450,19 @@ void prepare_q4(const float* x, int cols, void* prepared) {
 }
 
 struct DotsQ4 : Dots {
+  static constexpr int kBits = 4;
+
   template <int N, int T>
   void run(int64_t i, int64_t token) const {
-    const Group<N> group(rows, i);
+    const Group<N> group(rows, i, ahead);
     Floats totals[N][T];
     for (int n = 0; n < N; ++n) {
       for (int t = 0; t < T; ++t) totals[n][t] = zero();
     }
     for (int tile = 0; tile < cols; tile += TILE) {
-      for (int n = 0; n < N; ++n) fetch_tile(group.next[n], cols, tile);
+      for (int n = 0; n < N; ++n) {
+        prefetch(group.next[n] + cols / 2 + tile / GROUP * 2, 1);
+      }
       for (int part = 0; part < kParts; ++part) {
         const Nibbles nibbles(cols, tile, part);
         if (nibbles.lanes <= 0) break;
@@ -469,6 +490,7 @@ struct DotsQ4 : Dots {
       Ints w[N][2];
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
+        if (lane == 0) prefetch(group.next[n] + nibbles.words + 64 * r, 1);
         const Ints word = nibbles.word(group.row[n], r);
         w[n][0] = low_nibbles(word);
         w[n][1] = high_nibbles(word);
@@ -516,6 +538,8 @@ void add_sum_q4(const float* sum, int cols, float* out) {
 }
 
 struct AxpysQ4 : Axpys {
+  static constexpr int kBits = 4;
+
   // A piece is a word of each group of a tile.
   static void unpack(const uint8_t* row, int cols, int c, float* out) {
     const int tile = c / TILE * TILE, r = (c - tile) / kPiece;
@@ -539,7 +563,7 @@ struct AxpysQ4 : Axpys {
 
   template <int N>
   void run(int64_t i) const {
-    const Group<N> group(rows, i);
+    const Group<N> group(rows, i, ahead);
     for (int tile = 0; tile < cols; tile += TILE) {
       for (int n = 0; n < N; ++n) fetch_tile(group.next[n], cols, tile);
       for (int part = 0; part < kParts; ++part) {
@@ -596,7 +620,8 @@ void agreements(const Rows* rows, const uint64_t* bits, int words, int32_t* out)
 template <typename Kernel, int64_t (*bytes)(int)>
 void dots(const Rows* rows, const void* prepared, int64_t tokens, int cols, float* out,
           int64_t out_stride) {
-  const Kernel kernel{{*rows, prepared, bytes(cols), cols, out, out_stride}};
+  const int64_t ahead = rows_ahead(cols * Kernel::kBits / 8);
+  const Kernel kernel{{*rows, ahead, prepared, bytes(cols), cols, out, out_stride}};
   int64_t t = 0;
   for (; t + kDotTokens <= tokens; t += kDotTokens) for_rows<kDotTokens>(kernel, rows->count, t);
   for (; t < tokens; ++t) for_rows<1>(kernel, rows->count, t);
@@ -609,8 +634,9 @@ void axpys(const Rows* rows, const float* coefficients, int64_t stride, int64_t 
     axpys_many<Kernel>(*rows, coefficients, stride, tokens, cols, sums, floats(cols));
     return;
   }
+  const int64_t ahead = rows_ahead(cols * Kernel::kBits / 8);
   for (int64_t t = 0; t < tokens; ++t) {
-    for_rows(Kernel{{*rows, coefficients + t * stride, cols, sums + t * floats(cols)}},
+    for_rows(Kernel{{*rows, ahead, coefficients + t * stride, cols, sums + t * floats(cols)}},
              rows->count);
   }
 }

@@ -28,6 +28,9 @@ constexpr int64_t kDenseStep = 256;
 // on.
 constexpr int64_t kBytesPerThread = 64 << 10;
 
+// More shares than threads: a thread that the system held up for a while leaves some to the others.
+constexpr int kSharesPerThread = 4;
+
 int worthwhile_threads(int threads, int64_t bytes, int64_t tokens) {
   return static_cast<int>(std::min<int64_t>(threads, 1 + bytes * tokens / kBytesPerThread));
 }
@@ -221,9 +224,10 @@ void Matrix::matmul(const float* x, float* out, int64_t tokens, int threads) con
   threads = worthwhile_threads(threads, rows * stride, tokens);
   // Calls work(first row, rows) for the steps of each share.
   const auto for_rows = [&](int64_t step, auto work) {
-    parallel(threads, [&](int thread) {
-      const int64_t end = rows * (thread + 1) / threads;
-      for (int64_t r = rows * thread / threads; r < end; r += step) {
+    const int shares = threads * kSharesPerThread;
+    parallel(threads, shares, [&](int share) {
+      const int64_t end = rows * (share + 1) / shares;
+      for (int64_t r = rows * share / shares; r < end; r += step) {
         work(r, std::min(step, end - r));
       }
     });

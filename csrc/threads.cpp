@@ -29,9 +29,9 @@ void pause() {
 // computes.
 class Pool {
  public:
-  void run(int shares, detail::Job job, void* context) {
+  void run(int threads, int shares, detail::Job job, const void* context) {
     std::lock_guard<std::mutex> turn(turn_);
-    for (; workers_ < shares - 1; ++workers_) std::thread([this] { work(); }).detach();
+    for (; workers_ < threads - 1; ++workers_) std::thread([this] { work(); }).detach();
     job_ = job;
     context_ = context;
     unfinished_.store(shares, std::memory_order_relaxed);
@@ -94,7 +94,7 @@ class Pool {
   std::mutex turn_;  // callers take turns
   int workers_ = 0;
   detail::Job job_ = nullptr;
-  void* context_ = nullptr;
+  const void* context_ = nullptr;
   std::exception_ptr thrown_;  // the first one of the section
   // section number (32 bits), its shares (16), the next share to claim (16)
   std::atomic<uint64_t> state_{0};
@@ -106,8 +106,11 @@ class Pool {
 
 }  // namespace
 
-void detail::run(int threads, Job job, void* context) {
-  if (threads == 1) return job(context, 0);
+void detail::run(int threads, int shares, Job job, const void* context) {
+  if (threads == 1 || shares == 1) {
+    for (int share = 0; share < shares; ++share) job(context, share);
+    return;
+  }
   static Pool& pool = *new Pool;  // never destroyed: its threads end with the process
-  pool.run(threads, job, context);
+  pool.run(threads, shares, job, context);
 }

@@ -5,22 +5,29 @@
 #include <cstdint>
 
 namespace detail {
-using Job = void (*)(void* context, int thread);
-void run(int threads, Job job, void* context);
+using Job = void (*)(const void* context, int share);
+void run(int threads, int shares, Job job, const void* context);
 }  // namespace detail
 
-// Calls work(0) ... work(threads - 1), on up to that many threads at once, and returns when all are
-// done; then throws what a call threw first. Callers take turns: one section runs at a time in a
-// process.
+// Calls work(0) ... work(shares - 1) on up to `threads` threads at once, which claim one share
+// after the other, and returns when all are done; then throws what a call threw first. Callers take
+// turns: one section runs at a time in a process.
 template <typename Work>
-void parallel(int threads, Work&& work) {
-  detail::run(
-      threads, [](void* context, int thread) { (*static_cast<Work*>(context))(thread); }, &work);
+void parallel(int threads, int shares, const Work& work) {
+  const auto job = [](const void* context, int share) {
+    (*static_cast<const Work*>(context))(share);
+  };
+  detail::run(threads, shares, job, &work);
+}
+
+template <typename Work>
+void parallel(int threads, const Work& work) {
+  parallel(threads, threads, work);
 }
 
 // Calls work(i) for each i < count, on up to `threads` threads, each its run of them.
 template <typename Work>
-void parallel_for(int64_t threads, int64_t count, Work&& work) {
+void parallel_for(int64_t threads, int64_t count, const Work& work) {
   const int some = static_cast<int>(std::max<int64_t>(1, std::min(threads, count)));
   parallel(some, [&](int thread) {
     for (int64_t i = count * thread / some; i < count * (thread + 1) / some; ++i) work(i);
