@@ -59,14 +59,13 @@ struct Group {
   }
 };
 
-// Calls a kernel for some rows side by side until all had their turn; T, where it is given, for the
-// tokens that share what is unpacked.
-template <int... T, typename Kernel, typename... Token>
-void for_rows(const Kernel& kernel, int64_t rows, Token... token) {
+// Calls a kernel for some rows side by side until all had their turn.
+template <typename Kernel>
+void for_rows(const Kernel& kernel, int64_t rows) {
   int64_t i = 0;
-  for (; i + kRows <= rows; i += kRows) kernel.template run<kRows, T...>(i, token...);
-  for (; i + 2 <= rows; i += 2) kernel.template run<2, T...>(i, token...);
-  for (; i < rows; ++i) kernel.template run<1, T...>(i, token...);
+  for (; i + kRows <= rows; i += kRows) kernel.template run<kRows>(i);
+  for (; i + 2 <= rows; i += 2) kernel.template run<2>(i);
+  for (; i < rows; ++i) kernel.template run<1>(i);
 }
 
 // What the kernels on `rows` and several tokens have in common.
@@ -90,6 +89,20 @@ struct Dots {
     for (int t = 0; t < T; ++t) {
       for (int n = 0; n < N; ++n) out[(token + t) * out_stride + i + n] = sum_of(sums[n][t]);
     }
+  }
+};
+
+// Some rows and all tokens.
+template <typename Kernel>
+struct MeetTokens {
+  const Kernel& kernel;
+  int64_t tokens;
+
+  template <int N>
+  void run(int64_t i) const {
+    int64_t t = 0;
+    for (; t + kDotTokens <= tokens; t += kDotTokens) kernel.template run<N, kDotTokens>(i, t);
+    for (; t < tokens; ++t) kernel.template run<N, 1>(i, t);
   }
 };
 
@@ -616,15 +629,20 @@ void agreements(const Rows* rows, const uint64_t* bits, int words, int32_t* out)
 
 // -- the tables ----------------------------------------------------------------------------------
 
-// The tokens at hand go through all rows: they stay in the nearest cache.
+// All tokens of a step meet some rows, then the next ones: while they compute, those come from
+// memory. The tokens of a prompt go through all rows, a few at a time that the nearest cache holds.
 template <typename Kernel, int64_t (*bytes)(int)>
 void dots(const Rows* rows, const void* prepared, int64_t tokens, int cols, float* out,
           int64_t out_stride) {
+  constexpr int64_t kStep = 16;
   const int64_t ahead = rows_ahead(cols * Kernel::kBits / 8);
-  const Kernel kernel{{*rows, ahead, prepared, bytes(cols), cols, out, out_stride}};
-  int64_t t = 0;
-  for (; t + kDotTokens <= tokens; t += kDotTokens) for_rows<kDotTokens>(kernel, rows->count, t);
-  for (; t < tokens; ++t) for_rows<1>(kernel, rows->count, t);
+  const int64_t together = tokens <= kStep ? tokens : kDotTokens;
+  for (int64_t t = 0; t < tokens; t += together) {
+    const int64_t some = tokens - t < together ? tokens - t : together;
+    const char* x = static_cast<const char*>(prepared) + t * bytes(cols);
+    const Kernel kernel{{*rows, ahead, x, bytes(cols), cols, out + t * out_stride, out_stride}};
+    for_rows(MeetTokens<Kernel>{kernel, some}, rows->count);
+  }
 }
 
 template <typename Kernel, int64_t (*floats)(int)>
