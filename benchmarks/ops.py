@@ -29,7 +29,7 @@ from base import compare
 from turbosparse import _core
 from turbosparse.engine import threads_to_use
 from turbosparse.ops import road
-from turbosparse.quant import QUANTS, quantise, row_bytes
+from turbosparse.quant import QUANTS, ffn_rows, quantise, row_bytes
 
 RELATIVE_RMS = 1e-4  # of a kernel against the reference, before it is timed
 
@@ -49,14 +49,14 @@ def bandwidth(threads: int, size: int = 1 << 29) -> float:
 def make_ffn(
     hidden: int, neurons: int, quant: str, sparsity: float
 ) -> tuple[np.ndarray, torch.Tensor]:
-    """Records, and an input ``[1, hidden]`` at which about `sparsity` of the neurons is zero."""
+    """Rows, and an input ``[1, hidden]`` at which about `sparsity` of the neurons is zero."""
     positive = (1 - sparsity) ** 0.5  # gate and up are independent
     lean = float(torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - positive)))
     rows = torch.randn(3, neurons, hidden) / hidden**0.5
     x = torch.randn(1, hidden)
     x[0, 0] = 1.0
     rows[:2, :, 0] = -lean
-    return torch.cat([quantise(part, quant) for part in rows], 1).numpy(), x
+    return ffn_rows(*(quantise(part, quant) for part in rows)).numpy(), x
 
 
 def flags_for_both(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
@@ -92,21 +92,21 @@ def main() -> None:
     torch.set_num_threads(threads)
     torch.manual_seed(0)
 
-    records, x = make_ffn(args.hidden, args.neurons, args.quant, args.sparsity)
+    stored, x = make_ffn(args.hidden, args.neurons, args.quant, args.sparsity)
     truth, counts = (
         road("torch")
-        .Neurons(records, args.hidden, args.quant, "drelu", 1)
+        .Neurons(stored, args.hidden, args.quant, "drelu", 1)
         .forward(x, x, mode="dense")
     )
     _, gate, active = counts[0].tolist()
     stride = row_bytes(args.quant, args.hidden)
-    moved = {"dense": records.size, "exact": stride * (args.neurons + gate + active)}
+    moved = {"dense": stored.size, "exact": stride * (args.neurons + gate + active)}
 
     x = x.repeat(args.tokens, 1)
     truth = truth.repeat(args.tokens, 1)
     layers: dict[str, tuple[list[Any], list[Any]]] = {}
     for name in {"torch" if isa == "torch" else "cpu" for isa in args.isa.split(",")}:
-        copies = [records.copy() for _ in range(args.copies)]
+        copies = [stored.copy() for _ in range(args.copies)]
         layers[name] = (
             [road(name).Neurons(c, args.hidden, args.quant, "drelu", threads) for c in copies],
             [
@@ -131,7 +131,7 @@ def main() -> None:
             )
             sizes[key] = moved[mode] * args.copies
         runs[f"{isa} matmul"] = isa, lambda matrices=matrices: [m.matmul(x) for m in matrices]
-        sizes[f"{isa} matmul"] = records.size * args.copies
+        sizes[f"{isa} matmul"] = stored.size * args.copies
     seconds: dict[str, list[float]] = {key: [] for key in runs}
     for _ in range(args.rounds):
         for key, (isa, run) in runs.items():

@@ -17,19 +17,18 @@ using Counts = Array<int32_t, 2>;
 
 constexpr int kMaxThreads = 1024;
 
-// `parts` rows of `cols` weights lie side by side in each row of `data`.
-void check_rows(const Bytes& data, const char* what, int cols, Quant quant, int parts) {
+void check_rows(const Bytes& data, const char* what, int cols, Quant quant) {
   const std::string given = std::string(what) + " is " + std::to_string(cols) + ", expected ";
   if (cols < 1) fail(given + "at least 1");
   if (quant != QUANT_F16 && cols % GROUP != 0) {
     fail(given + "a multiple of " + std::to_string(GROUP) + " for " + kQuants[quant]);
   }
-  check_shape("data", data, data.shape(0), parts * row_stride(quant, cols));
+  check_shape("data", data, data.shape(0), row_stride(quant, cols));
 }
 
 void init_matrix(OwningMatrix* self, Bytes data, int cols, const char* quant_name) {
   const Quant quant = parse<Quant>("quant", quant_name, kQuants);
-  check_rows(data, "cols", cols, quant, 1);
+  check_rows(data, "cols", cols, quant);
   const int64_t rows = data.shape(0);
   new (self) OwningMatrix{{data.data(), rows, cols, quant}, data};
 }
@@ -58,8 +57,11 @@ void init_neurons(OwningNeurons* self, Bytes data, int hidden, const char* quant
                   const char* activation_name, const Predictor* predictor) {
   const Quant quant = parse<Quant>("quant", quant_name, kQuants);
   const auto activation = parse<Activation>("activation", activation_name, kActivations);
-  check_rows(data, "hidden", hidden, quant, 3);
-  const int64_t neurons = data.shape(0);
+  check_rows(data, "hidden", hidden, quant);
+  if (data.shape(0) % 3) {
+    fail("data has " + std::to_string(data.shape(0)) + " rows, expected three for each neuron");
+  }
+  const int64_t neurons = data.shape(0) / 3;
   if (predictor && (predictor->neurons != neurons || predictor->hidden != hidden)) {
     fail("the predictor is of " + std::to_string(predictor->neurons) + " neurons and hidden " +
          std::to_string(predictor->hidden) + ", expected " + std::to_string(neurons) + " and " +
@@ -112,7 +114,8 @@ NB_MODULE(_core, m) {
       .def("row", &row, "index"_a, "out"_a.noconvert(), "out[cols] = W[index]");
 
   bind_predictors(m);
-  nb::class_<OwningNeurons>(m, "Neurons", "An FFN, one record (gate | up | down) per neuron.")
+  nb::class_<OwningNeurons>(m, "Neurons",
+                            "An FFN: the gate rows, then up row and down column of each neuron.")
       .def("__init__", &init_neurons, "data"_a.noconvert(), "hidden"_a, "quant"_a, "activation"_a,
            "predictor"_a.none() = nb::none())
       .def("forward", &forward, "x"_a.noconvert(), "residual"_a.noconvert(), "out"_a.noconvert(),

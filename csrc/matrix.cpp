@@ -71,7 +71,8 @@ struct Pass {
   enum Part { kGate, kUp, kDown };
 
   Rows rows(Part part, const int32_t* indices, int64_t count) const {
-    return {ffn.data + part * stride, 3 * stride, indices, count};
+    if (part == kGate) return {ffn.data, stride, indices, count};
+    return {ffn.data + (ffn.neurons + (part == kDown)) * stride, 2 * stride, indices, count};
   }
 
   // The neurons of a share: each of its chunks follows those of the other shares.

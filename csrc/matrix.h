@@ -42,7 +42,7 @@ enum class Mode { kDense, kExact, kPredicted };
 class Predictor;
 
 struct Neurons {
-  const uint8_t* data;  // [neurons, 3 * row_stride]: gate row | up row | down column
+  const uint8_t* data;  // [3 * neurons, row_stride]: gate rows, then up row, down column of each
   int64_t neurons;
   int hidden;
   Quant quant;

@@ -116,17 +116,17 @@ def test_bytes_of_predicted_mode(tmp_path: Path, predictor: str) -> None:
     engine = Engine(tmp_path / "model", mode="predicted")
     _, counts = engine.decoder([7], engine.new_cache(), mode="predicted")
     sizes = bytes_per_step(engine, counts[None].double(), positions=10)
-    record = 256 + 2 * 8 + 48  # int8 weights, scales, padding to 64
+    row = 256 + 2 * 8 + 48  # int8 weights, scales, padding to 64
     candidates, gate, active = counts[:, 0].double().sum(0).tolist()
-    assert sizes["gates"] == pytest.approx(record * candidates)
-    assert sizes["ups"] == pytest.approx(record * gate)
-    assert sizes["downs"] == pytest.approx(record * active)
+    assert sizes["gates"] == pytest.approx(row * candidates)
+    assert sizes["ups"] == pytest.approx(row * gate)
+    assert sizes["downs"] == pytest.approx(row * active)
     layers, used, neurons = 2, 2, 512
     if predictor == "sign":
         share = candidates / (layers * used * neurons)
         expected = 64 * neurons * (1 + share**0.5)  # 256 bits in 64 bytes: gate, part of up
     else:
-        expected = 64 * record + neurons * 128  # fc1; fc2 of 64 int8 and 2 scales, padded
+        expected = 64 * row + neurons * 128  # fc1; fc2 of 64 int8 and 2 scales, padded
     assert sizes["predictors"] == pytest.approx(layers * used * expected)
 
 

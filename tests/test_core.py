@@ -50,6 +50,11 @@ def decode(codes, scales):
     return np.repeat(scales.astype(np.float32), 32, axis=1)[:, : codes.shape[1]] * codes
 
 
+def ffn_rows(gate, up, down):
+    """Gate rows, then the up row and the down column of each neuron."""
+    return np.concatenate([gate, np.stack([up, down], 1).reshape(-1, up.shape[1])])
+
+
 def random_rows(rng, rows, cols, sign=None):
     """Codes that fit all formats, and powers of two as scales; `sign` [rows] makes them ±1..7."""
     codes = rng.integers(-8, 8, (rows, cols))
@@ -88,13 +93,13 @@ def forward(neurons, x, mode, threads=1):
 
 
 def random_ffn(rng, quant, neurons, hidden, active=None):
-    """Records [neurons, 3 * stride] and the weights (gate, up, down).
+    """Rows [3 * neurons, stride] and the weights (gate, up, down).
 
     With `active` [neurons] a positive x has positive gates and ups for those neurons only.
     """
     sign = None if active is None else np.where(active, 1, -1)
     parts = [random_rows(rng, neurons, hidden, s) for s in (sign, sign, None)]
-    return np.concatenate([encode(quant, *p) for p in parts], 1), [decode(*p) for p in parts]
+    return ffn_rows(*(encode(quant, *p) for p in parts)), [decode(*p) for p in parts]
 
 
 def reference_ffn(activation, gate_weights, up_weights, down_weights, x):
@@ -120,8 +125,8 @@ def integer_x(rng, tokens, hidden, low):
     return rng.integers(low, 4, (tokens, hidden)).astype(np.float32)
 
 
-def check_ffn(activation, quant, records, weights, x, threads=1):
-    neurons = _core.Neurons(records, x.shape[1], quant, activation)
+def check_ffn(activation, quant, stored, weights, x, threads=1):
+    neurons = _core.Neurons(stored, x.shape[1], quant, activation)
     expected, expected_counts = reference_ffn(activation, *weights, x)
     for mode in ("dense", "exact") if activation != "swiglu" else ("dense",):
         out, counts = forward(neurons, x, mode, threads)
@@ -207,11 +212,11 @@ def test_no_rows_and_no_tokens():
 def test_forward(quant, hidden, activation):
     rng = np.random.default_rng(hidden)
     for neurons in (1, 7, 63, 1023):
-        records, weights = random_ffn(rng, quant, neurons, hidden)
+        stored, weights = random_ffn(rng, quant, neurons, hidden)
         for tokens in (1, 3):
             x = integer_x(rng, tokens, hidden, low=-3)
             for threads in (1, 2, 5):
-                check_ffn(activation, quant, records, weights, x, threads)
+                check_ffn(activation, quant, stored, weights, x, threads)
 
 
 @pytest.mark.parametrize("tokens", [1, 3])
@@ -221,10 +226,10 @@ def test_forward(quant, hidden, activation):
 def test_sparsity(quant, activation, active_share, tokens):
     rng = np.random.default_rng(0)
     active = np.arange(1023) == 777 if active_share == "one" else rng.random(1023) < active_share
-    records, weights = random_ffn(rng, quant, 1023, 96, active)
+    stored, weights = random_ffn(rng, quant, 1023, 96, active)
     x = integer_x(rng, tokens, 96, low=1)
     for threads in (1, 2, 5):
-        counts = check_ffn(activation, quant, records, weights, x, threads)
+        counts = check_ffn(activation, quant, stored, weights, x, threads)
         assert (counts[:, 1:] == active.sum()).all()
 
 
@@ -232,9 +237,9 @@ def test_sparsity(quant, activation, active_share, tokens):
 def test_tokens_with_different_active_neurons(activation):
     """A neuron that one token needs adds nothing to the others."""
     rng = np.random.default_rng(0)
-    records, weights = random_ffn(rng, "q4", 63, 96, rng.random(63) < 0.1)
+    stored, weights = random_ffn(rng, "q4", 63, 96, rng.random(63) < 0.1)
     x = integer_x(rng, 3, 96, low=1) * np.float32([[1], [-1], [0]])
-    counts = check_ffn(activation, "q4", records, weights, x)
+    counts = check_ffn(activation, "q4", stored, weights, x)
     assert counts[0, 1] + counts[1, 1] == 63
     assert counts[2].tolist() == [63, 0, 0]
 
@@ -244,7 +249,7 @@ def test_exact_mode_reads_no_up_row_behind_a_closed_gate(activation):
     """relu(-inf) * inf is NaN where the up row is read, and 0 where it is not."""
     closed, opened = np.full((1, 32), -1.0), np.full((1, 32), 1.0)
     scales = np.ones((1, 1), np.float16)
-    record = np.concatenate([encode("f16", w, scales) for w in (closed, opened, opened)], 1)
+    record = ffn_rows(*(encode("f16", w, scales) for w in (closed, opened, opened)))
     neurons = _core.Neurons(record, 32, "f16", activation)
     x = np.full((1, 32), np.inf, np.float32)
     assert np.isnan(forward(neurons, x, "dense")[0]).all()
@@ -254,8 +259,8 @@ def test_exact_mode_reads_no_up_row_behind_a_closed_gate(activation):
 @pytest.mark.parametrize("threads", [1, 2, 5])
 def test_same_threads_same_bits(threads):
     rng = np.random.default_rng(0)
-    records, _ = random_ffn(rng, "q8", 1023, 96)
-    neurons = _core.Neurons(records, 96, "q8", "drelu")
+    stored, _ = random_ffn(rng, "q8", 1023, 96)
+    neurons = _core.Neurons(stored, 96, "q8", "drelu")
     x = rng.standard_normal((3, 96), np.float32)
     first, _ = forward(neurons, x, "exact", threads=threads)
     for _ in range(5):
@@ -266,9 +271,9 @@ def test_same_threads_same_bits(threads):
 @pytest.mark.parametrize("mode", ["dense", "exact"])
 @pytest.mark.parametrize("activation", ["drelu", "reglu", "relu"])
 def test_nan_is_not_hidden(activation, mode):
-    records, _ = random_ffn(np.random.default_rng(0), "q4", 7, 32)
+    stored, _ = random_ffn(np.random.default_rng(0), "q4", 7, 32)
     out, _ = forward(
-        _core.Neurons(records, 32, "q4", activation), np.full((1, 32), np.nan, np.float32), mode
+        _core.Neurons(stored, 32, "q4", activation), np.full((1, 32), np.nan, np.float32), mode
     )
     assert np.isnan(out).all()
 
@@ -286,7 +291,7 @@ def matrix_and_arrays():
 
 def neurons_and_arrays(activation="drelu"):
     return (
-        _core.Neurons(np.zeros((7, 192), np.uint8), 32, "q4", activation),
+        _core.Neurons(np.zeros((21, 64), np.uint8), 32, "q4", activation),
         np.zeros((3, 32), np.float32),
         np.zeros((3, 32), np.float32),
         np.zeros((3, 3), np.int32),
@@ -321,11 +326,12 @@ def test_matrix_refuses(data, cols, quant, error, message):
 @pytest.mark.parametrize(
     ("data", "hidden", "quant", "activation", "error", "message"),
     [
-        (np.zeros((7, 64), np.uint8), 32, "q4", "drelu", ValueError, r"expected \(7, 192\)"),
-        (np.zeros((7, 192), np.uint8), 48, "q8", "drelu", ValueError, "hidden is 48"),
-        (np.zeros((7, 192), np.uint8), 32, "Q4", "drelu", ValueError, "quant is 'Q4'"),
-        (np.zeros((7, 192), np.uint8), 32, "q4", "gelu", ValueError, "activation is 'gelu'"),
-        (np.zeros((7, 192), np.float32), 32, "q4", "drelu", TypeError, "incompatible"),
+        (np.zeros((9, 128), np.uint8), 32, "q4", "drelu", ValueError, r"expected \(9, 64\)"),
+        (np.zeros((7, 64), np.uint8), 32, "q4", "drelu", ValueError, "7 rows, expected three for"),
+        (np.zeros((21, 64), np.uint8), 48, "q8", "drelu", ValueError, "hidden is 48"),
+        (np.zeros((21, 64), np.uint8), 32, "Q4", "drelu", ValueError, "quant is 'Q4'"),
+        (np.zeros((21, 64), np.uint8), 32, "q4", "gelu", ValueError, "activation is 'gelu'"),
+        (np.zeros((21, 64), np.float32), 32, "q4", "drelu", TypeError, "incompatible"),
     ],
 )
 def test_neurons_refuses(data, hidden, quant, activation, error, message):
@@ -415,9 +421,9 @@ def test_the_array_lives_as_long_as_the_matrix():
 
 
 def test_a_read_only_memmap_will_do(tmp_path):
-    records, weights = random_ffn(np.random.default_rng(0), "q4", 63, 96)
-    records.tofile(tmp_path / "records")
-    mapped = np.memmap(tmp_path / "records", np.uint8, mode="r").reshape(records.shape)
+    stored, weights = random_ffn(np.random.default_rng(0), "q4", 63, 96)
+    stored.tofile(tmp_path / "stored")
+    mapped = np.memmap(tmp_path / "stored", np.uint8, mode="r").reshape(stored.shape)
     neurons = _core.Neurons(mapped, 96, "q4", "drelu")
     del mapped
     gc.collect()

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from turbosparse import _core
-from turbosparse.quant import dequantise, quantise
+from turbosparse.quant import dequantise, ffn_rows, quantise
 
 SUM = {"f16": 2e-5, "q8": 2e-5, "q4": 1e-4}  # relative RMS; q4 rounds x to 15 bits
 LONG_SUM = {"f16": 1e-6, "q8": 1e-6, "q4": 1e-4}  # of 4096 random terms with outliers
@@ -53,7 +53,7 @@ def forward(neurons, x, mode, threads=2):
 
 
 def drelu_ffn(neurons, hidden, quant, active):
-    """Records, and the function they compute; a positive x has the `active` neurons active."""
+    """Rows, and the function they compute; a positive x has the `active` neurons active."""
     sign = np.where(active, 1, -1)[:, None]
     parts = [packed(neurons, hidden, quant, seed) for seed in range(3)]
     gate, up = (
@@ -67,7 +67,7 @@ def drelu_ffn(neurons, hidden, quant, active):
         combined = np.maximum(x @ weights[0].T, 0) * np.maximum(x @ weights[1].T, 0)
         return combined @ weights[2]
 
-    return np.concatenate(data, 1), truth
+    return ffn_rows(*map(torch.from_numpy, data)).numpy(), truth
 
 
 def relative_rms(value, truth):
@@ -117,8 +117,8 @@ def test_ffn(quant, cols, share):
         active = (
             np.arange(neurons) == neurons // 2 if share == "one" else rng.random(neurons) < share
         )
-        records, truth = drelu_ffn(neurons, cols, quant, active)
-        ffn = _core.Neurons(records, cols, quant, "drelu")
+        stored, truth = drelu_ffn(neurons, cols, quant, active)
+        ffn = _core.Neurons(stored, cols, quant, "drelu")
         for tokens in TOKENS:
             x = np.abs(inputs(tokens, cols)) + np.float32(0.1)
             for mode in ("dense", "exact"):
@@ -131,9 +131,9 @@ def test_ffn(quant, cols, share):
 @pytest.mark.parametrize("tokens", [3, 40])
 @pytest.mark.parametrize("quant", QUANTS)
 def test_a_token_does_not_depend_on_the_others_need(quant, tokens):
-    records, truth = drelu_ffn(63, 96, quant, np.arange(63) % 5 == 0)
+    stored, truth = drelu_ffn(63, 96, quant, np.arange(63) % 5 == 0)
     x = np.abs(inputs(tokens, 96)) * np.resize(np.float32([1, -1, 0]), tokens)[:, None]
-    out, counts = forward(_core.Neurons(records, 96, quant, "drelu"), x, "exact")
+    out, counts = forward(_core.Neurons(stored, 96, quant, "drelu"), x, "exact")
     assert relative_rms(out, truth(x)) <= SUM[quant]
     assert counts[:3].tolist() == [[63, 13, 13], [63, 50, 50], [63, 0, 0]]
 

@@ -9,7 +9,7 @@ from torch.nn.functional import relu, silu
 
 from turbosparse import ops
 from turbosparse.folders import TurboSparseError
-from turbosparse.quant import QUANTS, dequantise, quantise
+from turbosparse.quant import QUANTS, dequantise, ffn_rows, quantise
 
 SAME_SUM = 2e-5  # relative RMS of float32 sums against float64, where terms may cancel
 
@@ -24,7 +24,7 @@ FORMULAS = {
 def make_ffn(
     neurons: int, hidden: int, quant: str, lean: float
 ) -> tuple[np.ndarray, list[torch.Tensor]]:
-    """Records of random weights and the matrices they stand for; `lean` shifts the gates.
+    """Rows of random weights and the matrices they stand for; `lean` shifts the gates.
 
     Gates and ups lean against feature 0, which inputs set to 1: −∞ makes every neuron inactive.
     """
@@ -32,7 +32,7 @@ def make_ffn(
     parts = list(torch.randn(3, neurons, hidden, generator=generator) / hidden**0.5)
     parts[0][:, 0], parts[1][:, 0] = lean, lean
     packed = [quantise(part, quant) for part in parts]
-    return torch.cat(packed, 1).numpy(), [dequantise(p, quant, hidden) for p in packed]
+    return ffn_rows(*packed).numpy(), [dequantise(p, quant, hidden) for p in packed]
 
 
 def inputs(tokens: int, hidden: int) -> torch.Tensor:
@@ -55,13 +55,13 @@ def relative_rms(value: torch.Tensor, truth: torch.Tensor) -> float:
 def test_ffn_is_the_formula(
     road: str, quant: str, neurons: int, hidden: int, tokens: int, lean: float
 ) -> None:
-    records, (gate, up, down) = make_ffn(neurons, hidden, quant, lean)
+    stored, (gate, up, down) = make_ffn(neurons, hidden, quant, lean)
     x = inputs(tokens, hidden)
     for activation, formula in FORMULAS.items():
         g, u = (x.double() @ gate.double().T), (x.double() @ up.double().T)
         combined = formula(g, u)
         truth = (combined @ down.double()).float()
-        ffn = ops.road(road).Neurons(records, hidden, quant, activation, 2)
+        ffn = ops.road(road).Neurons(stored, hidden, quant, activation, 2)
         first = combined if activation == "relu" else g
         expected = [torch.full((tokens,), neurons), (first > 0).sum(1), (combined != 0).sum(1)]
         for mode in ("dense", "exact") if activation != "swiglu" else ("dense",):
@@ -79,9 +79,9 @@ def test_a_single_active_neuron(road: str) -> None:
         torch.rand(neurons, hidden),
     )
     gate[41] = 1.0
-    records = torch.cat([quantise(part, "f16") for part in (gate, up, down)], 1).numpy()
+    stored = ffn_rows(*(quantise(part, "f16") for part in (gate, up, down))).numpy()
     x = torch.rand(1, hidden)
-    ffn = ops.road(road).Neurons(records, hidden, "f16", "drelu", 2)
+    ffn = ops.road(road).Neurons(stored, hidden, "f16", "drelu", 2)
     y, counts = ffn.forward(x, x, mode="exact")
     assert counts.tolist() == [[neurons, 1, 1]]
     assert relative_rms(y, x.sum() ** 2 * down[41].half().float()[None]) < SAME_SUM
@@ -89,8 +89,8 @@ def test_a_single_active_neuron(road: str) -> None:
 
 @pytest.mark.parametrize("road", ops.ROADS)
 def test_swiglu_refuses_exact_mode(road: str) -> None:
-    records, _ = make_ffn(7, 32, "q8", 0.0)
-    ffn = ops.road(road).Neurons(records, 32, "q8", "swiglu", 1)
+    stored, _ = make_ffn(7, 32, "q8", 0.0)
+    ffn = ops.road(road).Neurons(stored, 32, "q8", "swiglu", 1)
     with pytest.raises(ValueError, match="dense mode"):
         ffn.forward(inputs(1, 32), inputs(1, 32), mode="exact")
 

@@ -22,7 +22,7 @@ from turbosparse.format import Packed
 from turbosparse.hf.load import load_config
 from turbosparse.inspect import inspect, validate
 from turbosparse.pack import pack
-from turbosparse.quant import dequantise, negative
+from turbosparse.quant import dequantise, negative, split_ffn
 from turbosparse.unpack import state_dict
 
 Make = Callable[..., Path]
@@ -130,9 +130,9 @@ def test_signs_are_those_of_the_packed_rows(sparse: Make, statistics: Make, tmp_
     done = pack(str(sparse("mixtral")), out, stats=statistics("mixtral"), predictor="sign")
     assert done.predictor == "sign predictor, threshold 0"
     packed, prefix = Packed(out), "model.layers.1.experts.3."
-    records = torch.tensor(packed.tensors[f"{prefix}ffn"])
+    stored = torch.tensor(packed.tensors[f"{prefix}ffn"])
     bits = torch.tensor(packed.tensors[f"{prefix}predictor.signs"])
-    for rows, half in zip(records.chunk(3, 1)[:2], bits.chunk(2, 1), strict=True):
+    for rows, half in zip(split_ffn(stored)[:2], bits.chunk(2, 1), strict=True):
         assert torch.equal(negative(half, 64), dequantise(rows, "q4", 64) < 0)
 
 

@@ -12,7 +12,15 @@ import torch
 from turbosparse import _core, ops
 from turbosparse.format import PackedPredictor, Predictor
 from turbosparse.ops.reference import low_rank_candidates, sign_candidates, sparse_ffn
-from turbosparse.quant import QUANTS, dequantise, negative, quantise, sign_bits
+from turbosparse.quant import (
+    QUANTS,
+    dequantise,
+    ffn_rows,
+    negative,
+    quantise,
+    sign_bits,
+    split_ffn,
+)
 
 SAME_SUM = 5e-5  # relative RMS; the core rounds the features of a q4 predictor to 15 bits
 ACTIVATIONS = ("drelu", "reglu", "relu")
@@ -31,9 +39,9 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def records(quant: str, neurons: int = NEURONS, hidden: int = HIDDEN) -> np.ndarray:
+def stored(quant: str, neurons: int = NEURONS, hidden: int = HIDDEN) -> np.ndarray:
     parts = random(3, neurons, hidden) / hidden**0.5
-    return torch.cat([quantise(part, quant) for part in parts], 1).numpy()
+    return ffn_rows(*(quantise(part, quant) for part in parts)).numpy()
 
 
 def low_rank(quant: str, rank: int, threshold: float, **settings: Any) -> PackedPredictor:
@@ -51,11 +59,12 @@ def low_rank(quant: str, rank: int, threshold: float, **settings: Any) -> Packed
 
 
 def sign(data: np.ndarray, quant: str, threshold: float, hidden: int = HIDDEN) -> PackedPredictor:
-    """That of records, as `pack` makes it."""
+    """That of stored, as `pack` makes it."""
     from turbosparse.pack import signs
 
     about = Predictor(kind="sign", input="post_norm", threshold=threshold)
-    return PackedPredictor(about, {"signs": signs(torch.from_numpy(data), quant, hidden)})
+    gate, up, _ = split_ffn(torch.from_numpy(data))
+    return PackedPredictor(about, {"signs": signs(gate, up, quant, hidden)})
 
 
 def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,7 +84,7 @@ def forward(
     threads: int = 2,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x, residual = inputs(tokens)
-    ffn = ops.road(road).Neurons(records(quant), HIDDEN, quant, activation, threads, predictor)
+    ffn = ops.road(road).Neurons(stored(quant), HIDDEN, quant, activation, threads, predictor)
     y, counts = ffn.forward(x, residual, mode=mode)
     return y, counts
 
@@ -104,7 +113,7 @@ def relative_rms(value: torch.Tensor, truth: torch.Tensor) -> float:
 def test_a_predictor_that_lets_all_through_equals_exact_mode(
     road: str, activation: str, kind: str
 ) -> None:
-    predictor = low_rank("q8", 32, -1e30) if kind == "low_rank" else sign(records("q8"), "q8", -1.0)
+    predictor = low_rank("q8", 32, -1e30) if kind == "low_rank" else sign(stored("q8"), "q8", -1.0)
     y, counts = forward(road, predictor, 3, activation=activation)
     exact, expected = forward(road, None, 3, activation=activation, mode="exact")
     assert torch.equal(y, exact)
@@ -118,7 +127,7 @@ def test_a_predictor_that_lets_all_through_equals_exact_mode(
 def test_a_predictor_that_lets_none_through_gives_zeros(
     road: str, activation: str, kind: str
 ) -> None:
-    predictor = low_rank("q8", 32, 1e30) if kind == "low_rank" else sign(records("q8"), "q8", 1.01)
+    predictor = low_rank("q8", 32, 1e30) if kind == "low_rank" else sign(stored("q8"), "q8", 1.01)
     y, counts = forward(road, predictor, 3, activation=activation)
     assert torch.equal(y, torch.zeros(3, HIDDEN))
     assert torch.equal(counts, torch.zeros(3, 3, dtype=torch.int32))
@@ -210,7 +219,7 @@ def test_the_two_inputs_pick_different_neurons() -> None:
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.usefixtures("isa")
 def test_signs_on_the_core_are_the_reference(quant: str, tokens: int) -> None:
-    predictor = sign(records(quant), quant, 0.05)
+    predictor = sign(stored(quant), quant, 0.05)
     for activation in ACTIVATIONS:
         same = {"quant": quant, "activation": activation}
         truth, expected = forward("torch", predictor, tokens, **same)
@@ -223,7 +232,7 @@ def test_signs_on_the_core_are_the_reference(quant: str, tokens: int) -> None:
 
 @pytest.mark.parametrize("hidden", [1, 7, 63, 172, 512, 1056])
 def test_signs_of_any_width(hidden: int) -> None:
-    data = records("f16", 37, hidden)
+    data = stored("f16", 37, hidden)
     predictor = sign(data, "f16", 0.0, hidden)
     x = random(5, hidden)
     counts = [
@@ -233,14 +242,14 @@ def test_signs_of_any_width(hidden: int) -> None:
         for road in ops.ROADS
     ]
     assert torch.equal(*counts)
-    gate, up = (dequantise(p, "f16", hidden) < 0 for p in torch.tensor(data).chunk(3, 1)[:2])
+    gate, up = (dequantise(p, "f16", hidden) < 0 for p in split_ffn(torch.tensor(data))[:2])
     assert counts[0][:, 0].tolist() == sign_candidates(x, gate, up, "drelu", 0.0).sum(1).tolist()
 
 
 @pytest.mark.parametrize("kind", ["low_rank", "sign"])
 def test_the_core_fills_every_output(kind: str) -> None:
     """NaN from before must not shine through, whatever the candidates."""
-    data = records("q8")
+    data = stored("q8")
     fc1, fc2 = (random(*shape).numpy() for shape in ((32, HIDDEN), (NEURONS, 32)))
     matrices = [quantise(torch.from_numpy(m), "q8").numpy() for m in (fc1, fc2)]
     if kind == "low_rank":
@@ -261,7 +270,7 @@ def test_the_core_fills_every_output(kind: str) -> None:
 
 @pytest.mark.parametrize("road", ops.ROADS)
 def test_a_broken_input_shows_in_the_output(road: str) -> None:
-    ffn = ops.road(road).Neurons(records("q8"), HIDDEN, "q8", "drelu", 1, low_rank("q8", 32, 0.3))
+    ffn = ops.road(road).Neurons(stored("q8"), HIDDEN, "q8", "drelu", 1, low_rank("q8", 32, 0.3))
     x = torch.full((1, HIDDEN), torch.nan)
     assert ffn.forward(x, x, mode="predicted")[0].isnan().all()
 
@@ -300,9 +309,9 @@ def test_predictors_that_do_not_fit_are_refused() -> None:
         _core.Signs(np.zeros((NEURONS, 128), np.uint8), HIDDEN + 32, "drelu", 0.0),
     ):
         with pytest.raises(ValueError, match=f"the predictor is of .* expected {NEURONS} and 96"):
-            _core.Neurons(records("q8"), HIDDEN, "q8", "drelu", predictor)
+            _core.Neurons(stored("q8"), HIDDEN, "q8", "drelu", predictor)
     with pytest.raises(TypeError, match="incompatible"):
-        _core.Neurons(records("q8"), HIDDEN, "q8", "drelu", "sign")  # type: ignore[arg-type]
+        _core.Neurons(stored("q8"), HIDDEN, "q8", "drelu", "sign")  # type: ignore[arg-type]
 
 
 def test_the_weights_live_as_long_as_the_neurons() -> None:
@@ -313,7 +322,7 @@ def test_the_weights_live_as_long_as_the_neurons() -> None:
     alive = [weakref.ref(array) for array in arrays]
     fc1, fc2 = _core.Matrix(arrays[0], HIDDEN, "q8"), _core.Matrix(arrays[1], 32, "q8")
     neurons = _core.Neurons(
-        records("q8"), HIDDEN, "q8", "drelu", _core.LowRank(fc1, fc2, 0.0, False)
+        stored("q8"), HIDDEN, "q8", "drelu", _core.LowRank(fc1, fc2, 0.0, False)
     )
     del fc1, fc2, arrays
     gc.collect()

@@ -164,7 +164,7 @@ def ffn_prefix(layer: int, expert: int | None) -> str:
 
 def layout(config: Any, quant: str, predictor: Predictor | None = None) -> dict[str, Spec]:
     """Every tensor of a packed model, in the order in which a decoder reads them."""
-    neurons, record = config.intermediate_size, 3 * row_bytes(quant, config.hidden_size)
+    neurons = config.intermediate_size
 
     def spec(shape: tuple[int, ...]) -> Spec:
         return (
@@ -182,7 +182,7 @@ def layout(config: Any, quant: str, predictor: Predictor | None = None) -> dict[
             plan[names.router(layer)] = Spec("F32", (len(slots), config.hidden_size))
         for expert in slots:
             prefix = ffn_prefix(layer, expert)
-            plan[f"{prefix}ffn"] = Spec("U8", (neurons, record))
+            plan[f"{prefix}ffn"] = spec((3 * neurons, config.hidden_size))
             plan[f"{prefix}neuron_order"] = Spec("I32", (neurons,))
             if predictor:
                 own = _predictor_layout(config, predictor, layer, expert or 0)

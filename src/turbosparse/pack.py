@@ -47,7 +47,7 @@ from turbosparse.hf import names
 from turbosparse.hf.checkpoint import Checkpoint
 from turbosparse.hf.load import activation_of, load_config
 from turbosparse.progress import track
-from turbosparse.quant import dequantise, quantise, row_bytes, sign_bits
+from turbosparse.quant import dequantise, ffn_rows, quantise, row_bytes, sign_bits, split_ffn
 
 
 @dataclass(frozen=True)
@@ -203,18 +203,21 @@ def _tensors(
         if last == "ffn":
             layer, expert = ffns[f"{prefix}."]
             order = _order(stats, layer, expert, config.intermediate_size)
-            records = _records(checkpoint, layer, expert, order, quant)
-            yield name, records.numpy()
+            rows = _ffn(checkpoint, layer, expert, order, quant)
+            yield name, rows.numpy()
             yield f"{prefix}.neuron_order", order.int().numpy()
             if ffn.predictor and ffn.predictor.kind == "sign":
-                yield f"{prefix}.predictor.signs", signs(records, quant, config.hidden_size)
+                yield (
+                    f"{prefix}.predictor.signs",
+                    signs(*split_ffn(rows)[:2], quant, config.hidden_size),
+                )
             elif ffn.predictor:
                 fc1, fc2 = names.predictor(layer, expert)
                 own = str(ffn.predictor.quant)
                 yield f"{prefix}.predictor.fc1", _quantised(checkpoint, fc1, own).numpy()
                 yield f"{prefix}.predictor.fc2", _quantised(checkpoint, fc2, own, order).numpy()
         elif last == "neuron_order" or prefix.endswith(".predictor"):
-            continue  # came with their records
+            continue  # came with the rows
         elif spec.dtype == "U8":
             yield name, _quantised(checkpoint, name, quant).numpy()
         else:
@@ -228,28 +231,23 @@ def _order(stats: Stats | None, layer: int, expert: int | None, neurons: int) ->
     return stats.active[layer, expert or 0].argsort(descending=True, stable=True)
 
 
-def _records(
+def _ffn(
     checkpoint: Checkpoint,
     layer: int,
     expert: int | None,
     order: Tensor,
     quant: str,
 ) -> Tensor:
-    """The FFN as one record per neuron: ``gate row | up row | down column``."""
     gate, up, down = names.ffn(layer, expert)
-    return torch.cat(
-        [
-            _quantised(checkpoint, gate, quant, order),
-            _quantised(checkpoint, up, quant, order),
-            _quantised(checkpoint, down, quant, order, transpose=True),
-        ],
-        dim=1,
+    return ffn_rows(
+        _quantised(checkpoint, gate, quant, order),
+        _quantised(checkpoint, up, quant, order),
+        _quantised(checkpoint, down, quant, order, transpose=True),
     )
 
 
-def signs(records: Tensor, quant: str, hidden: int) -> NDArray[np.uint8]:
-    """Which weights of the gate and up rows, the first of a record, are negative: packed bits."""
-    gate, up = records.split(row_bytes(quant, hidden), dim=1)[:2]
+def signs(gate: Tensor, up: Tensor, quant: str, hidden: int) -> NDArray[np.uint8]:
+    """Which weights of packed gate and up rows are negative: packed bits."""
     bits = [sign_bits(dequantise(rows, quant, hidden)) for rows in (gate, up)]
     return torch.cat(bits, 1).numpy()
 

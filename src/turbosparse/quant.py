@@ -87,6 +87,21 @@ def sign_bytes(cols: int) -> int:
     return -(-cols // (8 * ALIGNMENT)) * ALIGNMENT
 
 
+def ffn_rows(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """The rows of a feed-forward as they are packed: uint8 ``[I, row_bytes]`` each → ``[3·I, …]``.
+
+    All gate rows come first, for they are read as one stream; then each neuron's up row and down
+    column, which are read together or not at all.
+    """
+    return torch.cat((gate, torch.stack((up, down), 1).flatten(0, 1)))
+
+
+def split_ffn(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Gate, up and down of packed `ffn_rows`."""
+    neurons = len(rows) // 3
+    return rows[:neurons], rows[neurons::2], rows[neurons + 1 :: 2]
+
+
 def sqnr(reference: Tensor, approximation: Tensor) -> float:
     """Signal to quantisation noise ratio in dB."""
     noise = (reference - approximation).double().square().sum()

@@ -26,7 +26,7 @@ from turbosparse.hf.load import with_activation
 from turbosparse.ops.reference import sign_scores
 from turbosparse.pack import signs
 from turbosparse.progress import track
-from turbosparse.quant import BLOCK, TILE, negative, quantise, row_bytes
+from turbosparse.quant import BLOCK, TILE, ffn_rows, negative, quantise, row_bytes
 
 # the architectures that people ask about; `layers` may be cut to fit a machine
 SHAPES: dict[str, dict[str, Any]] = {
@@ -167,7 +167,7 @@ def _predicted_ffn(
 ) -> tuple[Predictor | None, dict[str, NDArray[Any]]]:
     """A predictor, and what every layer then has in common, by the last part of its name.
 
-    These are the predictor's tensors and, as ``rows``, the gates and ups that it knows. Each
+    These are the predictor's tensors and the rows that it knows, ``gate`` and ``up``. Each
     layer's input is another, so each computes its own activity. Downs are not shared: over many
     layers the same ones would add up to a direction of their own.
     """
@@ -196,7 +196,7 @@ def _low_rank_ffn(
     parts = []
     for share in ((1 - wanted.sparsity) ** 0.5, 1 - wanted.sparsity):
         rows[:, :BLOCK] = lean(share, hidden) * spread
-        parts.append(quantise(rows, weights.quant))
+        parts.append(quantise(rows, weights.quant).numpy())
     quant = wanted.predictor_quant
     fc1, fc2 = np.concatenate((a, -a)), np.concatenate((b, -b), axis=1)
     # of the features that are not constant, behind RMSNorm
@@ -211,7 +211,8 @@ def _low_rank_ffn(
         ranks=[[wanted.rank] * max(1, names.experts(config))] * config.num_hidden_layers,
     )
     return predictor, {
-        "rows": torch.cat(parts, 1).numpy(),
+        "gate": parts[0],
+        "up": parts[1],
         "fc1": quantise(torch.from_numpy(fc1), quant).numpy(),
         "fc2": quantise(torch.from_numpy(fc2), quant).numpy(),
     }
@@ -222,8 +223,8 @@ def _sign_ffn(
 ) -> tuple[Predictor, dict[str, NDArray[Any]]]:
     """Random rows, whose signs say little, and the threshold that lets the wanted share pass."""
     hidden = config.hidden_size
-    rows = weights.gates_and_ups(config.intermediate_size, hidden)
-    bits = signs(torch.from_numpy(rows), weights.quant, hidden)
+    gate, up = weights.gates_and_ups(config.intermediate_size, hidden)
+    bits = signs(torch.from_numpy(gate), torch.from_numpy(up), weights.quant, hidden)
     x = torch.from_numpy(weights.random.random((64, hidden)) < 0.5)
     x[:, :BLOCK] = False  # the constant features are positive
     some = torch.from_numpy(bits[:2048])
@@ -231,7 +232,7 @@ def _sign_ffn(
     density = min(1 - wanted.sparsity + SIGN_MARGIN, 1.0)
     threshold = float(np.quantile(torch.minimum(*scores).numpy(), 1 - density))
     predictor = Predictor(kind="sign", input="post_norm", threshold=threshold)
-    return predictor, {"rows": rows, "signs": bits}
+    return predictor, {"gate": gate, "up": up, "signs": bits}
 
 
 def lean(share: float, cols: int) -> float:
@@ -273,10 +274,10 @@ class _Weights:
         rows, stride = spec.shape
         hidden = config.hidden_size
         if last == "ffn":
-            rest = self._rows(rows, hidden, stride // 3, QUIET)
-            first = self.shared.get("rows")
-            first = self.gates_and_ups(rows, hidden) if first is None else first
-            return np.concatenate((first, rest), axis=1)
+            down = self._rows(rows // 3, hidden, stride, QUIET)
+            parts = [self.shared[part] for part in ("gate", "up") if part in self.shared]
+            gate, up = parts or self.gates_and_ups(rows // 3, hidden)
+            return ffn_rows(*map(torch.from_numpy, (gate, up, down))).numpy()
         if name.endswith("o_proj.weight"):
             heads = config.num_attention_heads * names.config_head_dim(config)
             return self._rows(rows, heads, stride, QUIET)
@@ -285,15 +286,17 @@ class _Weights:
             self._first_block(matrix, hidden, CONSTANT * SPREAD)
         return matrix
 
-    def gates_and_ups(self, neurons: int, hidden: int) -> NDArray[np.uint8]:
-        """``gate row | up row``, of neurons that are active as often as is asked."""
+    def gates_and_ups(
+        self, neurons: int, hidden: int
+    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+        """Gate and up rows of neurons that are active as often as is asked."""
         stride = row_bytes(self.quant, hidden)
         gate, up = (self._rows(neurons, hidden, stride) for _ in range(2))
         if self.sparsity:
             for rows in (gate, up):
                 share = (1 - self.sparsity) ** 0.5
                 self._first_block(rows, hidden, lean(share, hidden) * SPREAD)
-        return np.concatenate((gate, up), axis=1)
+        return gate, up
 
     def _small(self, name: str, spec: Spec) -> NDArray[np.float32]:
         if "norm" in name:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from turbosparse.format import Packed, ffn_prefix
 from turbosparse.hf import names
-from turbosparse.quant import dequantise
+from turbosparse.quant import dequantise, split_ffn
 
 
 def state_dict(packed: Packed) -> dict[str, Tensor]:
@@ -22,10 +22,10 @@ def state_dict(packed: Packed) -> dict[str, Tensor]:
     for layer, expert in names.ffns(packed.config):
         prefix = ffn_prefix(layer, expert)
         order = torch.tensor(packed.tensors[f"{prefix}neuron_order"]).argsort()
-        records = torch.tensor(packed.tensors[f"{prefix}ffn"])[order]
+        rows = torch.tensor(packed.tensors[f"{prefix}ffn"])
         gate, up, down = (
-            dequantise(part, packed.quant, packed.config.hidden_size)
-            for part in records.chunk(3, dim=1)
+            dequantise(part[order], packed.quant, packed.config.hidden_size)
+            for part in split_ffn(rows)
         )
         own = names.ffn(layer, expert)
         tensors |= {own.gate: gate, own.up: up, own.down: down.T}

@@ -36,7 +36,7 @@ class Matrix:
 
 
 class Neurons:
-    """The records of one feed-forward, and its predictor, if it has one."""
+    """The rows of one feed-forward, and its predictor, if it has one."""
 
     def __init__(
         self,

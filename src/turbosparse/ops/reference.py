@@ -16,7 +16,7 @@ from torch.nn.functional import relu
 from turbosparse.format import PackedPredictor
 from turbosparse.hf.ffn_activation import combined
 from turbosparse.ops import Mode
-from turbosparse.quant import dequantise, negative
+from turbosparse.quant import dequantise, negative, split_ffn
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x [T, H], residual [T, H] → candidates [T, I]
 
@@ -123,7 +123,7 @@ class Matrix:
 
 
 class Neurons:
-    """The records of one feed-forward, and its predictor, if it has one."""
+    """The rows of one feed-forward, and its predictor, if it has one."""
 
     def __init__(
         self,
@@ -134,9 +134,8 @@ class Neurons:
         threads: int,  # noqa: ARG002
         predictor: PackedPredictor | None = None,
     ):
-        records = _tensor(packed)
         self.gate, self.up, self.down = (
-            dequantise(part, quant, hidden) for part in records.chunk(3, dim=1)
+            dequantise(part, quant, hidden) for part in split_ffn(_tensor(packed))
         )
         self.activation = activation
         self.candidates = predictor and _predictor(predictor, hidden, activation)
