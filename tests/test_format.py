@@ -273,7 +273,7 @@ def test_a_model_in_several_files_opens_as_one(
 # ----------------------------------------------
 
 fuzz = settings(
-    max_examples=150,
+    max_examples=int(os.environ.get("FUZZ_EXAMPLES", "150")),
     deadline=None,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
