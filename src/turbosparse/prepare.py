@@ -1,0 +1,440 @@
+"""Before training: tokenise and pack a recipe's data once, into files that are mapped, not read.
+
+Reads a recipe and its sources, writes a folder of Arrow shards and ``prepared.json``. Training from
+it draws the same mixture as from the sources, in an order that the seed alone decides, and resumes
+without reading again what it has seen.
+
+    turbosparse data prepare recipes/mistral_7b.yaml --out mistral-data --processes 32
+    turbosparse train recipes/mistral_7b.yaml --data mistral-data --out mistral-sparse
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import signal
+import zlib
+from bisect import bisect_right
+from collections.abc import Iterator
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from itertools import accumulate, islice
+from math import ceil, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turbosparse.data import (
+    Mixture,
+    Skips,
+    Source,
+    missing_sources,
+    source_sequences,
+    too_short,
+    training_stream,
+)
+from turbosparse.folders import (
+    TurboSparseError,
+    check_free,
+    named_disk_errors,
+    new_file,
+    read_config,
+    write_json,
+)
+from turbosparse.progress import track
+
+if TYPE_CHECKING:
+    from turbosparse.train import Recipe
+
+MANIFEST = "prepared.json"
+AGAIN = "delete it and give the same `turbosparse data prepare` command again"
+_PROBE = "Two  words,\n\ta tab; naïve façade 12345 €1.50 数学 🙂 <|im_start|>user\n<|im_end|></s>"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of sequences: one part of a source, or its beginning."""
+
+    source: str
+    file: str
+    sequences: int
+    bytes: int
+    unreadable: int
+    whole: bool  # the part was read to its end
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` wrote; of each source also the share that training draws, and how often."""
+
+    out: str
+    tokens: int
+    sequence_length: int
+    missing: list[str]
+    sources: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.out}: {self.tokens:,} tokens in sequences of {self.sequence_length}"]
+        lines += [
+            f"  {row['source']}: {row['tokens']:,} tokens; asked {row['asked']:.2%}, "
+            f"drawn {row['drawn']:.2%} in {row['passes']:.2f} passes"
+            + f"; {row['unreadable']} unreadable left out" * bool(row["unreadable"])
+            for row in self.sources
+        ]
+        return "\n".join(lines + [f"  {name}: missing" for name in self.missing])
+
+
+def prepare(
+    recipe: Path,
+    *,
+    data: Path | None = None,
+    out: Path | None = None,
+    model: str | None = None,
+    tokens: int | None = None,
+    processes: int | None = None,
+    allow_missing: bool = False,
+) -> Prepared:
+    """Tokenise and pack a recipe's data; give the same command again to go on after a stop.
+
+    Parameters
+    ----------
+    recipe
+        YAML file; recipes/tiny_cpu.yaml explains its keys.
+    data
+        Folder that the recipe's relative paths start from; by default the recipe's own folder. A
+        file or folder in it with the name of a source stands in for that source's hub data set.
+    out
+        Folder to write; by default the recipe's data.prepared.
+    model
+        Use the tokenizer of this model folder or hub id instead of the recipe's.
+    tokens
+        Prepare for training on this many tokens instead of the recipe's.
+    processes
+        Read so many parts of the sources at a time; by default one for each processor.
+    allow_missing
+        Leave out sources that cannot be opened, and raise the proportions of the others.
+    """
+    from turbosparse.engine import threads_to_use
+    from turbosparse.train import read_recipe, tokenizer_of
+
+    settings, root = read_recipe(recipe, model=model, tokens=tokens), data or recipe.parent
+    if out is None:
+        if settings.data.prepared is None:
+            raise TurboSparseError("give --out, the folder to write, or data.prepared")
+        out = root / settings.data.prepared
+    if processes is not None and processes < 1:
+        raise TurboSparseError(f"--processes {processes} must be 1 or more")
+    tokenizer = tokenizer_of(settings)
+    missing = missing_sources(settings.data, root, allow_missing=allow_missing)
+    mixture = settings.data.without(missing)
+    request = _request(mixture, missing, tokenizer) | {"tokens": settings.tokens}
+    done = _begin(out, request)
+    with named_disk_errors(out):
+        work = _Work(out, request, done)
+        for source in mixture.sources:
+            work.add(source, mixture, root, tokenizer, settings.tokens)
+        work.write(processes or threads_to_use(None))
+    length, count = mixture.sequence_length, settings.tokens // mixture.sequence_length
+    shares, sizes = _shares(mixture), _sizes(mixture, work.shards())
+    which, _ = draw(shares, sizes, count=max(1, count), seed=settings.seed)
+    rows = [
+        {
+            "source": source.name,
+            "tokens": size * length,
+            "asked": source.proportion,
+            "drawn": float(np.mean(which == number)),
+            "passes": float(np.sum(which == number)) / size,
+            "unreadable": sum(s.unreadable for s in work.shards() if s.source == source.name),
+        }
+        for number, (source, size) in enumerate(zip(mixture.sources, sizes, strict=True))
+    ]
+    return Prepared(str(out), sum(sizes) * length, length, missing, rows)
+
+
+def _request(mixture: Mixture, missing: list[str], tokenizer: Any) -> dict[str, Any]:
+    """What decides on the sequences; another request makes another folder."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    probe = [tokenizer.eos_token_id, tokenizer(_PROBE, verbose=False)["input_ids"]]
+    behaviour = hashlib.sha256(json.dumps([vocabulary, probe]).encode()).hexdigest()
+    fields = mixture.model_dump(mode="json", exclude={"prepared", "shuffle_buffer"})
+    return fields | {"version": 1, "missing": missing, "tokenizer": behaviour}
+
+
+def _begin(out: Path, request: dict[str, Any]) -> dict[str, Shard]:
+    """Begin the folder, or go on with one of the very same request: with its shards by file."""
+    done = {}
+    if (out / MANIFEST).is_file():
+        old = read_config(out, MANIFEST)
+        if changed := [key for key in request if request[key] != old.get(key)]:
+            raise TurboSparseError(
+                f"{out} was begun with other settings ({', '.join(changed)}); "
+                "remove it to start anew, or give the old settings to go on"
+            )
+        shards = [Shard(**fields) for fields in old["shards"]]
+        done = {shard.file: shard for shard in shards if _size(out / shard.file) == shard.bytes}
+    else:
+        check_free(out)
+        out.mkdir(parents=True, exist_ok=True)
+    for half in out.glob(".*"):  # of a killed process
+        half.unlink()
+    return done
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
+
+
+@dataclass(frozen=True)
+class _Part:
+    """One part of one source, to be written into one file."""
+
+    source: Source
+    mixture: Mixture
+    root: Path
+    tokenizer: Any
+    number: int
+    of: int
+    most: int  # sequences
+    file: Path
+
+
+class _Work:
+    """The parts of the sources: of each source they are written in turn until there is enough."""
+
+    def __init__(self, out: Path, request: dict[str, Any], done: dict[str, Shard]):
+        self.out, self.request, self.done = out, request, done
+        self.sources: list[list[_Part]] = []
+
+    def add(
+        self, source: Source, mixture: Mixture, root: Path, tokenizer: Any, tokens: int
+    ) -> None:
+        # training draws a binomial number of sequences: five deviations above its mean suffice
+        mean = tokens / mixture.sequence_length * source.proportion
+        most, of = ceil(mean + 5 * sqrt(mean)) + 1, source.parts(root)
+        files = [self.out / f"{source.name}-{number:04}.arrow" for number in range(of)]
+        parts = enumerate(files)
+        self.sources.append(
+            [_Part(source, mixture, root, tokenizer, n, of, most, file) for n, file in parts]
+        )
+
+    def needed(self) -> Iterator[_Part]:
+        for parts in self.sources:
+            have = 0
+            for part in parts:
+                if have >= part.most:
+                    break
+                yield part
+                have += self.done[part.file.name].sequences if part.file.name in self.done else 0
+
+    def shards(self) -> list[Shard]:
+        """What was written. Those that others, beside them in time, made needless are left out."""
+        names = [part.file.name for part in self.needed()]
+        return [self.done[name] for name in names if name in self.done]
+
+    def save(self, *, complete: bool) -> None:
+        shards = [asdict(shard) for shard in self.shards()]
+        with new_file(self.out / MANIFEST) as file:
+            write_json(file, self.request | {"complete": complete, "shards": shards})
+
+    def write(self, processes: int) -> None:
+        self.save(complete=False)
+        left = sum(part.file.name not in self.done for part in self.needed())
+        steps = self._here() if min(processes, left) < 2 else self._side_by_side(processes)
+        for _ in track(steps, "preparing", total=left):
+            self.save(complete=False)
+        for part in (parts[0] for parts in self.sources):
+            found = [shard for shard in self.shards() if shard.source == part.source.name]
+            if not sum(shard.sequences for shard in found):
+                raise too_short(part.source, part.mixture.sequence_length)
+        self.save(complete=True)
+
+    def _here(self) -> Iterator[None]:
+        for part in self.needed():
+            if part.file.name not in self.done:
+                self.done[part.file.name] = _write(part)
+                yield
+
+    def _side_by_side(self, processes: int) -> Iterator[None]:
+        running: dict[Future[Shard], str] = {}
+        spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads
+        pool = ProcessPoolExecutor(processes, spawn, _ignore_interrupts)
+        try:
+            while True:
+                for part in self.needed():
+                    if part.file.name not in {*self.done, *running.values()}:
+                        if len(running) == processes:
+                            break
+                        running[pool.submit(_write, part)] = part.file.name
+                if not running:
+                    return
+                for future in wait(running, return_when=FIRST_COMPLETED).done:
+                    self.done[running.pop(future)] = future.result()
+                    yield
+        except BrokenProcessPool as error:
+            raise TurboSparseError(
+                "a process was killed, perhaps for its memory; "
+                "give the same command again, with fewer --processes"
+            ) from error
+        finally:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            pool.shutdown(cancel_futures=True)
+
+
+def _ignore_interrupts() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+
+
+def _write(part: _Part) -> Shard:
+    """Write one part; the file has its name only when it is whole."""
+    from datasets import Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    column = List(Value("int32"), length=part.mixture.sequence_length)
+    columns = ["input_ids", "labels"] if part.source.format == "chat" else ["input_ids"]
+    features = Features({**dict.fromkeys(columns, column), "checksum": Value("uint32")})
+    skips, written = Skips(), 0
+    reading = {"part": part.number, "of": part.of, "fault": skips.fault(part.source)}
+    sequences = source_sequences(part.source, part.root, part.tokenizer, part.mixture, **reading)
+    with new_file(part.file) as file:
+        with ArrowWriter(path=str(file), features=features, writer_batch_size=256) as writer:
+            for sequence in islice(sequences, part.most):
+                row = {key: np.array(sequence[key], np.int32) for key in columns}
+                writer.write({**row, "checksum": _checksum(row)})
+                written += 1
+            writer.finalize()
+        size = file.stat().st_size
+    whole = written < part.most or next(sequences, None) is None
+    unreadable = sum(map(len, skips.messages.values()))
+    return Shard(part.source.name, part.file.name, written, size, unreadable, whole)
+
+
+def _checksum(row: dict[str, NDArray[Any]]) -> int:
+    return zlib.crc32(b"".join(row[key].astype("<i4").tobytes() for key in sorted(row)))
+
+
+# --- training from it
+
+
+def found_mixture(mixture: Mixture, root: Path, *, allow_missing: bool) -> Mixture:
+    """The mixture of the sources that can be opened, with the prepared folder that stands for them.
+
+    Raises:
+        TurboSparseError: sources are missing, all of them named, and `allow_missing` is not set; or
+            the prepared folder is not complete.
+    """
+    named = root / mixture.prepared if mixture.prepared else None
+    folder = root if (root / MANIFEST).is_file() else named
+    if folder is None:
+        return mixture.without(missing_sources(mixture, root, allow_missing=allow_missing))
+    made = read_config(folder, MANIFEST)
+    if not made.get("complete"):
+        raise TurboSparseError(
+            f"{folder} is not prepared to its end; give the same `turbosparse data prepare` again"
+        )
+    missing = made["missing"]
+    if missing and not allow_missing:
+        raise TurboSparseError(
+            f"{folder} was prepared without {', '.join(missing)}; "
+            "prepare another with them, or give --allow-missing"
+        )
+    return mixture.without(missing).model_copy(update={"prepared": folder.absolute()})
+
+
+def training_data(recipe: Recipe, tokenizer: Any, *, root: Path, skips: Skips) -> Any:
+    """What the Trainer reads: sequences of a prepared folder, or a stream from the sources."""
+    mixture, folder = recipe.data, recipe.data.prepared
+    if folder is None:
+        return training_stream(mixture, tokenizer, root=root, seed=recipe.seed, skips=skips)
+    made = read_config(folder, MANIFEST)
+    mine = _request(mixture, made["missing"], tokenizer)
+    if changed := [key for key in mine if mine[key] != made.get(key)]:
+        raise TurboSparseError(
+            f"{folder} was prepared with other settings ({', '.join(changed)}) than the recipe "
+            "and its model have; prepare another folder"
+        )
+    shards = [Shard(**fields) for fields in made["shards"]]
+    cut = sorted({shard.source for shard in shards if not shard.whole})
+    if cut and recipe.tokens > made["tokens"]:
+        raise TurboSparseError(
+            f"{folder} was prepared for {made['tokens']} tokens and holds only the beginning of "
+            f"{', '.join(cut)}; the recipe wants {recipe.tokens}: prepare another folder"
+        )
+    count = recipe.steps() * recipe.batch_size
+    return Sequences(folder, shards, mixture, count=count, seed=recipe.seed)
+
+
+class Sequences:
+    """The `count` sequences of a training run, in an order that the seed alone decides."""
+
+    def __init__(
+        self, folder: Path, shards: list[Shard], mixture: Mixture, *, count: int, seed: int
+    ):
+        of = [[s for s in shards if s.source == source.name] for source in mixture.sources]
+        self.files = [[folder / shard.file for shard in found] for found in of]
+        self.rows = [[_open(folder / shard.file, shard.bytes) for shard in found] for found in of]
+        self.starts = [[0, *accumulate(shard.sequences for shard in found)] for found in of]
+        sizes = _sizes(mixture, shards)
+        self.which, self.position = draw(_shares(mixture), sizes, count=count, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
+        source, position = int(self.which[index]), int(self.position[index])
+        shard = bisect_right(self.starts[source], position) - 1
+        file, number = self.files[source][shard], position - self.starts[source][shard]
+        try:
+            row = self.rows[source][shard][number]
+            whole = int(row.pop("checksum")) == _checksum(row)
+        except Exception as error:  # Arrow's own types and many others
+            raise TurboSparseError(f"{file} is corrupt ({error}); {AGAIN}") from error
+        if not whole:
+            raise TurboSparseError(
+                f"{file} is corrupt: sequence {number} is not what was written; {AGAIN}"
+            )
+        return {"labels": row["input_ids"], **row}
+
+
+def _open(file: Path, size: int) -> Any:
+    import datasets
+
+    if _size(file) != size:
+        raise TurboSparseError(f"{file} has {_size(file)} bytes instead of {size}; {AGAIN}")
+    try:
+        return datasets.Dataset.from_file(str(file)).with_format("numpy")
+    except Exception as error:  # as above
+        raise TurboSparseError(f"{file} is corrupt ({error}); {AGAIN}") from error
+
+
+def _shares(mixture: Mixture) -> list[float]:
+    total = sum(source.proportion for source in mixture.sources)
+    return [source.proportion / total for source in mixture.sources]
+
+
+def _sizes(mixture: Mixture, shards: list[Shard]) -> list[int]:
+    names = [source.name for source in mixture.sources]
+    return [sum(s.sequences for s in shards if s.source == name) for name in names]
+
+
+def draw(
+    shares: list[float], sizes: list[int], *, count: int, seed: int
+) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+    """For each of `count` sequences its source, by `shares`, and its number in that source.
+
+    A source is gone through in a new order each time; more sequences leave the first as they are.
+    """
+    edges = np.cumsum(shares)[:-1]
+    which = np.searchsorted(edges, np.random.default_rng(seed).random(count), side="right")
+    position = np.empty(count, np.int64)
+    for source, size in enumerate(sizes):
+        drawn = np.flatnonzero(which == source)
+        for turn, start in enumerate(range(0, len(drawn), size)):
+            order = np.random.default_rng((seed, source, turn)).permutation(size)
+            at = drawn[start : start + size]
+            position[at] = order[: len(at)]
+    return which.astype(np.int16), position
