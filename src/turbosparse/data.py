@@ -14,8 +14,7 @@ import json
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
-from itertools import chain, islice
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -46,22 +45,17 @@ def refuse(message: str, cause: Exception | None) -> None:
     raise TurboSparseError(message) from cause
 
 
-@dataclass
-class Skips:
-    """The unreadable documents that were passed over, by source."""
-
-    messages: dict[str, set[str]] = field(default_factory=dict)
+class Skips(dict[str, set[str]]):
+    """What was wrong with the unreadable documents that were passed over, by source."""
 
     def fault(self, source: Source) -> Fault:
-        if not source.skip_unreadable:
-            return refuse
-        seen = self.messages.setdefault(source.name, set())
-        return lambda message, _: seen.add(message)
+        seen = self.setdefault(source.name, set())
+        return (lambda message, _: seen.add(message)) if source.skip_unreadable else refuse
 
     def report(self) -> None:
-        for name, messages in self.messages.items():
-            if messages:
-                note(f"source {name!r}: passed over {len(messages)} unreadable; {min(messages)}")
+        for name, seen in self.items():
+            if seen:
+                note(f"source {name!r}: passed over {len(seen)} unreadable; {min(seen)}")
 
 
 class Source(BaseModel):
@@ -103,38 +97,31 @@ class Source(BaseModel):
         """How many parts can be read apart from each other."""
         if self.skip_last:
             return 1
-        local = self.local(root)
-        return min(
-            len(corpus_files(local)) if local else getattr(_open_hub(self), "num_shards", 1),
-            MOST_PARTS,
-        )
+        if local := self.local(root):
+            return min(len(corpus_files(local)), MOST_PARTS)
+        return min(getattr(_open_hub(self), "num_shards", 1), MOST_PARTS)
 
     def rows(self, root: Path, *, part: int, of: int, fault: Fault) -> Iterator[tuple[str, Row]]:
-        local = self.local(root)
-        if local is None:
-            return _hub_rows(self, part, of)
-        files = corpus_files(local)[part::of]
-        return chain.from_iterable(_file_rows(file, self.separator, fault) for file in files)
+        if local := self.local(root):
+            return _file_rows(corpus_files(local)[part::of], self.separator, fault)
+        return _hub_rows(self, part, of)
 
     def documents(
         self, root: Path, *, part: int = 0, of: int = 1, fault: Fault = refuse
     ) -> Iterator[Document]:
         """The training documents; a relative `path` is taken from `root`."""
         rows = self.rows(root, part=part, of=of, fault=fault)
-        wanted = (row for row in rows if self._keeps(row[1])) if self.where else rows
-        found = _read(wanted, self._document, fault)
-        if of == 1:
-            found = _some(found, f"source {self.name!r}")
-        return drop_last(found, self.skip_last)
+        found = _read((row for row in rows if self._keeps(row[1])), self._document, fault)
+        return drop_last(found if of > 1 else _some(found, f"source {self.name!r}"), self.skip_last)
 
     def _keeps(self, row: Row) -> bool:
-        def value(key: str) -> Any:
+        for key, kept in self.where.items():
             inner: Any = row
             for name in key.split("."):
                 inner = inner.get(name) if isinstance(inner, dict) else None
-            return inner
-
-        return all(value(key) in kept for key, kept in self.where.items())
+            if inner not in kept:
+                return False
+        return True
 
     def _document(self, row: Row) -> Document:
         if self.format == "text":
@@ -143,10 +130,8 @@ class Source(BaseModel):
             raise ValueError("is a text file; a chat needs rows (.jsonl)")
         if self.prompt is None or self.answer is None:
             return chatml.messages_of(row)
-        return [
-            {"role": "user", "content": _text(row, self.prompt)},
-            {"role": "assistant", "content": _text(row, self.answer)},
-        ]
+        said = {"user": _text(row, self.prompt), "assistant": _text(row, self.answer)}
+        return [{"role": role, "content": content} for role, content in said.items()]
 
 
 class Mixture(BaseModel):
@@ -229,8 +214,7 @@ def documents(
         TurboSparseError: nothing there, not text, broken JSON, or a row without the template's
             fields.
     """
-    files = corpus_files(path)
-    rows = chain.from_iterable(_file_rows(file, separator, refuse) for file in files)
+    rows = _file_rows(corpus_files(path), separator, refuse)
     return _some(_read(rows, lambda row: _text(row, template), refuse), str(path))
 
 
@@ -287,23 +271,27 @@ def _text(row: Row, template: str) -> str:
         ) from error
 
 
-def _file_rows(file: Path, separator: str | None, fault: Fault) -> Iterator[tuple[str, Row]]:
-    where = place = str(file)
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as raw:
-            if _suffix(file) == ".jsonl":
+def _file_rows(
+    files: list[Path], separator: str | None, fault: Fault
+) -> Iterator[tuple[str, Row]]:
+    """The rows of ``.jsonl`` files and the texts of the others, each with its place."""
+    for file in files:
+        where = end = str(file)
+        try:
+            with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as raw:
+                if _suffix(file) != ".jsonl":
+                    text = io.StringIO(raw.read().decode(), newline=None).read()  # \r\n too
+                    for part in text.split(separator) if separator else [text]:
+                        yield where, part.strip() if separator else part
+                    continue
                 for number, line in enumerate(raw, 1):
-                    where, place = f"{file}:{number}", f"{file} after line {number}"
+                    where, end = f"{file}:{number}", f"{file} after line {number}"
                     if line.strip() and (row := _json_row(line, where, fault)) is not None:
                         yield where, row
-            else:
-                text = io.StringIO(raw.read().decode(), newline=None).read()  # \r\n too
-                parts = (part.strip() for part in text.split(separator)) if separator else [text]
-                yield from ((where, part) for part in parts)
-    except UnicodeDecodeError as error:
-        fault(_not_utf8(where, error), error)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        fault(f"{place} is a broken gzip file ({error}); fetch it again", error)
+        except UnicodeDecodeError as error:
+            fault(_not_utf8(where, error), error)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            fault(f"{end} is a broken gzip file ({error}); fetch it again", error)
 
 
 def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
@@ -316,14 +304,13 @@ def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
 def _json_row(line: bytes, where: str, fault: Fault) -> Row | None:
     try:
         row = json.loads(line.decode())
-    except UnicodeDecodeError as error:
-        fault(_not_utf8(where, error), error)
-    except (ValueError, RecursionError) as error:
-        fault(f"{where} is not valid JSON: {error}", error)
-    else:
         if isinstance(row, dict):
             return row
         fault(f"{where} is no row of fields, but a {type(row).__name__}", None)
+    except UnicodeDecodeError as error:
+        fault(_not_utf8(where, error), error)
+    except (json.JSONDecodeError, RecursionError) as error:
+        fault(f"{where} is not valid JSON: {error}", error)
     return None
 
 
@@ -332,40 +319,36 @@ def _open_hub(source: Source) -> Any:
 
     name: Any = source.dataset
     options: dict[str, Any] = {"split": source.split, "streaming": True}
-    if source.files:  # read as plain files, for data sets whose own script no longer runs
+    if source.files:  # as plain files: many sets have a script of their own, which no longer runs
         patterns = [f"hf://datasets/{name}/{pattern}" for pattern in source.files]
         options["data_files"] = {source.split: patterns}
         name = "parquet" if source.files[0].endswith(".parquet") else "json"
     try:
         return datasets.load_dataset(name, source.subset, **options)
     except Exception as error:  # datasets and the hub raise many unrelated types
-        raise _unopened(source, error) from error
+        raise _hub_fault(source, 0, error) from error
 
 
-def _unopened(source: Source, error: Exception) -> MissingSource:
-    return MissingSource(
-        f"source {source.name!r}: data set {source.dataset!r} cannot be opened "
-        f"({type(error).__name__}: {error}); check its name, your access and the network"
+def _hub_fault(source: Source, row: int, error: Exception) -> TurboSparseError:
+    what = f"source {source.name!r}: data set {source.dataset!r}"
+    why = f"({type(error).__name__}: {error}); check"
+    if row == 0:
+        return MissingSource(
+            f"{what} cannot be opened {why} its name, your access and the network"
+        )
+    return TurboSparseError(
+        f"{what} broke off after row {row} {why} the network and give the same command again"
     )
 
 
 def _hub_rows(source: Source, part: int, of: int) -> Iterator[tuple[str, Row]]:
-    stream = _open_hub(source)
-    if of > 1:
-        stream = stream.shard(num_shards=of, index=part, contiguous=False)
-    number = 0
+    stream, number = _open_hub(source), 0
     try:
-        rows = iter(stream)
-        while (row := next(rows, None)) is not None:
+        for row in stream.shard(of, part, contiguous=False) if of > 1 else stream:
             number += 1
             yield f"{source.dataset}:{number}", row
     except Exception as error:  # as above
-        if number == 0:
-            raise _unopened(source, error) from error
-        raise TurboSparseError(
-            f"source {source.name!r}: data set {source.dataset!r} broke off after row {number} "
-            f"({type(error).__name__}: {error}); check the network and give the command again"
-        ) from error
+        raise _hub_fault(source, number, error) from error
 
 
 def drop_last(items: Iterable[Any], count: int) -> Iterator[Any]:
@@ -394,13 +377,11 @@ def packed_sequences(
     labels: list[int] = []
     for document in found:
         if isinstance(document, str):
-            more = tokenizer(document, verbose=False)["input_ids"] + end
-            ids += more
-            labels += more
+            more = learnt = tokenizer(document, verbose=False)["input_ids"] + end
         else:
-            more, answers = chatml.tokenise(document, tokenizer)
-            ids += more
-            labels += answers
+            more, learnt = chatml.tokenise(document, tokenizer)
+        ids += more
+        labels += learnt
         cut = len(ids) - len(ids) % length
         for start in range(0, cut, length):
             row = slice(start, start + length)
@@ -413,9 +394,8 @@ def source_sequences(
     source: Source, root: Path, tokenizer: Any, mixture: Mixture, **part: Any
 ) -> Iterator[dict[str, list[int]]]:
     """The packed sequences of a source, or of a part of it; see `Source.documents`."""
-    found = source.documents(root, **part)
     length, eos = mixture.sequence_length, mixture.append_eos
-    return packed_sequences(found, tokenizer, length, append_eos=eos)
+    return packed_sequences(source.documents(root, **part), tokenizer, length, append_eos=eos)
 
 
 def too_short(source: Source, length: int) -> TurboSparseError:
@@ -446,7 +426,7 @@ def training_stream(
     import datasets
     from datasets.iterable_dataset import ExamplesIterable
 
-    skips = skips or Skips()
+    skips = Skips() if skips is None else skips
     streams = []
     for source in mixture.sources:
         if not list(islice(_rows(source, root, tokenizer, mixture, skips), 1)):

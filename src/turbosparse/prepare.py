@@ -17,7 +17,7 @@ import signal
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
 from itertools import accumulate, islice
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from turbosparse.train import Recipe
 
 MANIFEST = "prepared.json"
-AGAIN = "delete it and give the same `turbosparse data prepare` command again"
 _PROBE = "Two  words,\n\ta tab; naïve façade 12345 €1.50 数学 🙂 <|im_start|>user\n<|im_end|></s>"
 
 
@@ -122,35 +121,45 @@ def prepare(
     from turbosparse.train import read_recipe, tokenizer_of
 
     settings, root = read_recipe(recipe, model=model, tokens=tokens), data or recipe.parent
-    if out is None:
-        if settings.data.prepared is None:
-            raise TurboSparseError("give --out, the folder to write, or data.prepared")
-        out = root / settings.data.prepared
-    if processes is not None and processes < 1:
-        raise TurboSparseError(f"--processes {processes} must be 1 or more")
-    tokenizer = tokenizer_of(settings)
+    if out is None and settings.data.prepared is None:
+        raise TurboSparseError("give --out, the folder to write")
+    out = out or root / str(settings.data.prepared)
+    processes = threads_to_use(None) if processes is None else processes
+    tokenizer, length = tokenizer_of(settings), settings.data.sequence_length
     missing = missing_sources(settings.data, root, allow_missing=allow_missing)
     mixture = settings.data.without(missing)
     request = _request(mixture, missing, tokenizer) | {"tokens": settings.tokens}
     done = _begin(out, request)
+    parts = []
+    for source in mixture.sources:
+        # Training draws a binomial number of sequences: five deviations above its mean suffice. A
+        # hub set may be far larger; what is on the disk is read to its end.
+        mean, of = settings.tokens / length * source.proportion, source.parts(root)
+        most = ceil((mean + 5 * sqrt(mean)) / of) + 1 if source.local(root) is None else None
+        files = [out / f"{source.name}-{number:04}.arrow" for number in range(of)]
+        parts += [_Part(source, mixture, root, tokenizer, files, n, most) for n in range(of)]
     with named_disk_errors(out):
-        work = _Work(out, request, done)
-        for source in mixture.sources:
-            work.add(source, mixture, root, tokenizer, settings.tokens)
-        work.write(processes or threads_to_use(None))
-    length, count = mixture.sequence_length, settings.tokens // mixture.sequence_length
-    shares, sizes = _shares(mixture), _sizes(mixture, work.shards())
-    which, _ = draw(shares, sizes, count=max(1, count), seed=settings.seed)
+        todo = [part for part in parts if part.file.name not in done]
+        for shard in track(_run(todo, processes), "preparing", total=len(todo)):
+            done[shard.file] = shard
+            _save(out, request, done, complete=False)
+        shards = {part.file.name: done[part.file.name] for part in parts}
+        sizes = _sizes(mixture, list(shards.values()))
+        for source, size in zip(mixture.sources, sizes, strict=True):
+            if not size:
+                raise too_short(source, length)
+        _save(out, request, shards, complete=True)
+    which, _ = draw(mixture, sizes, count=max(1, settings.tokens // length), seed=settings.seed)
     rows = [
         {
             "source": source.name,
-            "tokens": size * length,
+            "tokens": sizes[n] * length,
             "asked": source.proportion,
-            "drawn": float(np.mean(which == number)),
-            "passes": float(np.sum(which == number)) / size,
-            "unreadable": sum(s.unreadable for s in work.shards() if s.source == source.name),
+            "drawn": float((which == n).mean()),
+            "passes": float((which == n).sum()) / sizes[n],
+            "unreadable": sum(s.unreadable for s in shards.values() if s.source == source.name),
         }
-        for number, (source, size) in enumerate(zip(mixture.sources, sizes, strict=True))
+        for n, source in enumerate(mixture.sources)
     ]
     return Prepared(str(out), sum(sizes) * length, length, missing, rows)
 
@@ -188,101 +197,50 @@ def _size(file: Path) -> int:
     return file.stat().st_size if file.is_file() else 0
 
 
+def _save(
+    out: Path, request: dict[str, Any], shards: dict[str, Shard], *, complete: bool
+) -> None:
+    with new_file(out / MANIFEST) as file:
+        listed = [asdict(shard) for _, shard in sorted(shards.items())]
+        write_json(file, request | {"complete": complete, "shards": listed})
+
+
 @dataclass(frozen=True)
 class _Part:
-    """One part of one source, to be written into one file."""
+    """One part of one source, to be written into one of its files."""
 
     source: Source
     mixture: Mixture
     root: Path
     tokenizer: Any
+    files: list[Path]
     number: int
-    of: int
-    most: int  # sequences
-    file: Path
+    most: int | None  # sequences
+
+    @property
+    def file(self) -> Path:
+        return self.files[self.number]
 
 
-class _Work:
-    """The parts of the sources: of each source they are written in turn until there is enough."""
-
-    def __init__(self, out: Path, request: dict[str, Any], done: dict[str, Shard]):
-        self.out, self.request, self.done = out, request, done
-        self.sources: list[list[_Part]] = []
-
-    def add(
-        self, source: Source, mixture: Mixture, root: Path, tokenizer: Any, tokens: int
-    ) -> None:
-        # training draws a binomial number of sequences: five deviations above its mean suffice
-        mean = tokens / mixture.sequence_length * source.proportion
-        most, of = ceil(mean + 5 * sqrt(mean)) + 1, source.parts(root)
-        files = [self.out / f"{source.name}-{number:04}.arrow" for number in range(of)]
-        parts = enumerate(files)
-        self.sources.append(
-            [_Part(source, mixture, root, tokenizer, n, of, most, file) for n, file in parts]
-        )
-
-    def needed(self) -> Iterator[_Part]:
-        for parts in self.sources:
-            have = 0
-            for part in parts:
-                if have >= part.most:
-                    break
-                yield part
-                have += self.done[part.file.name].sequences if part.file.name in self.done else 0
-
-    def shards(self) -> list[Shard]:
-        """What was written. Those that others, beside them in time, made needless are left out."""
-        names = [part.file.name for part in self.needed()]
-        return [self.done[name] for name in names if name in self.done]
-
-    def save(self, *, complete: bool) -> None:
-        shards = [asdict(shard) for shard in self.shards()]
-        with new_file(self.out / MANIFEST) as file:
-            write_json(file, self.request | {"complete": complete, "shards": shards})
-
-    def write(self, processes: int) -> None:
-        self.save(complete=False)
-        left = sum(part.file.name not in self.done for part in self.needed())
-        steps = self._here() if min(processes, left) < 2 else self._side_by_side(processes)
-        for _ in track(steps, "preparing", total=left):
-            self.save(complete=False)
-        for part in (parts[0] for parts in self.sources):
-            found = [shard for shard in self.shards() if shard.source == part.source.name]
-            if not sum(shard.sequences for shard in found):
-                raise too_short(part.source, part.mixture.sequence_length)
-        self.save(complete=True)
-
-    def _here(self) -> Iterator[None]:
-        for part in self.needed():
-            if part.file.name not in self.done:
-                self.done[part.file.name] = _write(part)
-                yield
-
-    def _side_by_side(self, processes: int) -> Iterator[None]:
-        running: dict[Future[Shard], str] = {}
-        spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads
-        pool = ProcessPoolExecutor(processes, spawn, _ignore_interrupts)
-        try:
-            while True:
-                for part in self.needed():
-                    if part.file.name not in {*self.done, *running.values()}:
-                        if len(running) == processes:
-                            break
-                        running[pool.submit(_write, part)] = part.file.name
-                if not running:
-                    return
-                for future in wait(running, return_when=FIRST_COMPLETED).done:
-                    self.done[running.pop(future)] = future.result()
-                    yield
-        except BrokenProcessPool as error:
-            raise TurboSparseError(
-                "a process was killed, perhaps for its memory; "
-                "give the same command again, with fewer --processes"
-            ) from error
-        finally:
-            for child in multiprocessing.active_children():
-                child.terminate()
-            pool.shutdown(cancel_futures=True)
+def _run(parts: list[_Part], processes: int) -> Iterator[Shard]:
+    """Write parts, several at a time; a failure ends them all."""
+    if min(processes, len(parts)) < 2:
+        yield from map(_write, parts)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads
+    pool = ProcessPoolExecutor(min(processes, len(parts)), spawn, _ignore_interrupts)
+    try:
+        for future in as_completed([pool.submit(_write, part) for part in parts]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise TurboSparseError(
+            "a process was killed, perhaps for its memory; "
+            "give the same command again, with fewer --processes"
+        ) from error
+    finally:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        pool.shutdown(cancel_futures=True)
 
 
 def _ignore_interrupts() -> None:
@@ -298,7 +256,7 @@ def _write(part: _Part) -> Shard:
     columns = ["input_ids", "labels"] if part.source.format == "chat" else ["input_ids"]
     features = Features({**dict.fromkeys(columns, column), "checksum": Value("uint32")})
     skips, written = Skips(), 0
-    reading = {"part": part.number, "of": part.of, "fault": skips.fault(part.source)}
+    reading = {"part": part.number, "of": len(part.files), "fault": skips.fault(part.source)}
     sequences = source_sequences(part.source, part.root, part.tokenizer, part.mixture, **reading)
     with new_file(part.file) as file:
         with ArrowWriter(path=str(file), features=features, writer_batch_size=256) as writer:
@@ -308,8 +266,8 @@ def _write(part: _Part) -> Shard:
                 written += 1
             writer.finalize()
         size = file.stat().st_size
-    whole = written < part.most or next(sequences, None) is None
-    unreadable = sum(map(len, skips.messages.values()))
+    whole = part.most is None or written < part.most or next(sequences, None) is None
+    unreadable = sum(map(len, skips.values()))
     return Shard(part.source.name, part.file.name, written, size, unreadable, whole)
 
 
@@ -375,45 +333,48 @@ class Sequences:
         self, folder: Path, shards: list[Shard], mixture: Mixture, *, count: int, seed: int
     ):
         of = [[s for s in shards if s.source == source.name] for source in mixture.sources]
-        self.files = [[folder / shard.file for shard in found] for found in of]
-        self.rows = [[_open(folder / shard.file, shard.bytes) for shard in found] for found in of]
+        self.files = [[_File(folder / shard.file, shard.bytes) for shard in found] for found in of]
         self.starts = [[0, *accumulate(shard.sequences for shard in found)] for found in of]
-        sizes = _sizes(mixture, shards)
-        self.which, self.position = draw(_shares(mixture), sizes, count=count, seed=seed)
+        sizes = [starts[-1] for starts in self.starts]
+        self.which, self.position = draw(mixture, sizes, count=count, seed=seed)
 
     def __len__(self) -> int:
         return len(self.which)
 
     def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
         source, position = int(self.which[index]), int(self.position[index])
-        shard = bisect_right(self.starts[source], position) - 1
-        file, number = self.files[source][shard], position - self.starts[source][shard]
+        file = bisect_right(self.starts[source], position) - 1
+        return self.files[source][file].read(position - self.starts[source][file])
+
+
+class _File:
+    """A mapped shard; what is wrong with it is said with its name."""
+
+    def __init__(self, path: Path, size: int):
+        import datasets
+
+        self.path = path
+        if _size(path) != size:
+            raise self._fault(f"has {_size(path)} bytes instead of {size}")
         try:
-            row = self.rows[source][shard][number]
-            whole = int(row.pop("checksum")) == _checksum(row)
+            self.rows = datasets.Dataset.from_file(str(path)).with_format("numpy")
         except Exception as error:  # Arrow's own types and many others
-            raise TurboSparseError(f"{file} is corrupt ({error}); {AGAIN}") from error
+            raise self._fault(f"is corrupt ({error})") from error
+
+    def read(self, number: int) -> dict[str, NDArray[np.int64]]:
+        try:
+            row = self.rows[number]
+            whole = int(row.pop("checksum")) == _checksum(row)
+        except Exception as error:  # as above
+            raise self._fault(f"is corrupt ({error})") from error
         if not whole:
-            raise TurboSparseError(
-                f"{file} is corrupt: sequence {number} is not what was written; {AGAIN}"
-            )
+            raise self._fault(f"is corrupt: sequence {number} is not what was written")
         return {"labels": row["input_ids"], **row}
 
-
-def _open(file: Path, size: int) -> Any:
-    import datasets
-
-    if _size(file) != size:
-        raise TurboSparseError(f"{file} has {_size(file)} bytes instead of {size}; {AGAIN}")
-    try:
-        return datasets.Dataset.from_file(str(file)).with_format("numpy")
-    except Exception as error:  # as above
-        raise TurboSparseError(f"{file} is corrupt ({error}); {AGAIN}") from error
-
-
-def _shares(mixture: Mixture) -> list[float]:
-    total = sum(source.proportion for source in mixture.sources)
-    return [source.proportion / total for source in mixture.sources]
+    def _fault(self, what: str) -> TurboSparseError:
+        return TurboSparseError(
+            f"{self.path} {what}; delete it and give the same `turbosparse data prepare` again"
+        )
 
 
 def _sizes(mixture: Mixture, shards: list[Shard]) -> list[int]:
@@ -422,14 +383,15 @@ def _sizes(mixture: Mixture, shards: list[Shard]) -> list[int]:
 
 
 def draw(
-    shares: list[float], sizes: list[int], *, count: int, seed: int
+    mixture: Mixture, sizes: list[int], *, count: int, seed: int
 ) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
-    """For each of `count` sequences its source, by `shares`, and its number in that source.
+    """For each of `count` sequences its source, and its number among the `sizes` of that source.
 
     A source is gone through in a new order each time; more sequences leave the first as they are.
     """
-    edges = np.cumsum(shares)[:-1]
-    which = np.searchsorted(edges, np.random.default_rng(seed).random(count), side="right")
+    edges = np.cumsum([source.proportion for source in mixture.sources])
+    lots = np.random.default_rng(seed).random(count) * edges[-1]
+    which = np.searchsorted(edges[:-1], lots, side="right")
     position = np.empty(count, np.int64)
     for source, size in enumerate(sizes):
         drawn = np.flatnonzero(which == source)
