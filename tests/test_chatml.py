@@ -73,9 +73,9 @@ def test_ids_are_those_of_the_template_and_labels_the_answers_token_by_token(
 
 
 def test_the_prompt_of_an_answer_is_what_training_saw_before_it(tokenizer: Any) -> None:
-    prompt = tokenizer.apply_chat_template(
-        CHAT[:2], add_generation_prompt=True, return_dict=True
-    )["input_ids"]
+    prompt = tokenizer.apply_chat_template(CHAT[:2], add_generation_prompt=True, return_dict=True)[
+        "input_ids"
+    ]
     ids, labels = chatml.tokenise(CHAT[:3], tokenizer)
     assert ids[: len(prompt)] == prompt
     assert [label != IGNORED for label in labels].index(True) == len(prompt)
@@ -182,12 +182,16 @@ def test_fine_tuning_learns_the_answers_and_every_verb_goes_on_with_them(
     tokenizer, config = load_tokenizer(out), read_config(out)
     end = tokenizer.convert_tokens_to_ids(chatml.END)
     assert tokenizer.eos_token == chatml.END
-    assert config["eos_token_id"] == read_config(out, "generation_config.json")["eos_token_id"] == end
+    assert (
+        config["eos_token_id"] == read_config(out, "generation_config.json")["eos_token_id"] == end
+    )
     assert config["vocab_size"] == len(tokenizer)
     assert tokenizer.apply_chat_template(CHAT, tokenize=False) == chatml.render(CHAT)[0]
 
     pack(str(out), tmp_path / "packed", quant="q8")
-    done = generate(tmp_path / "packed", prompt=CHAT[1]["content"], chat=True, max_tokens=30, threads=1)
+    done = generate(
+        tmp_path / "packed", prompt=CHAT[1]["content"], chat=True, max_tokens=30, threads=1
+    )
     assert (done.text, done.finish) == ("Two boats.", "stop")
 
 
@@ -196,7 +200,10 @@ def test_a_tokenizer_of_another_model_is_still_refused(
 ) -> None:
     fields = yaml.safe_load(recipe.read_text())
     small = {"model_type": "mistral", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1}
-    fields |= {"model": {**small, "max_position_embeddings": 64}, "tokenizer": str(dense("mistral"))}
+    fields |= {
+        "model": {**small, "max_position_embeddings": 64},
+        "tokenizer": str(dense("mistral")),
+    }
     recipe.write_text(yaml.safe_dump(fields))
     with pytest.raises(TurboSparseError, match="the tokenizer has 322 tokens, the model only 300"):
         train(recipe, out=tmp_path / "out")

@@ -415,9 +415,7 @@ def test_a_folder_of_any_form_that_the_library_reads_is_a_data_set(tmp_path: Pat
     for part in range(2):
         table = datasets.Dataset.from_list(rows[part * 5 :][:5])
         table.to_parquet(tmp_path / "set" / f"train-{part}.parquet")
-    source = Source(
-        name="x", dataset=str(tmp_path / "set"), proportion=1, where={"kind": ["b"]}
-    )
+    source = Source(name="x", dataset=str(tmp_path / "set"), proportion=1, where={"kind": ["b"]})
     everything = [row["text"] for row in rows if row["kind"] == "b"]
     assert list(source.documents(tmp_path)) == everything
     of = source.parts(tmp_path)

@@ -97,7 +97,10 @@ def test_every_sequence_of_every_source_is_there_once_per_pass(
     recipe: Write, made: Path, tmp_path: Path
 ) -> None:
     assert [file.name for file in shards_of(made)] == [
-        "x-0000.arrow", "x-0001.arrow", "x-0002.arrow", "y-0000.arrow",
+        "x-0000.arrow",
+        "x-0001.arrow",
+        "x-0002.arrow",
+        "y-0000.arrow",
     ]
     path = recipe()
     settings = read_recipe(path)
@@ -287,7 +290,10 @@ def test_a_recipe_may_name_the_folder(
     [
         ({"data": {"sequence_length": 32}}, "sequence_length"),
         ({"data": {"append_eos": False}}, "append_eos"),
-        ({"data": {"sources": [{"name": "x", "path": "x", "proportion": 1}]}}, "sources, tokenizer"),
+        (
+            {"data": {"sources": [{"name": "x", "path": "x", "proportion": 1}]}},
+            "sources, tokenizer",
+        ),
         ({"model": "qwen2"}, "tokenizer"),
     ],
 )
@@ -395,9 +401,7 @@ def test_missing_sources_stay_missing(
 
 def test_a_source_without_one_sequence_is_refused(recipe: Write, tmp_path: Path) -> None:
     path = recipe()
-    (tmp_path / "y.jsonl").write_text(
-        '{"messages": [{"role": "assistant", "content": "a"}]}\n'
-    )
+    (tmp_path / "y.jsonl").write_text('{"messages": [{"role": "assistant", "content": "a"}]}\n')
     with pytest.raises(TurboSparseError, match="source 'y' holds less than one sequence of 16"):
         prepare(path, out=tmp_path / "made", processes=1)
 
@@ -435,8 +439,13 @@ def test_a_signal_ends_every_process(recipe: Write, tmp_path: Path) -> None:
         os.killpg(run.pid, signal.SIGINT)
         assert run.stderr.read() == b"turbosparse: interrupted\n"
         assert run.wait() == 130
-    with pytest.raises(ProcessLookupError):
-        os.killpg(run.pid, 0)
+    for _ in range(100):  # the last of them may still be on their way out
+        try:
+            os.killpg(run.pid, 0)
+        except ProcessLookupError:
+            return
+        time.sleep(0.1)
+    pytest.fail("processes are left")
 
 
 def test_the_group_explains_its_verbs(

@@ -32,7 +32,10 @@ def messages_of(row: Mapping[str, Any]) -> Messages:
     """
     turns = row.get("messages") or row.get("conversations")
     try:
-        said = [(t.get("role") or t["from"], t["content"] if "content" in t else t["value"]) for t in turns]
+        said = [
+            (t.get("role") or t["from"], t["content"] if "content" in t else t["value"])
+            for t in turns
+        ]
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"holds no conversation; the row has {', '.join(row)}") from error
     found = [{"role": _ROLES.get(role, role), "content": text} for role, text in said]

@@ -271,9 +271,7 @@ def _text(row: Row, template: str) -> str:
         ) from error
 
 
-def _file_rows(
-    files: list[Path], separator: str | None, fault: Fault
-) -> Iterator[tuple[str, Row]]:
+def _file_rows(files: list[Path], separator: str | None, fault: Fault) -> Iterator[tuple[str, Row]]:
     """The rows of ``.jsonl`` files and the texts of the others, each with its place."""
     for file in files:
         where = end = str(file)
@@ -333,9 +331,7 @@ def _hub_fault(source: Source, row: int, error: Exception) -> TurboSparseError:
     what = f"source {source.name!r}: data set {source.dataset!r}"
     why = f"({type(error).__name__}: {error}); check"
     if row == 0:
-        return MissingSource(
-            f"{what} cannot be opened {why} its name, your access and the network"
-        )
+        return MissingSource(f"{what} cannot be opened {why} its name, your access and the network")
     return TurboSparseError(
         f"{what} broke off after row {row} {why} the network and give the same command again"
     )

@@ -13,7 +13,9 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import os
 import signal
+import threading
 import zlib
 from bisect import bisect_right
 from collections.abc import Iterator
@@ -81,7 +83,8 @@ class Prepared:
         lines += [
             f"  {row['source']}: {row['tokens']:,} tokens; asked {row['asked']:.2%}, "
             f"drawn {row['drawn']:.2%} in {row['passes']:.2f} passes"
-            + f"; {row['unreadable']} unreadable left out" * bool(row["unreadable"])
+            + f"; {row['unreadable']} unreadable left out"
+            * bool(row["unreadable"])
             for row in self.sources
         ]
         return "\n".join(lines + [f"  {name}: missing" for name in self.missing])
@@ -125,9 +128,9 @@ def prepare(
         raise TurboSparseError("give --out, the folder to write")
     out = out or root / str(settings.data.prepared)
     processes = threads_to_use(None) if processes is None else processes
-    tokenizer, length = tokenizer_of(settings), settings.data.sequence_length
     missing = missing_sources(settings.data, root, allow_missing=allow_missing)
-    mixture = settings.data.without(missing)
+    settings.data = mixture = settings.data.without(missing)
+    tokenizer, length = tokenizer_of(settings), mixture.sequence_length
     request = _request(mixture, missing, tokenizer) | {"tokens": settings.tokens}
     done = _begin(out, request)
     parts = []
@@ -197,9 +200,7 @@ def _size(file: Path) -> int:
     return file.stat().st_size if file.is_file() else 0
 
 
-def _save(
-    out: Path, request: dict[str, Any], shards: dict[str, Shard], *, complete: bool
-) -> None:
+def _save(out: Path, request: dict[str, Any], shards: dict[str, Shard], *, complete: bool) -> None:
     with new_file(out / MANIFEST) as file:
         listed = [asdict(shard) for _, shard in sorted(shards.items())]
         write_json(file, request | {"complete": complete, "shards": listed})
@@ -228,7 +229,7 @@ def _run(parts: list[_Part], processes: int) -> Iterator[Shard]:
         yield from map(_write, parts)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads
-    pool = ProcessPoolExecutor(min(processes, len(parts)), spawn, _ignore_interrupts)
+    pool = ProcessPoolExecutor(min(processes, len(parts)), spawn, _follow_parent)
     try:
         for future in as_completed([pool.submit(_write, part) for part in parts]):
             yield future.result()
@@ -243,8 +244,12 @@ def _run(parts: list[_Part], processes: int) -> Iterator[Shard]:
         pool.shutdown(cancel_futures=True)
 
 
-def _ignore_interrupts() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends us
+def _follow_parent() -> None:
+    """End with the parent, however that ends, and not before it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
 
 
 def _write(part: _Part) -> Shard:
