@@ -436,7 +436,7 @@ def test_rows_are_kept_by_a_nested_field(tmp_path: Path) -> None:
 def test_files_of_a_data_set_are_opened_by_their_form(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    calls = hub(monkeypatch, dict.fromkeys(("json", "parquet"), [{"text": "a"}]))
+    calls = hub(monkeypatch, {form: [{"text": "a"}] for form in ("json", "parquet")})
     for pattern in ("data/*.json.gz", "c/*.parquet"):
         source = Source(name="x", dataset="org/set", proportion=1, files=[pattern])
         assert list(source.documents(tmp_path)) == ["a"]

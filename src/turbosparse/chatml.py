@@ -1,13 +1,13 @@
-"""ChatML, the form of a conversation: ``<|im_start|>role`` newline, content, ``<|im_end|>`` newline.
+"""ChatML: conversations as ``<|im_start|>role`` newline, content, ``<|im_end|>`` newline.
 
-Rows of conversations become token ids whose labels are the answers only, and tokenizer and model get
-what they need to speak the form: two tokens, the chat template and the end of a turn as EOS.
+Rows become token ids whose labels are the answers only; tokenizer and model get what they need to
+speak the form: two tokens, the chat template, and the end of a turn as EOS.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 START, END = "<|im_start|>", "<|im_end|>"
@@ -30,12 +30,9 @@ def messages_of(row: Mapping[str, Any]) -> Messages:
     Raises:
         ValueError: the row holds neither, or nothing that an assistant says.
     """
-    turns = row.get("messages") or row.get("conversations")
+    turns: Any = row.get("messages") or row.get("conversations")
     try:
-        said = [
-            (t.get("role") or t["from"], t["content"] if "content" in t else t["value"])
-            for t in turns
-        ]
+        said = [(t.get("role") or t["from"], t.get("content", t.get("value"))) for t in turns]
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"holds no conversation; the row has {', '.join(row)}") from error
     found = [{"role": _ROLES.get(role, role), "content": text} for role, text in said]

@@ -18,10 +18,11 @@ import signal
 import threading
 import zlib
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import accumulate, islice
 from math import ceil, sqrt
 from pathlib import Path
@@ -82,9 +83,7 @@ class Prepared:
         lines = [f"{self.out}: {self.tokens:,} tokens in sequences of {self.sequence_length}"]
         lines += [
             f"  {row['source']}: {row['tokens']:,} tokens; asked {row['asked']:.2%}, "
-            f"drawn {row['drawn']:.2%} in {row['passes']:.2f} passes"
-            + f"; {row['unreadable']} unreadable left out"
-            * bool(row["unreadable"])
+            f"drawn {row['drawn']:.2%} in {row['passes']:.2f} passes; {row['unreadable']} unreadable"
             for row in self.sources
         ]
         return "\n".join(lines + [f"  {name}: missing" for name in self.missing])
@@ -133,25 +132,26 @@ def prepare(
     tokenizer, length = tokenizer_of(settings), mixture.sequence_length
     request = _request(mixture, missing, tokenizer) | {"tokens": settings.tokens}
     done = _begin(out, request)
-    parts = []
+    parts: dict[str, Callable[[], Shard]] = {}
     for source in mixture.sources:
         # Training draws a binomial number of sequences: five deviations above its mean suffice. A
         # hub set may be far larger; what is on the disk is read to its end.
         mean, of = settings.tokens / length * source.proportion, source.parts(root)
         most = ceil((mean + 5 * sqrt(mean)) / of) + 1 if source.local(root) is None else None
-        files = [out / f"{source.name}-{number:04}.arrow" for number in range(of)]
-        parts += [_Part(source, mixture, root, tokenizer, files, n, most) for n in range(of)]
+        for part in range(of):
+            file = out / f"{source.name}-{part:04}.arrow"
+            write = partial(_write, file, source, root, tokenizer, mixture, part, of, most)
+            parts[file.name] = write
     with named_disk_errors(out):
-        todo = [part for part in parts if part.file.name not in done]
+        todo = [write for name, write in parts.items() if name not in done]
         for shard in track(_run(todo, processes), "preparing", total=len(todo)):
             done[shard.file] = shard
             _save(out, request, done, complete=False)
-        shards = {part.file.name: done[part.file.name] for part in parts}
-        sizes = _sizes(mixture, list(shards.values()))
-        for source, size in zip(mixture.sources, sizes, strict=True):
-            if not size:
-                raise too_short(source, length)
-        _save(out, request, shards, complete=True)
+        of_source = [[s for s in done.values() if s.source == m.name] for m in mixture.sources]
+        sizes = [sum(shard.sequences for shard in shards) for shards in of_source]
+        if 0 in sizes:
+            raise too_short(mixture.sources[sizes.index(0)], length)
+        _save(out, request, done, complete=True)
     which, _ = draw(mixture, sizes, count=max(1, settings.tokens // length), seed=settings.seed)
     rows = [
         {
@@ -160,7 +160,7 @@ def prepare(
             "asked": source.proportion,
             "drawn": float((which == n).mean()),
             "passes": float((which == n).sum()) / sizes[n],
-            "unreadable": sum(s.unreadable for s in shards.values() if s.source == source.name),
+            "unreadable": sum(shard.unreadable for shard in of_source[n]),
         }
         for n, source in enumerate(mixture.sources)
     ]
@@ -193,6 +193,7 @@ def _begin(out: Path, request: dict[str, Any]) -> dict[str, Shard]:
         out.mkdir(parents=True, exist_ok=True)
     for half in out.glob(".*"):  # of a killed process
         half.unlink()
+    _save(out, request, done, complete=False)
     return done
 
 
@@ -206,32 +207,15 @@ def _save(out: Path, request: dict[str, Any], shards: dict[str, Shard], *, compl
         write_json(file, request | {"complete": complete, "shards": listed})
 
 
-@dataclass(frozen=True)
-class _Part:
-    """One part of one source, to be written into one of its files."""
-
-    source: Source
-    mixture: Mixture
-    root: Path
-    tokenizer: Any
-    files: list[Path]
-    number: int
-    most: int | None  # sequences
-
-    @property
-    def file(self) -> Path:
-        return self.files[self.number]
-
-
-def _run(parts: list[_Part], processes: int) -> Iterator[Shard]:
+def _run(parts: list[Callable[[], Shard]], processes: int) -> Iterator[Shard]:
     """Write parts, several at a time; a failure ends them all."""
     if min(processes, len(parts)) < 2:
-        yield from map(_write, parts)
+        yield from (write() for write in parts)
         return
     spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads
     pool = ProcessPoolExecutor(min(processes, len(parts)), spawn, _follow_parent)
     try:
-        for future in as_completed([pool.submit(_write, part) for part in parts]):
+        for future in as_completed([pool.submit(write) for write in parts]):
             yield future.result()
     except BrokenProcessPool as error:
         raise TurboSparseError(
@@ -247,33 +231,40 @@ def _run(parts: list[_Part], processes: int) -> Iterator[Shard]:
 def _follow_parent() -> None:
     """End with the parent, however that ends, and not before it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
 
 
-def _write(part: _Part) -> Shard:
-    """Write one part; the file has its name only when it is whole."""
+def _write(
+    path: Path,
+    source: Source,
+    root: Path,
+    tokenizer: Any,
+    mixture: Mixture,
+    part: int,
+    of: int,
+    most: int | None,
+) -> Shard:
+    """Write one part, or `most` sequences; the file has its name only when it is whole."""
     from datasets import Features, List, Value
     from datasets.arrow_writer import ArrowWriter
 
-    column = List(Value("int32"), length=part.mixture.sequence_length)
-    columns = ["input_ids", "labels"] if part.source.format == "chat" else ["input_ids"]
+    column = List(Value("int32"), length=mixture.sequence_length)
+    columns = ["input_ids", "labels"] if source.format == "chat" else ["input_ids"]
     features = Features({**dict.fromkeys(columns, column), "checksum": Value("uint32")})
     skips, written = Skips(), 0
-    reading = {"part": part.number, "of": len(part.files), "fault": skips.fault(part.source)}
-    sequences = source_sequences(part.source, part.root, part.tokenizer, part.mixture, **reading)
-    with new_file(part.file) as file:
+    fault = skips.fault(source)
+    found = source_sequences(source, root, tokenizer, mixture, part=part, of=of, fault=fault)
+    with new_file(path) as file:
         with ArrowWriter(path=str(file), features=features, writer_batch_size=256) as writer:
-            for sequence in islice(sequences, part.most):
+            for sequence in islice(found, most):
                 row = {key: np.array(sequence[key], np.int32) for key in columns}
                 writer.write({**row, "checksum": _checksum(row)})
                 written += 1
             writer.finalize()
         size = file.stat().st_size
-    whole = part.most is None or written < part.most or next(sequences, None) is None
-    unreadable = sum(map(len, skips.values()))
-    return Shard(part.source.name, part.file.name, written, size, unreadable, whole)
+    whole = most is None or written < most or next(found, None) is None
+    return Shard(source.name, path.name, written, size, len(skips[source.name]), whole)
 
 
 def _checksum(row: dict[str, NDArray[Any]]) -> int:
@@ -380,11 +371,6 @@ class _File:
         return TurboSparseError(
             f"{self.path} {what}; delete it and give the same `turbosparse data prepare` again"
         )
-
-
-def _sizes(mixture: Mixture, shards: list[Shard]) -> list[int]:
-    names = [source.name for source in mixture.sources]
-    return [sum(s.sequences for s in shards if s.source == name) for name in names]
 
 
 def draw(
