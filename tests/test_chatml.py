@@ -106,7 +106,7 @@ def test_the_forms_of_a_row_give_the_same_conversation(tmp_path: Path, row: dict
     ("row", "message"),
     [
         ({"text": "a"}, r"c\.jsonl:1 holds no conversation; the row has text"),
-        ({"messages": [{"role": "user"}]}, "c.jsonl:1 holds no conversation"),
+        ({"messages": [{"role": "user"}]}, "c.jsonl:1 holds a turn whose content is no text"),
         ({"messages": ["hello"]}, "c.jsonl:1 holds no conversation"),
         ({"messages": CHAT[:2]}, "c.jsonl:1 holds no turn of the assistant"),
         ({"messages": [{"role": "assistant", "content": None}]}, "content is no text"),

@@ -276,6 +276,19 @@ def test_training_sees_it_in_order_and_a_stopped_run_goes_on_exactly(
         assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+def test_two_processes_see_what_one_sees(recipe: Write, made: Path, tmp_path: Path) -> None:
+    path = recipe(log_every=1)
+    train(path, data=made, out=tmp_path / "one")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    words = ["-m", "turbosparse.cli", "train", path, "--data", made, "--out", tmp_path / "two"]
+    subprocess.run([sys.executable, *launcher, *words], check=True, capture_output=True)
+    one, two = (
+        [json.loads(line)["loss"] for line in (tmp_path / run / "training_log.jsonl").open()]
+        for run in ("one", "two")
+    )
+    assert two == pytest.approx(one, rel=1e-3)
+
+
 def test_a_recipe_may_name_the_folder(
     recipe: Write, made: Path, tmp_path: Path, batches: list[torch.Tensor]
 ) -> None:

@@ -83,7 +83,7 @@ class Prepared:
         lines = [f"{self.out}: {self.tokens:,} tokens in sequences of {self.sequence_length}"]
         lines += [
             f"  {row['source']}: {row['tokens']:,} tokens; asked {row['asked']:.2%}, "
-            f"drawn {row['drawn']:.2%} in {row['passes']:.2f} passes; {row['unreadable']} unreadable"
+            f"drawn {row['drawn']:.2%}, {row['passes']:.2f} passes; {row['unreadable']} unreadable"
             for row in self.sources
         ]
         return "\n".join(lines + [f"  {name}: missing" for name in self.missing])
