@@ -370,8 +370,8 @@ def test_all_missing_sources_are_named_at_once(tmp_path: Path, half_missing: Mix
     assert "\n" not in message
     for part in (
         "2 of 4 sources cannot be opened",
-        f"no such file or folder: {tmp_path / 'moved.jsonl'}",
-        "source 'gated': data set 'org/gated' cannot be opened (DatasetNotFoundError",
+        f"(1) moved: no such file or folder: {tmp_path / 'moved.jsonl'}",
+        "(2) gated: data set 'org/gated' cannot be opened (DatasetNotFoundError",
         "--allow-missing",
     ):
         assert part in message

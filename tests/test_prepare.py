@@ -282,10 +282,8 @@ def test_two_processes_see_what_one_sees(recipe: Write, made: Path, tmp_path: Pa
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     words = ["-m", "turbosparse.cli", "train", path, "--data", made, "--out", tmp_path / "two"]
     subprocess.run([sys.executable, *launcher, *words], check=True, capture_output=True)
-    one, two = (
-        [json.loads(line)["loss"] for line in (tmp_path / run / "training_log.jsonl").open()]
-        for run in ("one", "two")
-    )
+    logs = [(tmp_path / run / "training_log.jsonl").read_text() for run in ("one", "two")]
+    one, two = ([json.loads(line)["loss"] for line in log.splitlines()] for log in logs)
     assert two == pytest.approx(one, rel=1e-3)
 
 

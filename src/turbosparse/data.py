@@ -186,11 +186,12 @@ def missing_sources(mixture: Mixture, root: Path, *, allow_missing: bool) -> lis
         try:
             next(source.rows(root, part=0, of=1, fault=refuse), None)
         except MissingSource as error:
-            faults[source.name] = str(error)
+            faults[source.name] = str(error).removeprefix(f"source {source.name!r}: ")
         except TurboSparseError:
             pass  # it is there: what is wrong with it is said when it is read
     if faults and not (allow_missing and len(faults) < len(mixture.sources)):
-        listed = " ".join(f"({n}) {fault}." for n, fault in enumerate(faults.values(), 1))
+        numbered = enumerate(faults.items(), 1)
+        listed = " ".join(f"({n}) {name}: {fault}." for n, (name, fault) in numbered)
         raise TurboSparseError(
             f"{len(faults)} of {len(mixture.sources)} sources cannot be opened: {listed} "
             "Correct them, put files of that name into the folder of --data, "
