@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from math import sqrt
 from pathlib import Path
@@ -15,8 +15,11 @@ from pydantic import ValidationError
 
 from turbosparse.data import (
     Mixture,
+    Skips,
+    Source,
     documents,
     drop_last,
+    missing_sources,
     packed_sequences,
     take_last,
     training_stream,
@@ -43,6 +46,13 @@ def write(path: Path, content: str | bytes) -> Path:
 
 def rows(*texts: str) -> str:
     return "".join(json.dumps({"text": text}) + "\n" for text in texts)
+
+
+def packed(
+    texts: Iterable[str], tokenizer: Any, length: int, *, append_eos: bool = True
+) -> list[list[int]]:
+    rows = packed_sequences(texts, tokenizer, length, append_eos=append_eos)
+    return [row["input_ids"] for row in rows]
 
 
 def mixture(*sources: dict[str, object], **changes: object) -> Mixture:
@@ -119,7 +129,7 @@ def test_a_corpus_that_is_not_there_or_holds_nothing_is_refused(tmp_path: Path) 
             '{"title": "T", "body": "B"}\n',
             r"a\.jsonl:1 does not fit the template '\{text\}': the row has title, body",
         ),
-        ("a.jsonl", "[1, 2]\n", r"a\.jsonl:1 does not fit .*: the row has list"),
+        ("a.jsonl", "[1, 2]\n", r"a\.jsonl:1 is no row of fields, but a list"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_the_place(
@@ -165,7 +175,7 @@ def test_packing_keeps_every_token_in_order_but_the_tail(
     tokenizer: Any, corpus: Path, length: int, append_eos: bool
 ) -> None:
     texts = list(documents(corpus))
-    sequences = list(packed_sequences(texts, tokenizer, length, append_eos=append_eos))
+    sequences = packed(texts, tokenizer, length, append_eos=append_eos)
     whole = [
         token
         for text in texts
@@ -176,7 +186,7 @@ def test_packing_keeps_every_token_in_order_but_the_tail(
 
 
 def test_each_document_stands_between_bos_and_eos(tokenizer: Any) -> None:
-    (sequence,) = packed_sequences(["ab" * 9, "c" * 40], tokenizer, 32, append_eos=True)
+    (sequence,) = packed(["ab" * 9, "c" * 40], tokenizer, 32)
     end = sequence.index(EOS)
     assert sequence[0] == BOS
     assert sequence[end + 1] == BOS
@@ -259,9 +269,7 @@ def test_sources_are_shuffled_and_small_ones_repeat_without_end(
 ) -> None:
     source = {**numbered(tmp_path, "x", 10), "proportion": 1}
     mix = mixture(source)
-    once = list(
-        packed_sequences(documents(tmp_path / "x.jsonl"), tokenizer, LENGTH, append_eos=True)
-    )
+    once = packed(documents(tmp_path / "x.jsonl"), tokenizer, LENGTH)
     drawn = draw(tmp_path, tokenizer, mix, 0, 3 * len(once))
     assert drawn[: len(once)] != once
     assert sorted(drawn) == sorted(once * 3)
@@ -318,5 +326,195 @@ def test_rows_of_a_hub_data_set_pass_through_the_template(
     source = {"name": "web", "dataset": "org/set", "proportion": 1, "template": "{q}? {a}"}
     text = "".join(map(tokenizer.decode, draw(tmp_path, tokenizer, mixture(source), 0, 99)))
     assert "<s>what is it? a boat</s>" in text
-    with pytest.raises(TurboSparseError, match=r"org/set does not fit .*: the row has q, a"):
+    with pytest.raises(TurboSparseError, match=r"org/set:1 does not fit .*: the row has q, a"):
         draw(tmp_path, tokenizer, mixture({**source, "template": "{text}"}), 0, 1)
+
+
+# --- sources that are not there, and documents that cannot be read
+# -------------------------------------------------------------
+
+
+def hub(monkeypatch: pytest.MonkeyPatch, sets: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """Stand in for the hub: `sets` by name; any other is gated. Returns the calls."""
+    import datasets
+
+    calls = []
+
+    def load_dataset(name: str, subset: str | None, **options: Any) -> Any:
+        calls.append(((name, subset), options))
+        if name not in sets:
+            raise datasets.exceptions.DatasetNotFoundError(f"Dataset '{name}' is a gated dataset")
+        return sets[name]
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    return calls
+
+
+@pytest.fixture
+def half_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Mixture:
+    """Of four sources a file and a hub set are there, a file and a hub set are not."""
+    hub(monkeypatch, {"org/there": [{"text": "some words"}] * 9})
+    write(tmp_path / "here.jsonl", rows(*["some words"] * 9))
+    return mixture(
+        {"name": "here", "path": "here.jsonl", "proportion": 0.3},
+        {"name": "moved", "path": "moved.jsonl", "proportion": 0.3},
+        {"name": "there", "dataset": "org/there", "proportion": 0.1},
+        {"name": "gated", "dataset": "org/gated", "proportion": 0.3},
+    )
+
+
+def test_all_missing_sources_are_named_at_once(tmp_path: Path, half_missing: Mixture) -> None:
+    with pytest.raises(TurboSparseError) as failed:
+        missing_sources(half_missing, tmp_path, allow_missing=False)
+    message = str(failed.value)
+    assert "\n" not in message
+    for part in (
+        "2 of 4 sources cannot be opened",
+        f"(1) moved: no such file or folder: {tmp_path / 'moved.jsonl'}",
+        "(2) gated: data set 'org/gated' cannot be opened (DatasetNotFoundError",
+        "--allow-missing",
+    ):
+        assert part in message
+    assert "here" not in message
+    assert "org/there" not in message
+
+
+def test_missing_sources_are_dropped_where_that_is_allowed(
+    tmp_path: Path, half_missing: Mixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    missing = missing_sources(half_missing, tmp_path, allow_missing=True)
+    assert missing == ["moved", "gated"]
+    rest = half_missing.without(missing)
+    assert {s.name: s.proportion for s in rest.sources} == {
+        "here": pytest.approx(0.75),
+        "there": pytest.approx(0.25),
+    }
+    assert "without moved, gated: 60.00% of the mixture is missing" in capsys.readouterr().err
+    none = half_missing.model_copy(update={"sources": half_missing.sources[1:2]})
+    with pytest.raises(TurboSparseError, match="1 of 1 sources cannot be opened"):
+        missing_sources(none, tmp_path, allow_missing=True)
+
+
+def test_an_unreadable_source_is_not_missing(tmp_path: Path) -> None:
+    write(tmp_path / "x.jsonl", "{")
+    mix = mixture({"name": "x", "path": "x.jsonl", "proportion": 1})
+    assert missing_sources(mix, tmp_path, allow_missing=True) == []
+
+
+@pytest.mark.parametrize("stand_in", ["web.jsonl", "web/part.jsonl"])
+def test_local_files_stand_in_for_a_hub_set(tmp_path: Path, stand_in: str) -> None:
+    write(tmp_path / stand_in, rows("local words"))
+    source = Source(name=stand_in.split("/")[0], dataset="org/web", proportion=1)
+    assert list(source.documents(tmp_path)) == ["local words"]
+
+
+def test_a_folder_of_any_form_that_the_library_reads_is_a_data_set(tmp_path: Path) -> None:
+    import datasets
+
+    rows = [{"text": f"document {n}", "kind": "ab"[n % 2]} for n in range(10)]
+    for part in range(2):
+        table = datasets.Dataset.from_list(rows[part * 5 :][:5])
+        table.to_parquet(tmp_path / "set" / f"train-{part}.parquet")
+    source = Source(name="x", dataset=str(tmp_path / "set"), proportion=1, where={"kind": ["b"]})
+    everything = [row["text"] for row in rows if row["kind"] == "b"]
+    assert list(source.documents(tmp_path)) == everything
+    of = source.parts(tmp_path)
+    assert of == 2
+    parts = [list(source.documents(tmp_path, part=part, of=of)) for part in range(of)]
+    assert list(chain.from_iterable(parts)) == everything
+
+
+def test_rows_are_kept_by_a_nested_field(tmp_path: Path) -> None:
+    kinds = ["A", "B", None, "C"]
+    lines = [{"text": f"t{n}", "meta": {"set": kind}} for n, kind in enumerate(kinds)]
+    lines.append({"text": "bare", "meta": None})
+    write(tmp_path / "x.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
+    source = Source(name="x", path="x.jsonl", proportion=1, where={"meta.set": ["A", "C"]})
+    assert list(source.documents(tmp_path)) == ["t0", "t3"]
+
+
+def test_files_of_a_data_set_are_opened_by_their_form(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls = hub(monkeypatch, {form: [{"text": "a"}] for form in ("json", "parquet")})
+    for pattern in ("data/*.json.gz", "c/*.parquet"):
+        source = Source(name="x", dataset="org/set", proportion=1, files=[pattern])
+        assert list(source.documents(tmp_path)) == ["a"]
+    assert [call[0][0] for call in calls] == ["json", "parquet"]
+    assert calls[0][1]["data_files"] == {"train": ["hf://datasets/org/set/data/*.json.gz"]}
+
+
+def broken_stream(good: int) -> Iterator[dict[str, str]]:
+    yield from [{"text": "some words"}] * good
+    raise ConnectionError("reset\nby peer")
+
+
+@pytest.mark.parametrize(
+    ("good", "message"),
+    [(0, "'web': data set 'org/web' cannot be opened"), (3, "'web': .* broke off after row 3")],
+)
+def test_a_hub_stream_that_breaks_off_names_its_source(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, good: int, message: str
+) -> None:
+    hub(monkeypatch, {"org/web": broken_stream(good)})
+    source = Source(name="web", dataset="org/web", proportion=1)
+    with pytest.raises(TurboSparseError, match=message):
+        list(source.documents(tmp_path))
+
+
+BROKEN = {
+    "broken UTF-8": ("x.jsonl", rows("a").encode() + b'{"text": "\xff"}\n' + rows("b").encode(), 2),
+    "broken JSON": ("x.jsonl", rows("a") + '{"text"\n' + rows("b"), 2),
+    "other fields": ("x.jsonl", rows("a") + '{"body": 1}\n' + rows("b"), 2),
+    "no fields": ("x.jsonl", rows("a") + "3\n" + rows("b"), 2),
+}
+
+
+@pytest.mark.parametrize("fault", BROKEN)
+def test_unreadable_rows_are_refused_or_passed_over_and_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], fault: str
+) -> None:
+    name, content, line = BROKEN[fault]
+    write(tmp_path / name, content)
+    source = Source(name="x", path=name, proportion=1)
+    with pytest.raises(TurboSparseError, match=rf"x\.jsonl:{line} "):
+        list(source.documents(tmp_path))
+    source.skip_unreadable = True
+    skips = Skips()
+    for _ in range(2):  # a second time through the source is not counted
+        assert list(source.documents(tmp_path, fault=skips.fault(source))) == ["a", "b"]
+    skips.report()
+    said = capsys.readouterr().err
+    assert f"source 'x': passed over 1 unreadable; {tmp_path / name}:{line} " in said
+
+
+def test_what_follows_a_broken_gzip_member_is_left_out(tmp_path: Path) -> None:
+    first, second = (gzip.compress(rows(*texts).encode()) for texts in ("ab", "cd"))
+    (tmp_path / "x").mkdir()
+    (tmp_path / "x" / "1.jsonl.gz").write_bytes(first + second[:14] + b"\xff\xff" + second[16:])
+    write(tmp_path / "x" / "2.txt", b"caf\xe9")
+    write(tmp_path / "x" / "3.txt", "last")
+    source = Source(name="x", path="x", proportion=1)
+    with pytest.raises(TurboSparseError, match=r"1\.jsonl\.gz after line \d is a broken gzip"):
+        list(source.documents(tmp_path))
+    source.skip_unreadable = True
+    skips = Skips()
+    found = list(source.documents(tmp_path, fault=skips.fault(source)))
+    assert (found[:2], found[-1]) == (["a", "b"], "last")
+    assert len(skips["x"]) == 2
+
+
+def test_a_source_of_which_nothing_can_be_read_is_refused(tmp_path: Path) -> None:
+    write(tmp_path / "x.jsonl", "{\n{\n")
+    source = Source(name="x", path="x.jsonl", proportion=1, skip_unreadable=True)
+    with pytest.raises(TurboSparseError, match="source 'x' holds no text"):
+        list(source.documents(tmp_path, fault=Skips().fault(source)))
+
+
+def test_the_stream_counts_what_it_passes_over(tmp_path: Path, tokenizer: Any) -> None:
+    write(tmp_path / "x.jsonl", rows(*["some words here"] * 30) + "{\n" + rows("more"))
+    mix = mixture({"name": "x", "path": "x.jsonl", "proportion": 1, "skip_unreadable": True})
+    skips = Skips()
+    stream = training_stream(mix, tokenizer, root=tmp_path, seed=0, skips=skips)
+    assert len(list(islice(stream, 100))) == 100
+    assert len(skips["x"]) == 1

@@ -44,6 +44,13 @@ VERBS = {
     ),
 }
 
+DATA_VERBS = {
+    "prepare": (
+        "turbosparse.prepare:prepare",
+        "Tokenise and pack a recipe's data once, into files that training maps.",
+    ),
+}
+
 app = App(
     name="turbosparse",
     help="Run large language models on a fraction of their weights.\n\n"
@@ -56,6 +63,10 @@ app = App(
 app.meta.suppress_keyboard_interrupt = False
 for _verb, (_target, _help) in VERBS.items():
     app.command(_target, name=_verb, help=_help)
+_data = App(name="data", help="Prepare data for training.")
+for _verb, (_target, _help) in DATA_VERBS.items():
+    _data.command(_target, name=_verb, help=_help)
+app.command(_data)
 
 
 @app.meta.default

@@ -1,9 +1,9 @@
 """Text for training and measuring: documents from files or the hub, packed and mixed.
 
-A corpus is a text, JSON-lines or ``.gz`` file, a folder of them, or a hub data set. Documents are
-tokenised one by one, laid end to end and cut into sequences of one length; a mixture draws whole
-sequences from its sources, so that proportions hold in tokens whatever the lengths of the
-documents.
+A corpus is a text, JSON-lines or ``.gz`` file, a folder of them, or a hub data set.
+Documents are tokenised one by one, laid end to end and cut into sequences of one length; a mixture
+draws whole sequences from its sources, so that proportions hold in tokens whatever the lengths of
+the documents.
 """
 
 from __future__ import annotations
@@ -13,20 +13,49 @@ import io
 import json
 import zlib
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from turbosparse import chatml
 from turbosparse.folders import TurboSparseError
+from turbosparse.progress import note
 
 if TYPE_CHECKING:
     import datasets
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
 SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
+MOST_PARTS = 64  # of a source that are read apart from each other
+
+Document = str | chatml.Messages
+Row = str | dict[str, Any]  # a text, or fields
+Fault = Callable[[str, Exception | None], None]
+
+
+class MissingSource(TurboSparseError):
+    """A source that cannot be opened at all: it is not there, has another name, or is gated."""
+
+
+def refuse(message: str, cause: Exception | None) -> None:
+    """What becomes of an unreadable document unless the recipe says otherwise."""
+    raise TurboSparseError(message) from cause
+
+
+class Skips(dict[str, set[str]]):
+    """What was wrong with the unreadable documents that were passed over, by source."""
+
+    def fault(self, source: Source) -> Fault:
+        seen = self.setdefault(source.name, set())
+        return (lambda message, _: seen.add(message)) if source.skip_unreadable else refuse
+
+    def report(self) -> None:
+        for name, seen in self.items():
+            if seen:
+                note(f"source {name!r}: passed over {len(seen)} unreadable; {min(seen)}")
 
 
 class Source(BaseModel):
@@ -34,15 +63,23 @@ class Source(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    name: str
+    name: str = Field(pattern=r"^\w[\w.-]*$")
     proportion: float = Field(gt=0, le=1, description="share of the training tokens")
     path: Path | None = None
     dataset: str | None = None
     subset: str | None = None
     split: str = "train"
+    files: list[str] | None = Field(None, description="files of the data set, with wildcards")
+    where: dict[str, list[str]] = Field(
+        default_factory=dict, description="rows to keep: field (a.b: in a) → its values"
+    )
+    format: Literal["text", "chat"] = "text"
     template: str = Field("{text}", description="how a JSON row becomes text")
+    prompt: str | None = Field(None, description="template of a chat's question")
+    answer: str | None = Field(None, description="template of a chat's answer")
     separator: str | None = Field(None, description="what separates documents inside a text file")
     skip_last: int = Field(0, ge=0, description="documents at the end kept out of training")
+    skip_unreadable: bool = Field(False, description="pass over broken documents, and count them")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -50,13 +87,51 @@ class Source(BaseModel):
             raise ValueError(f"source {self.name!r} needs exactly one of path and dataset")
         return self
 
-    def documents(self, root: Path) -> Iterator[str]:
-        """The training documents; a relative `path` is taken from `root`."""
+    def local(self, root: Path) -> Path | None:
+        """Its files: `path`, or those in `root` that stand in for the hub set under its name."""
         if self.path is not None:
-            found = documents(root / self.path, template=self.template, separator=self.separator)
-        else:
-            found = _hub_documents(self)
-        return drop_last(found, self.skip_last)
+            return root / self.path
+        return root / self.name if (root / self.name).exists() else None
+
+    def parts(self, root: Path) -> int:
+        """How many parts can be read apart from each other."""
+        if self.skip_last:
+            return 1
+        if local := self.local(root):
+            return min(len(corpus_files(local)), MOST_PARTS)
+        return min(getattr(_open_hub(self), "num_shards", 1), MOST_PARTS)
+
+    def rows(self, root: Path, *, part: int, of: int, fault: Fault) -> Iterator[tuple[str, Row]]:
+        if local := self.local(root):
+            return _file_rows(corpus_files(local)[part::of], self.separator, fault)
+        return _hub_rows(self, part, of)
+
+    def documents(
+        self, root: Path, *, part: int = 0, of: int = 1, fault: Fault = refuse
+    ) -> Iterator[Document]:
+        """The training documents; a relative `path` is taken from `root`."""
+        rows = self.rows(root, part=part, of=of, fault=fault)
+        found = _read((row for row in rows if self._keeps(row[1])), self._document, fault)
+        return drop_last(found if of > 1 else _some(found, f"source {self.name!r}"), self.skip_last)
+
+    def _keeps(self, row: Row) -> bool:
+        for key, kept in self.where.items():
+            inner: Any = row
+            for name in key.split("."):
+                inner = inner.get(name) if isinstance(inner, dict) else None
+            if inner not in kept:
+                return False
+        return True
+
+    def _document(self, row: Row) -> Document:
+        if self.format == "text":
+            return _text(row, self.template)
+        if isinstance(row, str):
+            raise ValueError("is a text file; a chat needs rows (.jsonl)")
+        if self.prompt is None or self.answer is None:
+            return chatml.messages_of(row)
+        said = {"user": _text(row, self.prompt), "assistant": _text(row, self.answer)}
+        return [{"role": role, "content": content} for role, content in said.items()]
 
 
 class Mixture(BaseModel):
@@ -68,6 +143,7 @@ class Mixture(BaseModel):
     sequence_length: int = Field(ge=8)
     append_eos: bool = Field(True, description="end each document with the tokenizer's EOS")
     shuffle_buffer: int = Field(2000, ge=1, description="sequences shuffled at a time")
+    prepared: Path | None = Field(None, description="folder that `data prepare` made of this")
 
     @model_validator(mode="after")
     def _adds_up(self) -> Mixture:
@@ -80,6 +156,49 @@ class Mixture(BaseModel):
             raise ValueError(f"two sources have the same name: {', '.join(sorted(names))}")
         return self
 
+    @property
+    def chat(self) -> bool:
+        return any(source.format == "chat" for source in self.sources)
+
+    def without(self, missing: list[str]) -> Mixture:
+        """The mixture of the other sources, whose proportions grow alike until they add up to 1."""
+        if not missing:
+            return self
+        kept = [source for source in self.sources if source.name not in missing]
+        total = sum(source.proportion for source in kept)
+        note(
+            f"without {', '.join(missing)}: {1 - total:.2%} of the mixture is missing, "
+            "and the other proportions are raised to add up to 1"
+        )
+        raised = [s.model_copy(update={"proportion": s.proportion / total}) for s in kept]
+        return self.model_copy(update={"sources": raised})
+
+
+def missing_sources(mixture: Mixture, root: Path, *, allow_missing: bool) -> list[str]:
+    """The names of the sources that cannot be opened; every one is tried.
+
+    Raises:
+        TurboSparseError: there are some and `allow_missing` is not set, or none is left. Its one
+            line names them all.
+    """
+    faults = {}
+    for source in mixture.sources:
+        try:
+            next(source.rows(root, part=0, of=1, fault=refuse), None)
+        except MissingSource as error:
+            faults[source.name] = str(error).removeprefix(f"source {source.name!r}: ")
+        except TurboSparseError:
+            pass  # it is there: what is wrong with it is said when it is read
+    if faults and not (allow_missing and len(faults) < len(mixture.sources)):
+        numbered = enumerate(faults.items(), 1)
+        listed = " ".join(f"({n}) {name}: {fault}." for n, (name, fault) in numbered)
+        raise TurboSparseError(
+            f"{len(faults)} of {len(mixture.sources)} sources cannot be opened: {listed} "
+            "Correct them, put files of that name into the folder of --data, "
+            "or drop them with --allow-missing"
+        )
+    return list(faults)
+
 
 def documents(
     path: Path, *, template: str = "{text}", separator: str | None = None
@@ -87,23 +206,17 @@ def documents(
     """Yield the documents of a file or of all files below a folder, in the order of their names.
 
     Args:
-        path: ``.txt``, ``.md``, ``.py`` (a file is one document unless `separator` is given) or
+        path: ``.txt``, ``.md``, ``.py`` (a file is one document unless `separator` is given),
             ``.jsonl`` (a row is one document), each also as ``.gz``.
-        template: how a JSON row becomes text, for example ``"{question}\\n{answer}"``.
+        template: how a row becomes text, for example ``"{question}\\n{answer}"``.
         separator: text between two documents of a text file.
 
     Raises:
         TurboSparseError: nothing there, not text, broken JSON, or a row without the template's
             fields.
     """
-    found = False
-    for file in corpus_files(path):
-        for text in _file_documents(file, template, separator):
-            if text.strip():
-                found = True
-                yield text
-    if not found:
-        raise TurboSparseError(f"{path} holds no text: every document in it is empty")
+    rows = _file_rows(corpus_files(path), separator, refuse)
+    return _some(_read(rows, lambda row: _text(row, template), refuse), str(path))
 
 
 def corpus_files(path: Path) -> list[Path]:
@@ -112,10 +225,10 @@ def corpus_files(path: Path) -> list[Path]:
     if path.is_file():
         return [path]
     if not path.is_dir():
-        raise TurboSparseError(f"no such file or folder: {path}")
+        raise MissingSource(f"no such file or folder: {path}")
     files = sorted(f for f in path.rglob("*") if f.is_file() and _suffix(f) in SUFFIXES)
     if not files:
-        raise TurboSparseError(
+        raise MissingSource(
             f"{path} holds no corpus file; known are {', '.join(SUFFIXES)}, also .gz"
         )
     return files
@@ -125,61 +238,119 @@ def _suffix(path: Path) -> str:
     return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
 
 
-def _file_documents(file: Path, template: str, separator: str | None) -> Iterator[str]:
-    where = str(file)
-    try:
-        with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as raw:
-            if _suffix(file) == ".jsonl":
-                for number, line in enumerate(raw, 1):
-                    where = f"{file}:{number}"
-                    if line.strip():
-                        yield _row_text(line.decode(), template, where)
-            else:
-                text = io.StringIO(raw.read().decode(), newline=None).read()  # \r\n too
-                yield from (part.strip() for part in text.split(separator)) if separator else [text]
-    except UnicodeDecodeError as error:
-        raise TurboSparseError(
-            f"{where} is not UTF-8 text (byte {error.object[error.start]:#04x} at {error.start}); "
-            "remove it from the corpus or convert it"
-        ) from error
-    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-        raise TurboSparseError(f"{file} is a broken gzip file ({error}); fetch it again") from error
+def _some(items: Iterable[Any], what: str) -> Iterator[Any]:
+    item = None
+    for item in items:
+        yield item
+    if item is None:
+        raise TurboSparseError(f"{what} holds no text: every document in it is empty or unreadable")
 
 
-def _row_text(line: str, template: str, where: str) -> str:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise TurboSparseError(f"{where} is not valid JSON: {error}") from error
+def _read(
+    rows: Iterable[tuple[str, Row]], make: Callable[[Row], Any], fault: Fault
+) -> Iterator[Any]:
+    """Documents of rows; empty ones are left out."""
+    for where, row in rows:
+        try:
+            document = make(row)
+        except ValueError as error:
+            fault(f"{where} {error}", error)
+            continue
+        if not isinstance(document, str) or document.strip():
+            yield document
+
+
+def _text(row: Row, template: str) -> str:
+    if isinstance(row, str):
+        return row
     try:
         present = {key: "" if value is None else value for key, value in row.items()}
         return template.format_map(present)
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        fields = ", ".join(row) if isinstance(row, dict) else type(row).__name__
-        raise TurboSparseError(
-            f"{where} does not fit the template {template!r}: the row has {fields}"
+        raise ValueError(
+            f"does not fit the template {template!r}: the row has {', '.join(row)}"
         ) from error
 
 
-def _hub_documents(source: Source) -> Iterator[str]:
+def _file_rows(files: list[Path], separator: str | None, fault: Fault) -> Iterator[tuple[str, Row]]:
+    """The rows of ``.jsonl`` files and the texts of the others, each with its place."""
+    for file in files:
+        where = end = str(file)
+        try:
+            with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as raw:
+                if _suffix(file) != ".jsonl":
+                    text = io.StringIO(raw.read().decode(), newline=None).read()  # \r\n too
+                    for part in text.split(separator) if separator else [text]:
+                        yield where, part.strip() if separator else part
+                    continue
+                for number, line in enumerate(raw, 1):
+                    where, end = f"{file}:{number}", f"{file} after line {number}"
+                    if line.strip() and (row := _json_row(line, where, fault)) is not None:
+                        yield where, row
+        except UnicodeDecodeError as error:
+            fault(_not_utf8(where, error), error)
+        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+            fault(f"{end} is a broken gzip file ({error}); fetch it again", error)
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
+    return (
+        f"{where} is not UTF-8 text (byte {error.object[error.start]:#04x} at {error.start}); "
+        "remove it from the corpus or convert it"
+    )
+
+
+def _json_row(line: bytes, where: str, fault: Fault) -> Row | None:
+    try:
+        row = json.loads(line.decode())
+        if isinstance(row, dict):
+            return row
+        fault(f"{where} is no row of fields, but a {type(row).__name__}", None)
+    except UnicodeDecodeError as error:
+        fault(_not_utf8(where, error), error)
+    except (json.JSONDecodeError, RecursionError) as error:
+        fault(f"{where} is not valid JSON: {error}", error)
+    return None
+
+
+def _open_hub(source: Source) -> Any:
     import datasets
 
+    name: Any = source.dataset
+    options: dict[str, Any] = {"split": source.split, "streaming": True}
+    if source.files:  # as plain files: many sets have a script of their own, which no longer runs
+        patterns = [f"hf://datasets/{name}/{pattern}" for pattern in source.files]
+        options["data_files"] = {source.split: patterns}
+        name = "parquet" if source.files[0].endswith(".parquet") else "json"
     try:
-        rows = datasets.load_dataset(
-            source.dataset, source.subset, split=source.split, streaming=True
-        )
+        return datasets.load_dataset(name, source.subset, **options)
     except Exception as error:  # datasets and the hub raise many unrelated types
-        raise TurboSparseError(
-            f"source {source.name!r}: data set {source.dataset!r} cannot be opened "
-            f"({type(error).__name__}: {error}); check its name, your access and the network"
-        ) from error
-    for row in rows:
-        yield _row_text(json.dumps(row, default=str), source.template, f"{source.dataset}")
+        raise _hub_fault(source, 0, error) from error
 
 
-def drop_last(items: Iterable[str], count: int) -> Iterator[str]:
+def _hub_fault(source: Source, row: int, error: Exception) -> TurboSparseError:
+    what = f"source {source.name!r}: data set {source.dataset!r}"
+    why = f"({type(error).__name__}: {error}); check"
+    if row == 0:
+        return MissingSource(f"{what} cannot be opened {why} its name, your access and the network")
+    return TurboSparseError(
+        f"{what} broke off after row {row} {why} the network and give the same command again"
+    )
+
+
+def _hub_rows(source: Source, part: int, of: int) -> Iterator[tuple[str, Row]]:
+    stream, number = _open_hub(source), 0
+    try:
+        for row in stream.shard(of, part, contiguous=False) if of > 1 else stream:
+            number += 1
+            yield f"{source.dataset}:{number}", row
+    except Exception as error:  # as above
+        raise _hub_fault(source, number, error) from error
+
+
+def drop_last(items: Iterable[Any], count: int) -> Iterator[Any]:
     """All items but the last `count`."""
-    waiting: deque[str] = deque()
+    waiting: deque[Any] = deque()
     for item in items:
         waiting.append(item)
         if len(waiting) > count:
@@ -192,32 +363,58 @@ def take_last(items: Iterable[str], count: int | None) -> list[str]:
 
 
 def packed_sequences(
-    texts: Iterable[str], tokenizer: Any, length: int, *, append_eos: bool
-) -> Iterator[list[int]]:
-    """Lay tokenised documents end to end and cut sequences of `length`; the rest is dropped."""
+    found: Iterable[Document], tokenizer: Any, length: int, *, append_eos: bool
+) -> Iterator[dict[str, list[int]]]:
+    """Lay tokenised documents end to end and cut ``{input_ids, labels}`` of `length`.
+
+    The rest is dropped, and so is a sequence in which nothing is to be learnt.
+    """
     end = [tokenizer.eos_token_id] if append_eos and tokenizer.eos_token_id is not None else []
-    tokens: list[int] = []
-    for text in texts:
-        tokens += tokenizer(text, verbose=False)["input_ids"] + end
-        cut = len(tokens) - len(tokens) % length
+    ids: list[int] = []
+    labels: list[int] = []
+    for document in found:
+        if isinstance(document, str):
+            more = learnt = tokenizer(document, verbose=False)["input_ids"] + end
+        else:
+            more, learnt = chatml.tokenise(document, tokenizer)
+        ids += more
+        labels += learnt
+        cut = len(ids) - len(ids) % length
         for start in range(0, cut, length):
-            yield tokens[start : start + length]
-        del tokens[:cut]
+            row = slice(start, start + length)
+            if any(label != chatml.IGNORED for label in labels[row]):
+                yield {"input_ids": ids[row], "labels": labels[row]}
+        del ids[:cut], labels[:cut]
+
+
+def source_sequences(
+    source: Source, root: Path, tokenizer: Any, mixture: Mixture, **part: Any
+) -> Iterator[dict[str, list[int]]]:
+    """The packed sequences of a source, or of a part of it; see `Source.documents`."""
+    length, eos = mixture.sequence_length, mixture.append_eos
+    return packed_sequences(source.documents(root, **part), tokenizer, length, append_eos=eos)
+
+
+def too_short(source: Source, length: int) -> TurboSparseError:
+    return TurboSparseError(
+        f"source {source.name!r} holds less than one sequence of {length} tokens; "
+        "give more text or a shorter sequence_length"
+    )
 
 
 def _rows(
-    source: Source, root: Path, tokenizer: Any, mixture: Mixture
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    texts = source.documents(root)
-    length, eos = mixture.sequence_length, mixture.append_eos
-    for number, ids in enumerate(packed_sequences(texts, tokenizer, length, append_eos=eos)):
-        yield number, {"input_ids": ids, "labels": ids}
+    source: Source, root: Path, tokenizer: Any, mixture: Mixture, skips: Skips
+) -> Iterator[tuple[int, dict[str, list[int]]]]:
+    fault = skips.fault(source)
+    yield from enumerate(source_sequences(source, root, tokenizer, mixture, fault=fault))
 
 
 def training_stream(
-    mixture: Mixture, tokenizer: Any, *, root: Path, seed: int
+    mixture: Mixture, tokenizer: Any, *, root: Path, seed: int, skips: Skips | None = None
 ) -> datasets.IterableDataset:
     """An endless, reproducible stream of ``{input_ids, labels}`` rows; small sources repeat.
+
+    Unreadable documents that a source allows to be passed over are noted in `skips`.
 
     Raises:
         TurboSparseError: a source cannot be read, or holds less than one sequence. Every source is
@@ -226,14 +423,13 @@ def training_stream(
     import datasets
     from datasets.iterable_dataset import ExamplesIterable
 
+    skips = Skips() if skips is None else skips
     streams = []
     for source in mixture.sources:
-        if not list(islice(_rows(source, root, tokenizer, mixture), 1)):
-            raise TurboSparseError(
-                f"source {source.name!r} holds less than one sequence of "
-                f"{mixture.sequence_length} tokens; give more text or a shorter sequence_length"
-            )
+        if not list(islice(_rows(source, root, tokenizer, mixture, skips), 1)):
+            raise too_short(source, mixture.sequence_length)
         arguments = {"source": source, "root": root, "tokenizer": tokenizer, "mixture": mixture}
+        arguments["skips"] = skips
         # what from_generator makes, without the lock file that it leaves in the user's cache
         stream = datasets.IterableDataset(ExamplesIterable(_rows, arguments))
         shuffled = stream.shuffle(seed=seed, buffer_size=mixture.shuffle_buffer)

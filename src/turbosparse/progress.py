@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from collections.abc import Iterable, Iterator
 from typing import TypeVar
 
@@ -17,3 +19,9 @@ def track(items: Iterable[Item], what: str, *, total: int | None = None) -> Iter
     if console.is_terminal:
         items = rich_track(items, f"  {what}", total=total, console=console, transient=True)
     yield from items
+
+
+def note(text: str) -> None:
+    """Say something on standard error; of several processes the first one speaks."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"turbosparse: {text}", file=sys.stderr)

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from turbosparse.convert import Activation
-from turbosparse.data import Mixture
+from turbosparse.data import Mixture, Skips
 from turbosparse.folders import (
     TurboSparseError,
     check_free,
@@ -118,6 +118,7 @@ def train(
     data: Path | None = None,
     tokens: int | None = None,
     seed: int | None = None,
+    allow_missing: bool = False,
 ) -> Trained:
     """Train a model by a recipe; give the same command again to resume a stopped run.
 
@@ -132,26 +133,33 @@ def train(
     activation
         Run the weights with this FFN activation: swiglu makes the dense control of the same recipe.
     data
-        Folder that the recipe's relative paths start from; by default the recipe's own folder.
+        Folder that the recipe's relative paths start from; by default the recipe's own folder. A
+        file or folder in it with the name of a source stands in for that source's hub data set. Or
+        a folder that `turbosparse data prepare` wrote.
     tokens
         Train on this many tokens instead of the recipe's.
     seed
         Seed of initialisation and order instead of the recipe's.
+    allow_missing
+        Leave out sources that cannot be opened, and raise the proportions of the others.
     """
     settings = read_recipe(recipe, model=model, activation=activation, tokens=tokens, seed=seed)
-    return run_recipe(settings, out=out, root=data or recipe.parent)
+    root = data or recipe.parent
+    return run_recipe(settings, out=out, root=root, allow_missing=allow_missing)
 
 
-def run_recipe(recipe: Recipe, *, out: Path, root: Path) -> Trained:
+def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = False) -> Trained:
     """Train by a recipe object; relative paths in it start from `root`. See `train`."""
-    from turbosparse.data import training_stream
-    from turbosparse.hf.load import activation_of, load_tokenizer, quiet, save_model
+    from turbosparse.hf.load import activation_of, quiet, save_model
+    from turbosparse.prepare import found_mixture, training_data
     from turbosparse.trainer import SparseTrainer
 
     check_free(out)
+    mixture = found_mixture(recipe.data, root, allow_missing=allow_missing)
+    recipe = recipe.model_copy(update={"data": mixture})
     work = _find_work(recipe, out)
-    tokenizer = load_tokenizer(_tokenizer_source(recipe))
-    stream = training_stream(recipe.data, tokenizer, root=root, seed=recipe.seed)
+    tokenizer, skips = tokenizer_of(recipe), Skips()
+    stream = training_data(recipe, tokenizer, root=root, skips=skips)
     model = _load(recipe, tokenizer)
     model.config.use_cache = False
     arguments = _arguments(recipe, work)
@@ -166,6 +174,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path) -> Trained:
     with quiet(), named_disk_errors(work):
         result = trainer.train(resume_from_checkpoint=_last_checkpoint(work))
     model.config.use_cache = True
+    skips.report()
 
     trainer.accelerator.wait_for_everyone()  # the first process has written the log
     log = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
@@ -221,6 +230,17 @@ def _is_json(path: Path) -> bool:
     return True
 
 
+def tokenizer_of(recipe: Recipe) -> Any:
+    """The recipe's tokenizer, which knows ChatML if there is a chat among the sources."""
+    from turbosparse import chatml
+    from turbosparse.hf.load import load_tokenizer
+
+    tokenizer = load_tokenizer(_tokenizer_source(recipe))
+    if recipe.data.chat:
+        chatml.teach_tokenizer(tokenizer)
+    return tokenizer
+
+
 def _tokenizer_source(recipe: Recipe) -> str:
     source = recipe.tokenizer or recipe.model
     if isinstance(source, dict):
@@ -233,12 +253,15 @@ def _tokenizer_source(recipe: Recipe) -> str:
 def _load(recipe: Recipe, tokenizer: Any) -> Any:
     import torch
 
+    from turbosparse import chatml
     from turbosparse.hf.load import load_model, new_model
 
     if isinstance(recipe.model, str):
         model = load_model(recipe.model, activation=recipe.activation, dtype=torch.float32)
     else:
         model = new_model(recipe.model, activation=recipe.activation or "swiglu", seed=recipe.seed)
+    if recipe.data.chat:
+        chatml.teach_model(model, tokenizer)
     context, length = model.config.max_position_embeddings, recipe.data.sequence_length
     if length > context:
         raise TurboSparseError(
@@ -272,6 +295,7 @@ def _arguments(recipe: Recipe, work: Path) -> Any:
         max_grad_norm=recipe.clip_norm,
         bf16=_bf16(recipe.precision),
         seed=recipe.seed,
+        train_sampling_strategy="sequential",  # a prepared folder is in its order already
         logging_steps=recipe.log_every,
         save_steps=recipe.checkpoint_every,
         save_total_limit=2,

@@ -1,0 +1,393 @@
+"""Before training: tokenise and pack a recipe's data once, into files that are mapped, not read.
+
+Reads a recipe and its sources, writes a folder of Arrow shards and ``prepared.json``. Training from
+it draws the same mixture as from the sources, in an order that the seed alone decides, and resumes
+without reading again what it has seen.
+
+    turbosparse data prepare recipes/mistral_7b.yaml --out mistral-data --processes 32
+    turbosparse train recipes/mistral_7b.yaml --data mistral-data --out mistral-sparse
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import multiprocessing
+import os
+import signal
+import threading
+import zlib
+from bisect import bisect_right
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import accumulate, islice
+from math import ceil, sqrt
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turbosparse.data import (
+    Mixture,
+    Skips,
+    Source,
+    missing_sources,
+    source_sequences,
+    too_short,
+    training_stream,
+)
+from turbosparse.folders import (
+    TurboSparseError,
+    check_free,
+    named_disk_errors,
+    new_file,
+    read_config,
+    write_json,
+)
+from turbosparse.progress import track
+
+if TYPE_CHECKING:
+    from turbosparse.train import Recipe
+
+MANIFEST = "prepared.json"
+_PROBE = "Two  words,\n\ta tab; naïve façade 12345 €1.50 数学 🙂 <|im_start|>user\n<|im_end|></s>"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """A file of sequences: one part of a source, or its beginning."""
+
+    source: str
+    file: str
+    sequences: int
+    bytes: int
+    unreadable: int
+    whole: bool  # the part was read to its end
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What `prepare` wrote; of each source also the share that training draws, and how often."""
+
+    out: str
+    tokens: int
+    sequence_length: int
+    missing: list[str]
+    sources: list[dict[str, Any]]
+
+    def __str__(self) -> str:
+        lines = [f"{self.out}: {self.tokens:,} tokens in sequences of {self.sequence_length}"]
+        lines += [
+            f"  {row['source']}: {row['tokens']:,} tokens; asked {row['asked']:.2%}, "
+            f"drawn {row['drawn']:.2%}, {row['passes']:.2f} passes; {row['unreadable']} unreadable"
+            for row in self.sources
+        ]
+        return "\n".join(lines + [f"  {name}: missing" for name in self.missing])
+
+
+def prepare(
+    recipe: Path,
+    *,
+    data: Path | None = None,
+    out: Path | None = None,
+    model: str | None = None,
+    tokens: int | None = None,
+    processes: int | None = None,
+    allow_missing: bool = False,
+) -> Prepared:
+    """Tokenise and pack a recipe's data; give the same command again to go on after a stop.
+
+    Parameters
+    ----------
+    recipe
+        YAML file; recipes/tiny_cpu.yaml explains its keys.
+    data
+        Folder that the recipe's relative paths start from; by default the recipe's own folder. A
+        file or folder in it with the name of a source stands in for that source's hub data set.
+    out
+        Folder to write; by default the recipe's data.prepared.
+    model
+        Use the tokenizer of this model folder or hub id instead of the recipe's.
+    tokens
+        Prepare for training on this many tokens instead of the recipe's.
+    processes
+        Read so many parts of the sources at a time; by default one for each processor.
+    allow_missing
+        Leave out sources that cannot be opened, and raise the proportions of the others.
+    """
+    from turbosparse.engine import threads_to_use
+    from turbosparse.train import read_recipe, tokenizer_of
+
+    settings, root = read_recipe(recipe, model=model, tokens=tokens), data or recipe.parent
+    if out is None and settings.data.prepared is None:
+        raise TurboSparseError("give --out, the folder to write")
+    out = out or root / str(settings.data.prepared)
+    processes = threads_to_use(None) if processes is None else processes
+    missing = missing_sources(settings.data, root, allow_missing=allow_missing)
+    settings.data = mixture = settings.data.without(missing)
+    tokenizer, length = tokenizer_of(settings), mixture.sequence_length
+    request = _request(mixture, missing, tokenizer) | {"tokens": settings.tokens}
+    done = _begin(out, request)
+    parts: dict[str, Callable[[], Shard]] = {}
+    for source in mixture.sources:
+        # Training draws a binomial number of sequences: five deviations above its mean suffice. A
+        # hub set may be far larger; what is on the disk is read to its end.
+        mean, of = settings.tokens / length * source.proportion, source.parts(root)
+        most = ceil((mean + 5 * sqrt(mean)) / of) + 1 if source.local(root) is None else None
+        for part in range(of):
+            file = out / f"{source.name}-{part:04}.arrow"
+            write = partial(_write, file, source, root, tokenizer, mixture, part, of, most)
+            parts[file.name] = write
+    with named_disk_errors(out):
+        todo = [write for name, write in parts.items() if name not in done]
+        for shard in track(_run(todo, processes), "preparing", total=len(todo)):
+            done[shard.file] = shard
+            _save(out, request, done, complete=False)
+        of_source = [[s for s in done.values() if s.source == m.name] for m in mixture.sources]
+        sizes = [sum(shard.sequences for shard in shards) for shards in of_source]
+        if 0 in sizes:
+            raise too_short(mixture.sources[sizes.index(0)], length)
+        _save(out, request, done, complete=True)
+    which, _ = draw(mixture, sizes, count=max(1, settings.tokens // length), seed=settings.seed)
+    rows = [
+        {
+            "source": source.name,
+            "tokens": sizes[n] * length,
+            "asked": source.proportion,
+            "drawn": float((which == n).mean()),
+            "passes": float((which == n).sum()) / sizes[n],
+            "unreadable": sum(shard.unreadable for shard in of_source[n]),
+        }
+        for n, source in enumerate(mixture.sources)
+    ]
+    return Prepared(str(out), sum(sizes) * length, length, missing, rows)
+
+
+def _request(mixture: Mixture, missing: list[str], tokenizer: Any) -> dict[str, Any]:
+    """What decides on the sequences; another request makes another folder."""
+    vocabulary = sorted(tokenizer.get_vocab().items())
+    probe = [tokenizer.eos_token_id, tokenizer(_PROBE, verbose=False)["input_ids"]]
+    behaviour = hashlib.sha256(json.dumps([vocabulary, probe]).encode()).hexdigest()
+    fields = mixture.model_dump(mode="json", exclude={"prepared", "shuffle_buffer"})
+    return fields | {"version": 1, "missing": missing, "tokenizer": behaviour}
+
+
+def _begin(out: Path, request: dict[str, Any]) -> dict[str, Shard]:
+    """Begin the folder, or go on with one of the very same request: with its shards by file."""
+    done = {}
+    if (out / MANIFEST).is_file():
+        old = read_config(out, MANIFEST)
+        if changed := [key for key in request if request[key] != old.get(key)]:
+            raise TurboSparseError(
+                f"{out} was begun with other settings ({', '.join(changed)}); "
+                "remove it to start anew, or give the old settings to go on"
+            )
+        shards = [Shard(**fields) for fields in old["shards"]]
+        done = {shard.file: shard for shard in shards if _size(out / shard.file) == shard.bytes}
+    else:
+        check_free(out)
+        out.mkdir(parents=True, exist_ok=True)
+    for half in out.glob(".*"):  # of a killed process
+        half.unlink()
+    _save(out, request, done, complete=False)
+    return done
+
+
+def _size(file: Path) -> int:
+    return file.stat().st_size if file.is_file() else 0
+
+
+def _save(out: Path, request: dict[str, Any], shards: dict[str, Shard], *, complete: bool) -> None:
+    with new_file(out / MANIFEST) as file:
+        listed = [asdict(shard) for _, shard in sorted(shards.items())]
+        write_json(file, request | {"complete": complete, "shards": listed})
+
+
+def _run(parts: list[Callable[[], Shard]], processes: int) -> Iterator[Shard]:
+    """Write parts, several at a time; a failure ends them all."""
+    if min(processes, len(parts)) < 2:
+        yield from (write() for write in parts)
+        return
+    spawn = multiprocessing.get_context("spawn")  # a fork would copy the locks of threads
+    pool = ProcessPoolExecutor(min(processes, len(parts)), spawn, _follow_parent)
+    try:
+        for future in as_completed([pool.submit(write) for write in parts]):
+            yield future.result()
+    except BrokenProcessPool as error:
+        raise TurboSparseError(
+            "a process was killed, perhaps for its memory; "
+            "give the same command again, with fewer --processes"
+        ) from error
+    finally:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        pool.shutdown(cancel_futures=True)
+
+
+def _follow_parent() -> None:
+    """End with the parent, however that ends, and not before it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent: Any = multiprocessing.parent_process()
+    threading.Thread(target=lambda: parent.join() or os._exit(1), daemon=True).start()
+
+
+def _write(
+    path: Path,
+    source: Source,
+    root: Path,
+    tokenizer: Any,
+    mixture: Mixture,
+    part: int,
+    of: int,
+    most: int | None,
+) -> Shard:
+    """Write one part, or `most` sequences; the file has its name only when it is whole."""
+    from datasets import Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    column = List(Value("int32"), length=mixture.sequence_length)
+    columns = ["input_ids", "labels"] if source.format == "chat" else ["input_ids"]
+    features = Features({**dict.fromkeys(columns, column), "checksum": Value("uint32")})
+    skips, written = Skips(), 0
+    fault = skips.fault(source)
+    found = source_sequences(source, root, tokenizer, mixture, part=part, of=of, fault=fault)
+    with new_file(path) as file:
+        with ArrowWriter(path=str(file), features=features, writer_batch_size=256) as writer:
+            for sequence in islice(found, most):
+                row = {key: np.array(sequence[key], np.int32) for key in columns}
+                writer.write({**row, "checksum": _checksum(row)})
+                written += 1
+            writer.finalize()
+        size = file.stat().st_size
+    whole = most is None or written < most or next(found, None) is None
+    return Shard(source.name, path.name, written, size, len(skips[source.name]), whole)
+
+
+def _checksum(row: dict[str, NDArray[Any]]) -> int:
+    return zlib.crc32(b"".join(row[key].astype("<i4").tobytes() for key in sorted(row)))
+
+
+# --- training from it
+
+
+def found_mixture(mixture: Mixture, root: Path, *, allow_missing: bool) -> Mixture:
+    """The mixture of the sources that can be opened, with the prepared folder that stands for them.
+
+    Raises:
+        TurboSparseError: sources are missing, all of them named, and `allow_missing` is not set; or
+            the prepared folder is not complete.
+    """
+    named = root / mixture.prepared if mixture.prepared else None
+    folder = root if (root / MANIFEST).is_file() else named
+    if folder is None:
+        return mixture.without(missing_sources(mixture, root, allow_missing=allow_missing))
+    made = read_config(folder, MANIFEST)
+    if not made.get("complete"):
+        raise TurboSparseError(
+            f"{folder} is not prepared to its end; give the same `turbosparse data prepare` again"
+        )
+    missing = made["missing"]
+    if missing and not allow_missing:
+        raise TurboSparseError(
+            f"{folder} was prepared without {', '.join(missing)}; "
+            "prepare another with them, or give --allow-missing"
+        )
+    return mixture.without(missing).model_copy(update={"prepared": folder.absolute()})
+
+
+def training_data(recipe: Recipe, tokenizer: Any, *, root: Path, skips: Skips) -> Any:
+    """What the Trainer reads: sequences of a prepared folder, or a stream from the sources."""
+    mixture, folder = recipe.data, recipe.data.prepared
+    if folder is None:
+        return training_stream(mixture, tokenizer, root=root, seed=recipe.seed, skips=skips)
+    made = read_config(folder, MANIFEST)
+    mine = _request(mixture, made["missing"], tokenizer)
+    if changed := [key for key in mine if mine[key] != made.get(key)]:
+        raise TurboSparseError(
+            f"{folder} was prepared with other settings ({', '.join(changed)}) than the recipe "
+            "and its model have; prepare another folder"
+        )
+    shards = [Shard(**fields) for fields in made["shards"]]
+    cut = sorted({shard.source for shard in shards if not shard.whole})
+    if cut and recipe.tokens > made["tokens"]:
+        raise TurboSparseError(
+            f"{folder} was prepared for {made['tokens']} tokens and holds only the beginning of "
+            f"{', '.join(cut)}; the recipe wants {recipe.tokens}: prepare another folder"
+        )
+    count = recipe.steps() * recipe.batch_size
+    return Sequences(folder, shards, mixture, count=count, seed=recipe.seed)
+
+
+class Sequences:
+    """The `count` sequences of a training run, in an order that the seed alone decides."""
+
+    def __init__(
+        self, folder: Path, shards: list[Shard], mixture: Mixture, *, count: int, seed: int
+    ):
+        of = [[s for s in shards if s.source == source.name] for source in mixture.sources]
+        self.files = [[_File(folder / shard.file, shard.bytes) for shard in found] for found in of]
+        self.starts = [[0, *accumulate(shard.sequences for shard in found)] for found in of]
+        sizes = [starts[-1] for starts in self.starts]
+        self.which, self.position = draw(mixture, sizes, count=count, seed=seed)
+
+    def __len__(self) -> int:
+        return len(self.which)
+
+    def __getitem__(self, index: int) -> dict[str, NDArray[np.int64]]:
+        source, position = int(self.which[index]), int(self.position[index])
+        file = bisect_right(self.starts[source], position) - 1
+        return self.files[source][file].read(position - self.starts[source][file])
+
+
+class _File:
+    """A mapped shard; what is wrong with it is said with its name."""
+
+    def __init__(self, path: Path, size: int):
+        import datasets
+
+        self.path = path
+        if _size(path) != size:
+            raise self._fault(f"has {_size(path)} bytes instead of {size}")
+        try:
+            self.rows = datasets.Dataset.from_file(str(path)).with_format("numpy")
+        except Exception as error:  # Arrow's own types and many others
+            raise self._fault(f"is corrupt ({error})") from error
+
+    def read(self, number: int) -> dict[str, NDArray[np.int64]]:
+        try:
+            row = self.rows[number]
+            whole = int(row.pop("checksum")) == _checksum(row)
+        except Exception as error:  # as above
+            raise self._fault(f"is corrupt ({error})") from error
+        if not whole:
+            raise self._fault(f"is corrupt: sequence {number} is not what was written")
+        return {"labels": row["input_ids"], **row}
+
+    def _fault(self, what: str) -> TurboSparseError:
+        return TurboSparseError(
+            f"{self.path} {what}; delete it and give the same `turbosparse data prepare` again"
+        )
+
+
+def draw(
+    mixture: Mixture, sizes: list[int], *, count: int, seed: int
+) -> tuple[NDArray[np.int16], NDArray[np.int64]]:
+    """For each of `count` sequences its source, and its number among the `sizes` of that source.
+
+    A source is gone through in a new order each time; more sequences leave the first as they are.
+    """
+    edges = np.cumsum([source.proportion for source in mixture.sources])
+    lots = np.random.default_rng(seed).random(count) * edges[-1]
+    which = np.searchsorted(edges[:-1], lots, side="right")
+    position = np.empty(count, np.int64)
+    for source, size in enumerate(sizes):
+        drawn = np.flatnonzero(which == source)
+        for turn, start in enumerate(range(0, len(drawn), size)):
+            order = np.random.default_rng((seed, source, turn)).permutation(size)
+            at = drawn[start : start + size]
+            position[at] = order[: len(at)]
+    return which.astype(np.int16), position
