@@ -16,6 +16,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from turbosparse.folders import TurboSparseError
 from turbosparse.hf.load import load_model
@@ -155,6 +156,22 @@ def test_a_sharded_run_writes_the_folder_of_a_run_on_one_process(
     files = [sorted(f.name for f in (tmp_path / run).iterdir()) for run in ("one", "two")]
     assert files[0] == files[1]
     load_model(tmp_path / "two")
+
+
+def test_a_sharded_run_whose_model_could_not_be_written_only_writes_it_again(
+    recipe: Write, tmp_path: Path
+) -> None:
+    path, out = recipe(shard="full", precision="bf16", tokens=2 * BATCH * LENGTH), tmp_path / "out"
+    no_room = "\ndef full(*_, **__): raise OSError(28, 'No space left on device')\n"
+    no_room += "import turbosparse.hf.load\nturbosparse.hf.load.save_model = full\n"
+    error = run(write_script(tmp_path / "a.py", path, out, ON_CPU + no_room), 2, fails=True)
+    assert "disk full while writing" in error
+    no_step = "\nSparseTrainer.training_step = None\n"
+    run(write_script(tmp_path / "b.py", path, out, ON_CPU + no_step), 2)
+    train(recipe(precision="bf16", tokens=2 * BATCH * LENGTH), out=tmp_path / "one")
+    assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
+    assert {weight.dtype for weight in weights_of(out).values()} == {torch.float32}
+    assert_same_weights(out, tmp_path / "one", tolerance=0.05)
 
 
 @pytest.mark.slow
@@ -328,6 +345,25 @@ def test_a_loss_that_is_no_number_stops_the_run_before_it_is_learnt(
     assert json.loads((out / "recipe.json").read_text())["learning_rate"] == 1e-3
 
 
+def test_a_process_whose_loss_is_no_number_stops_the_others(recipe: Write, tmp_path: Path) -> None:
+    spoil = """
+import os
+from transformers import Trainer
+compute, count = Trainer.compute_loss, 0
+def compute_loss(*given, **named):
+    global count
+    count += 1
+    bad = os.environ["RANK"] == "1" and count == 7
+    return compute(*given, **named) * (float("nan") if bad else 1)
+Trainer.compute_loss = compute_loss
+"""
+    path = recipe(checkpoint_every=1)
+    error = run(write_script(tmp_path / "run.py", path, tmp_path / "out", spoil), 2, fails=True)
+    assert "TurboSparseError: step 3: the loss or its gradient is not finite" in error
+    work = tmp_path / "out.training"
+    assert {folder.name for folder in work.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
 @pytest.fixture
 def whole(recipe: Write, tmp_path: Path) -> Path:
     """The model of a run that nothing stopped."""
@@ -340,15 +376,16 @@ def whole(recipe: Write, tmp_path: Path) -> Path:
     [
         OSError(errno.ENOSPC, "No space left on device"),
         RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        CheckpointException("write", {1: _wrap_exception(RuntimeError("unexpected pos 7 vs 5"))}),
     ],
-    ids=["system", "torch"],
+    ids=["system", "torch", "distributed"],
 )
 def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
     recipe: Write,
     whole: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
-    error: Exception,
+    error: BaseException,
 ) -> None:
     path, out = recipe(), tmp_path / "out"
     save = torch.save

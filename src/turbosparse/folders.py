@@ -122,7 +122,7 @@ def named_disk_errors(out: Path) -> Iterator[None]:
     """Turn a full disk, in whatever exception a library wraps it, into a `TurboSparseError`."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
         if not full and not any(words in str(error) for words in _DISK_FULL):
             raise
