@@ -11,6 +11,7 @@ import pytest
 import torch
 import yaml
 
+from turbosparse.folders import TurboSparseError
 from turbosparse.hf.load import new_config
 from turbosparse.plan import Plan, activation_bytes
 from turbosparse.train import train
@@ -114,6 +115,13 @@ def test_the_plan_is_one_json_document(
         cli.main()
     assert stop.value.code == 0
     assert json.loads(capsys.readouterr().out)["processes"] == 4
+
+
+def test_flags_of_the_plan_and_of_a_run_do_not_mix(recipe: Callable[..., Path]) -> None:
+    with pytest.raises(TurboSparseError, match="give --out"):
+        train(recipe())
+    with pytest.raises(TurboSparseError, match="belong to --plan"):
+        train(recipe(), out=Path("never"), processes=2)
 
 
 @pytest.mark.parametrize("activation", ["drelu", "swiglu"])

@@ -16,9 +16,20 @@ _CHUNK = 1 << 24
 
 
 def seal(folder: Path, accelerator: Any) -> None:
-    """Mark a checkpoint as whole; every process calls it when it has written its part."""
+    """Mark a checkpoint as whole; every process calls it when it has written its part.
+
+    Raises:
+        TurboSparseError: the processes wrote to different disks.
+    """
+    from accelerate.utils import gather_object
+
     accelerator.wait_for_everyone()
-    sums = _checksums(folder, accelerator)
+    mine = [str(f.relative_to(folder)) for f in folder.rglob("*") if f.is_file()]
+    sums = _checksums(folder, sorted({*gather_object(mine)} - {SEAL}), accelerator)
+    if hidden := [name for name, total in sums.items() if total is None]:
+        raise TurboSparseError(
+            f"not every process finds {folder / hidden[0]}; give an --out that all nodes share"
+        )
     if accelerator.is_main_process:
         with new_file(folder / SEAL) as file:
             write_json(file, sums)
@@ -66,23 +77,26 @@ def _fault(folder: Path, accelerator: Any) -> str | None:
         return "was not finished"
     except ValueError:
         return f"is damaged ({SEAL})"
-    found = _checksums(folder, accelerator)
+    found = _checksums(folder, sorted(expected), accelerator)
     changed = sorted(name for name in expected if found.get(name) != expected[name])
     return f"is damaged ({', '.join(changed)})" if changed else None
 
 
-def _checksums(folder: Path, accelerator: Any) -> dict[str, int]:
+def _checksums(folder: Path, files: list[str], accelerator: Any) -> dict[str, int | None]:
     """The checksum of each file; the processes share the reading."""
     from accelerate.utils import gather_object
 
-    files = sorted(path for path in folder.rglob("*") if path.is_file() and path.name != SEAL)
     mine = files[accelerator.process_index :: accelerator.num_processes]
-    return dict(gather_object([(str(path.relative_to(folder)), _checksum(path)) for path in mine]))
+    return dict(gather_object([(name, _checksum(folder / name)) for name in mine]))
 
 
-def _checksum(path: Path) -> int:
+def _checksum(path: Path) -> int | None:
+    """None if the file is not there."""
     total = 0
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            total = zlib.crc32(chunk, total)
+    try:
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK):
+                total = zlib.crc32(chunk, total)
+    except FileNotFoundError:
+        return None
     return total
