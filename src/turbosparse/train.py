@@ -309,16 +309,16 @@ def _with_adapters(model: Any, lora: Lora, seed: int) -> Any:
         raise TurboSparseError("lora needs the package peft; pip install peft") from None
     from transformers import set_seed
 
+    there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if missing := [target for target in lora.targets if target not in there]:
+        raise TurboSparseError(f"lora: the model has no module {', '.join(missing)}")
     set_seed(seed)
     settings = LoraConfig(
         r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM"
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft uses older names of transformers
-        try:
-            return get_peft_model(model, settings)
-        except ValueError as error:
-            raise TurboSparseError(f"lora: {error}") from error
+        return get_peft_model(model, settings)
 
 
 @contextmanager
