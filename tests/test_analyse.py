@@ -19,7 +19,7 @@ from turbosparse.folders import TurboSparseError
 from turbosparse.hf import names
 from turbosparse.hf.checkpoint import Checkpoint
 from turbosparse.hf.load import load_model, load_tokenizer
-from turbosparse.trainer import SparsityMeter
+from turbosparse.meter import Meter
 
 Make = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -171,10 +171,10 @@ def test_training_logs_the_sparsity_that_the_analysis_finds(
     model = double(folder)
     stats = measure(model, load_tokenizer(folder), {"boats": short[2:3]})
     (ids,) = token_ids(folder, short[2:3])
-    meter = SparsityMeter()
-    with meter.watch(model), torch.no_grad():
+    meter = Meter(model)
+    with meter.watch(), torch.no_grad():
         model(torch.tensor([ids[:-1]]))
-    read = meter.read()
+    read = meter.read(lambda counts: counts)
     layers = [read["sparsity/layer_00"], read["sparsity/layer_01"]]
     assert layers == pytest.approx((1 - stats.per_layer(stats.active_ratio())).tolist(), abs=1e-12)
     assert read["activation_sparsity"] == pytest.approx(stats.activation_sparsity(), abs=1e-12)

@@ -377,7 +377,7 @@ def test_a_run_whose_model_could_not_be_written_only_writes_it_again(
 ) -> None:
     path, out = recipe(), tmp_path / "out"
 
-    def full(*_: object) -> None:
+    def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
@@ -443,8 +443,8 @@ def test_a_stopped_run_is_not_resumed_with_other_settings(
         with pytest.raises(KeyboardInterrupt):
             train(recipe(), out=out)
     before = (tmp_path / "out.training" / "recipe.json").read_bytes()
-    with pytest.raises(TurboSparseError, match=r"other settings \(learning_rate, seed\);"):
-        train(recipe(learning_rate=1e-3), out=out, seed=3)
+    with pytest.raises(TurboSparseError, match=r"other settings \(seed, weight_decay\);"):
+        train(recipe(weight_decay=0.2), out=out, seed=3)
     assert (tmp_path / "out.training" / "recipe.json").read_bytes() == before
 
 

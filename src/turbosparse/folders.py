@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ COMPANIONS = (
     "generation_config.json",
     "chat_template.jinja",
 )
+# How the system and the libraries that write for us say it.
+_DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
 
@@ -31,8 +33,12 @@ class TurboSparseError(ValueError):
     """A mistake in the input: the message says what is wrong, which value, and what to do."""
 
 
-def model_folder(source: str | Path) -> Path:
-    """The local folder of a model; a hub id such as ``org/name`` is downloaded."""
+# What is fetched of a model on the hub.
+_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
+
+
+def model_folder(source: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
+    """The local folder of a model; the `files` of a hub id such as ``org/name`` are downloaded."""
     path = Path(source).expanduser()
     if path.is_dir():
         return path
@@ -45,8 +51,7 @@ def model_folder(source: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        patterns = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt"]
-        return Path(snapshot_download(str(source), allow_patterns=patterns))
+        return Path(snapshot_download(str(source), allow_patterns=list(files)))
     except Exception as error:  # the hub client raises many unrelated types
         raise TurboSparseError(
             f"{source} is no local folder, and downloading it from the hub failed "
@@ -117,9 +122,9 @@ def named_disk_errors(out: Path) -> Iterator[None]:
     """Turn a full disk, in whatever exception a library wraps it, into a `TurboSparseError`."""
     try:
         yield
-    except Exception as error:
+    except BaseException as error:  # torch's CheckpointException is no Exception
         full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and "No space left on device" not in str(error):
+        if not full and not any(words in str(error) for words in _DISK_FULL):
             raise
         free = shutil.disk_usage(out.parent).free
         raise TurboSparseError(

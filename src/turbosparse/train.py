@@ -6,12 +6,17 @@ goes on from its last checkpoint when the same command is given again.
 
     turbosparse train recipes/tiny_cpu.yaml --model mistral-drelu --out mistral-sparse
     turbosparse train recipes/tiny_cpu.yaml --model mistral --out dense-control --activation swiglu
+    turbosparse train recipes/tiny_cpu.yaml --plan --processes 8
 """
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +33,22 @@ from turbosparse.folders import (
     new_folder,
     write_json,
 )
+from turbosparse.plan import Plan, plan_training
+from turbosparse.progress import note
+
+# What a stopped run may go on with: the first row changes what is learnt, the second only how.
+_MAY_CHANGE = {"learning_rate", "min_learning_rate", "clip_norm"}
+_MAY_CHANGE |= {"micro_batch_size", "gradient_checkpointing", "checkpoint_every", "report_to"}
+
+
+class Lora(BaseModel):
+    """Train low-rank additions to the named matrices only; they are merged into the result."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    rank: int = Field(16, gt=0)
+    alpha: int = Field(32, gt=0)
+    targets: list[str] = Field(default=["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
 
 
 class Recipe(BaseModel):
@@ -51,6 +72,16 @@ class Recipe(BaseModel):
     betas: tuple[float, float] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this")
     precision: Literal["auto", "bf16", "fp32"] = "auto"
+    shard: Literal["none", "full"] = Field(
+        "none", description="full: weights, gradients and optimiser spread over the processes"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="keep only the inputs of layers and compute the rest again"
+    )
+    router_aux_loss_coef: float | None = Field(
+        None, ge=0, description="weight of the loss that spreads tokens over experts"
+    )
+    lora: Lora | None = Field(None, description="train low-rank additions instead of all weights")
     seed: int = 0
     log_every: int = Field(10, gt=0, description="steps")
     checkpoint_every: int = Field(200, gt=0, description="steps")
@@ -112,14 +143,17 @@ def parse_recipe(fields: dict[str, Any], where: str) -> Recipe:
 def train(
     recipe: Path,
     *,
-    out: Path,
+    out: Path | None = None,
     model: str | None = None,
     activation: Activation | None = None,
     data: Path | None = None,
     tokens: int | None = None,
     seed: int | None = None,
     allow_missing: bool = False,
-) -> Trained:
+    plan: bool = False,
+    processes: int | None = None,
+    tflops: float | None = None,
+) -> Trained | Plan:
     """Train a model by a recipe; give the same command again to resume a stopped run.
 
     Parameters
@@ -142,14 +176,29 @@ def train(
         Seed of initialisation and order instead of the recipe's.
     allow_missing
         Leave out sources that cannot be opened, and raise the proportions of the others.
+    plan
+        Train nothing: print memory for each process, steps and FLOPs. Reads only the config.
+    processes
+        Plan for this many processes; by default those of torchrun, or one.
+    tflops
+        Plan the time at this many TFLOP/s that a process sustains.
     """
     settings = read_recipe(recipe, model=model, activation=activation, tokens=tokens, seed=seed)
+    if plan:
+        return plan_training(settings, processes=processes or world_size(), tflops=tflops)
+    if out is None:
+        raise TurboSparseError("give --out, the folder of the new model (or --plan)")
+    if processes is not None or tflops is not None:
+        raise TurboSparseError(
+            "--processes and --tflops belong to --plan; torchrun starts processes"
+        )
     root = data or recipe.parent
     return run_recipe(settings, out=out, root=root, allow_missing=allow_missing)
 
 
 def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = False) -> Trained:
     """Train by a recipe object; relative paths in it start from `root`. See `train`."""
+    from turbosparse.checkpoints import newest_whole
     from turbosparse.hf.load import activation_of, quiet, save_model
     from turbosparse.prepare import found_mixture, training_data
     from turbosparse.trainer import SparseTrainer
@@ -161,20 +210,24 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
     tokenizer, skips = tokenizer_of(recipe), Skips()
     stream = training_data(recipe, tokenizer, root=root, skips=skips)
     model = _load(recipe, tokenizer)
-    model.config.use_cache = False
     arguments = _arguments(recipe, work)
-    with new_file(work / "recipe.json") as file:
-        write_json(file, recipe.model_dump(mode="json"))
     trainer = SparseTrainer(
-        model=model,
+        model=_with_adapters(model, recipe.lora, recipe.seed) if recipe.lora else model,
+        watched=model,
         args=arguments,
         train_dataset=stream,
         log_file=work / "log.jsonl",
     )
-    with quiet(), named_disk_errors(work):
-        result = trainer.train(resume_from_checkpoint=_last_checkpoint(work))
-    model.config.use_cache = True
+    if trainer.is_world_process_zero():
+        with new_file(work / "recipe.json") as file:
+            write_json(file, recipe.model_dump(mode="json"))
+    with quiet(), named_disk_errors(work), _training_config(model, recipe, arguments):
+        checkpoint = newest_whole(work, trainer.accelerator, note)
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+        weights = trainer.full_weights()
     skips.report()
+    if recipe.lora:
+        trainer.accelerator.unwrap_model(trainer.model).merge_and_unload()
 
     trainer.accelerator.wait_for_everyone()  # the first process has written the log
     log = [json.loads(line) for line in (work / "log.jsonl").read_text().splitlines()]
@@ -191,7 +244,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
     trainer.accelerator.wait_for_everyone()  # everyone has read it
     if trainer.is_world_process_zero():
         with new_folder(out) as folder:
-            save_model(model, tokenizer, folder)
+            save_model(model, tokenizer, folder, weights=weights)
             write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
             shutil.copyfile(work / "log.jsonl", folder / "training_log.jsonl")
         shutil.rmtree(work)
@@ -205,29 +258,14 @@ def _find_work(recipe: Recipe, out: Path) -> Path:
     if stored.is_file():
         old = json.loads(stored.read_text())
         changed = sorted(key for key in mine if mine[key] != old.get(key))
-        if changed:
+        if fixed := [key for key in changed if key not in _MAY_CHANGE]:
             raise TurboSparseError(
-                f"{work} holds a stopped run with other settings ({', '.join(changed)}); "
+                f"{work} holds a stopped run with other settings ({', '.join(fixed)}); "
                 "remove it to start anew, or give the old settings to resume"
             )
+        for key in changed:
+            note(f"the stopped run goes on with {key} {mine[key]} instead of {old.get(key)}")
     return work
-
-
-def _last_checkpoint(work: Path) -> str | None:
-    """The newest checkpoint whose writing was completed."""
-    complete = [
-        path.parent for path in work.glob("checkpoint-*/trainer_state.json") if _is_json(path)
-    ]
-    newest = max(complete, key=lambda path: int(path.name.split("-")[1]), default=None)
-    return str(newest) if newest else None
-
-
-def _is_json(path: Path) -> bool:
-    try:
-        json.loads(path.read_bytes())
-    except ValueError:
-        return False
-    return True
 
 
 def tokenizer_of(recipe: Recipe) -> Any:
@@ -257,7 +295,11 @@ def _load(recipe: Recipe, tokenizer: Any) -> Any:
     from turbosparse.hf.load import load_model, new_model
 
     if isinstance(recipe.model, str):
-        model = load_model(recipe.model, activation=recipe.activation, dtype=torch.float32)
+        # the first process alone reads weights that are going to be sharded, and deals them out
+        empty = recipe.shard == "full" and os.environ.get("RANK", "0") != "0"
+        model = load_model(
+            recipe.model, activation=recipe.activation, dtype=torch.float32, empty=empty
+        )
     else:
         model = new_model(recipe.model, activation=recipe.activation or "swiglu", seed=recipe.seed)
     if recipe.data.chat:
@@ -275,12 +317,55 @@ def _load(recipe: Recipe, tokenizer: Any) -> Any:
     return model
 
 
+def _with_adapters(model: Any, lora: Lora, seed: int) -> Any:
+    """The model with low-rank adapters beside the matrices of `lora`; nothing else is trained."""
+    try:
+        from peft import LoraConfig, get_peft_model
+    except ImportError:
+        raise TurboSparseError("lora needs the package peft; pip install peft") from None
+    from transformers import set_seed
+
+    there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
+    if missing := [target for target in lora.targets if target not in there]:
+        raise TurboSparseError(f"lora: the model has no module {', '.join(missing)}")
+    set_seed(seed)
+    settings = LoraConfig(
+        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM"
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft uses older names of transformers
+        return get_peft_model(model, settings)
+
+
+@contextmanager
+def _training_config(model: Any, recipe: Recipe, arguments: Any) -> Iterator[None]:
+    """The model with the settings that only training wants."""
+    config = model.config
+    router_logits = getattr(config, "output_router_logits", False)
+    config.use_cache = False
+    if hasattr(config, "router_aux_loss_coef"):
+        if recipe.router_aux_loss_coef is not None:
+            config.router_aux_loss_coef = recipe.router_aux_loss_coef
+        config.output_router_logits = True
+        # The library adds it once in each forward pass of a step, on every process, where the
+        # tokens' loss is shared out among these.
+        passes = arguments.gradient_accumulation_steps * arguments.world_size
+        model.router_aux_loss_coef = config.router_aux_loss_coef / passes
+    try:
+        yield
+    finally:
+        config.use_cache = True
+        if hasattr(config, "router_aux_loss_coef"):
+            config.output_router_logits = router_logits
+
+
 def _arguments(recipe: Recipe, work: Path) -> Any:
     import torch
     from transformers import TrainingArguments
 
-    micro, processes = _micro_batch(recipe)
-    return TrainingArguments(
+    micro, processes = micro_batch(recipe, world_size())
+    bf16 = uses_bf16(recipe.precision)
+    arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=recipe.steps(),
         per_device_train_batch_size=micro,
@@ -293,10 +378,11 @@ def _arguments(recipe: Recipe, work: Path) -> Any:
         adam_beta1=recipe.betas[0],
         adam_beta2=recipe.betas[1],
         max_grad_norm=recipe.clip_norm,
-        bf16=_bf16(recipe.precision),
+        bf16=bf16,
         seed=recipe.seed,
         train_sampling_strategy="sequential",  # a prepared folder is in its order already
         logging_steps=recipe.log_every,
+        logging_nan_inf_filter=False,  # SparseTrainer stops there
         save_steps=recipe.checkpoint_every,
         save_total_limit=2,
         report_to=recipe.report_to or "none",
@@ -304,14 +390,53 @@ def _arguments(recipe: Recipe, work: Path) -> Any:
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,  # SparseTrainer has its own bar
+        **_scale_arguments(recipe, processes),
     )
+    if recipe.shard == "full" and bf16:
+        from torch.distributed.fsdp import MixedPrecisionPolicy
+
+        # the library would add the gradients of all processes up in bf16
+        arguments.fsdp_plugin_args["mixed_precision_policy"] = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16, reduce_dtype=torch.float32, output_dtype=torch.bfloat16
+        )
+    return arguments
 
 
-def _micro_batch(recipe: Recipe) -> tuple[int, int]:
+def _scale_arguments(recipe: Recipe, processes: int) -> dict[str, Any]:
+    """What the library is told of sharding and gradient checkpointing."""
+    if recipe.shard == "none":
+        if not recipe.gradient_checkpointing:
+            return {}
+        return {
+            "activation_checkpointing": True,  # the library's word for it
+            "activation_checkpointing_kwargs": {"use_reentrant": False},
+        }
+    if processes == 1:
+        raise TurboSparseError(
+            "shard: full spreads the model over several processes, and this is one; start it with "
+            "torchrun --nproc_per_node GPUS -m turbosparse.cli train …, or set shard: none"
+        )
+    if recipe.lora:
+        raise TurboSparseError("lora and shard: full do not go together; set shard: none")
+    return {
+        "fsdp": True,
+        "fsdp_config": {
+            "state_dict_type": "SHARDED_STATE_DICT",  # each process writes its part
+            "cpu_ram_efficient_loading": True,
+            "activation_checkpointing": recipe.gradient_checkpointing,
+        },
+        # else the gradients of a step would stand whole on every process until its last pass
+        "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
+    }
+
+
+def world_size() -> int:
+    """The processes of this run, by torchrun's word."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def micro_batch(recipe: Recipe, processes: int) -> tuple[int, int]:
     """Sequences per forward pass, and the number of processes that share a batch."""
-    import os
-
-    processes = int(os.environ.get("WORLD_SIZE", "1"))
     micro = recipe.micro_batch_size or max(1, recipe.batch_size // processes)
     if recipe.batch_size % (micro * processes):
         raise TurboSparseError(
@@ -321,7 +446,7 @@ def _micro_batch(recipe: Recipe) -> tuple[int, int]:
     return micro, processes
 
 
-def _bf16(precision: str) -> bool:
+def uses_bf16(precision: str) -> bool:
     import torch
 
     if precision != "auto":

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+import shutil
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -20,66 +20,121 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from turbosparse.folders import new_file
-from turbosparse.hf.observe import observe_ffn
-
-
-class SparsityMeter:
-    """Share of exact zeros in Combined per layer, over the forward passes that it watched."""
-
-    def __init__(self) -> None:
-        self._zeros: dict[int, int] = {}
-        self._entries: dict[int, int] = {}
-
-    @contextmanager
-    def watch(self, model: Any) -> Iterator[None]:
-        def see(
-            layer: int, _expert: int | None, _gate: Tensor, combined: Tensor, _: Tensor
-        ) -> None:
-            zeros = combined.numel() - int(combined.count_nonzero())
-            self._zeros[layer] = self._zeros.get(layer, 0) + zeros
-            self._entries[layer] = self._entries.get(layer, 0) + combined.numel()
-
-        with observe_ffn(model, see):
-            yield
-
-    def read(self) -> dict[str, float]:
-        """The mean over layers and each layer's value; then start anew."""
-        layers = [self._zeros[i] / self._entries[i] for i in sorted(self._entries)]
-        self._zeros, self._entries = {}, {}
-        named = {f"sparsity/layer_{i:02}": value for i, value in enumerate(layers)}
-        return {"activation_sparsity": sum(layers) / max(1, len(layers))} | named
+from turbosparse.checkpoints import seal, step_of
+from turbosparse.folders import TurboSparseError, named_disk_errors, new_file
+from turbosparse.meter import Meter
 
 
 class SparseTrainer(Trainer):
-    """Measures sparsity in the steps that it logs, and keeps the log as JSON lines."""
+    """Measures sparsity in the steps that it logs, and keeps the log as JSON lines.
 
-    def __init__(self, *, log_file: Path, **arguments: Any):
+    `watched` is the bare model where `model` wraps it in adapters. Checkpoints are sealed, a loss
+    that is no number stops the run, and sharding that was asked for happens or is refused.
+    """
+
+    def __init__(self, *, log_file: Path, watched: Any = None, **arguments: Any):
         self.log_callback = _Log(log_file)
         super().__init__(**arguments, callbacks=[self.log_callback])
         self.remove_callback(PrinterCallback)
-        self.meter = SparsityMeter()
+        self.meter = Meter(watched or self.model)
+        self._loss_is_finite: Tensor | bool = True
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: Path | None = None, **kwargs: Any) -> Any:
         """Train, or only load the weights of a checkpoint after which no step is left."""
-        if resume_from_checkpoint and _step_of(resume_from_checkpoint) >= self.args.max_steps:
+        resume = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        if resume_from_checkpoint and step_of(resume_from_checkpoint) >= self.args.max_steps:
             # the library would take one step more before it looks at the number of steps
-            self._load_from_checkpoint(resume_from_checkpoint)
+            if self.is_fsdp_enabled:
+                self._prepare_for_training(self.args.max_steps, None, resume)
+            else:
+                self._load_from_checkpoint(resume)
             return TrainOutput(self.args.max_steps, 0.0, {"train_runtime": 0.0})
         try:
-            return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            return super().train(resume_from_checkpoint=resume, **kwargs)
         finally:
             self.log_callback.close()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= self.meter.read()
+            logs |= self.meter.read(lambda counts: self.accelerator.reduce(counts, "sum"))
         super().log(logs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         due = _is_logged(self.args, self.state.global_step + 1)
-        with self.meter.watch(self.accelerator.unwrap_model(self.model)) if due else nullcontext():
-            return super().training_step(*args, **kwargs)
+        with self.meter.watch() if due else nullcontext():
+            loss = super().training_step(*args, **kwargs)
+        self._loss_is_finite = loss.isfinite() & self._loss_is_finite
+        return loss
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        """Clip, and stop the run before an update that is no number reaches the weights."""
+        norm = super()._clip_grad_norm(model)
+        norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
+        if not (self._loss_is_finite and norm.isfinite()):
+            raise TurboSparseError(
+                f"step {self.state.global_step + 1}: the loss or its gradient is not finite "
+                f"(gradient norm {float(norm):g}); give a lower learning_rate than "
+                f"{self.args.learning_rate:g} or a lower clip_norm, and the same command goes on "
+                "from the last checkpoint"
+            )
+        return norm
+
+    def create_accelerator_and_postprocess(self) -> None:
+        """Set the processes up; refuse where accelerate would pass over sharding in silence."""
+        super().create_accelerator_and_postprocess()
+        if self.args.fsdp and not self.accelerator.is_fsdp2:
+            raise TurboSparseError(
+                "shard: full was asked for, but on this machine the processes would each hold the "
+                f"whole model ({self.accelerator.distributed_type.name}): sharding needs one GPU "
+                "for each process; use GPUs, or shard: none"
+            )
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        prepared = super()._prepare_for_training(*args, **kwargs)
+        if self.args.fsdp:
+            whole = [name for name, p in self.model.named_parameters() if not _is_sharded(p)]
+            assert not whole, f"not sharded: {', '.join(whole[:3])}"
+        return prepared
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        """Load them, but with the learning rate of the recipe: it may have been lowered."""
+        super()._load_optimizer_and_scheduler(checkpoint)
+        if checkpoint is None:
+            return
+        schedule, top = self.lr_scheduler, self.args.learning_rate
+        schedule.base_lrs = [top] * len(schedule.base_lrs)
+        schedule._last_lr = [top * share(schedule.last_epoch) for share in schedule.lr_lambdas]
+        for group, rate in zip(self.optimizer.param_groups, schedule._last_lr, strict=True):
+            group["initial_lr"], group["lr"] = top, rate
+
+    def _save_checkpoint(self, *args: Any) -> None:
+        """Write and seal a checkpoint; one that cannot be written gives its space back."""
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        try:
+            with named_disk_errors(folder):
+                super()._save_checkpoint(*args)
+                seal(folder, self.accelerator)
+        except BaseException:
+            if self.args.should_save:
+                shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def full_weights(self) -> dict[str, Any] | None:
+        """All weights, gathered on the first process; None if the model was never sharded."""
+        if not self.args.fsdp:
+            return None
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights: dict[str, Any] = get_model_state_dict(self.model, options=options)
+        tied = self.model.all_tied_weights_keys  # gathered twice, as two tensors
+        return {name: weight for name, weight in weights.items() if name not in tied}
+
+
+def _is_sharded(parameter: Any) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor) and any(p.is_shard() for p in parameter.placements)
 
 
 def _is_logged(args: Any, step: int) -> bool:
@@ -90,10 +145,6 @@ def _is_logged(args: Any, step: int) -> bool:
     """
     often = (args.logging_steps, args.save_steps)
     return step == args.max_steps or any(step % interval == 0 for interval in often)
-
-
-def _step_of(checkpoint: str) -> int:
-    return int(Path(checkpoint).name.split("-")[1])
 
 
 class _Log(TrainerCallback):

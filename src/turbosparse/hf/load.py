@@ -148,13 +148,16 @@ def quiet() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def load_model(source: str | Path, *, activation: str | None = None, dtype: Any = None) -> Any:
+def load_model(
+    source: str | Path, *, activation: str | None = None, dtype: Any = None, empty: bool = False
+) -> Any:
     """Load a model folder for training or analysis.
 
     Args:
         source: model folder or hub id.
         activation: run the weights with this FFN activation instead of the folder's own.
         dtype: torch dtype; None keeps the folder's.
+        empty: leave the weights unread. They take no memory until something is written into them.
 
     Raises:
         TurboSparseError: unsupported architecture, or tensors that do not fit the config.
@@ -168,22 +171,47 @@ def load_model(source: str | Path, *, activation: str | None = None, dtype: Any 
     Checkpoint(folder).check(config)
     if activation is not None:
         config = with_activation(config, activation)
+    if empty:
+        return _empty_model(config, dtype)
     with quiet():
         return AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=dtype or "auto", trust_remote_code=False
         )
 
 
+def _empty_model(config: Any, dtype: Any) -> Any:
+    import torch
+    from accelerate import init_empty_weights
+    from transformers import AutoModelForCausalLM
+
+    with init_empty_weights(include_buffers=False):  # the buffers are computed, not loaded
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                blank = torch.empty(parameter.shape, dtype=dtype)
+                module._parameters[name] = torch.nn.Parameter(blank)
+    model.tie_weights()
+    return model
+
+
+def new_config(fields: dict[str, Any], *, activation: str) -> Any:
+    """The config of a model that is described by `fields`; ``model_type`` is a family."""
+    from transformers import AutoConfig
+
+    fields = dict(fields)
+    base = check_supported(fields, Path("the recipe's model")).removeprefix(names.PREFIX)
+    del fields["model_type"]
+    return with_activation(AutoConfig.for_model(base, **fields), activation)
+
+
 def new_model(config: dict[str, Any], *, activation: str, seed: int) -> Any:
     """A freshly initialised model; the fields of `config` include ``model_type``, a family."""
-    from transformers import AutoConfig, AutoModelForCausalLM, set_seed
+    from transformers import AutoModelForCausalLM, set_seed
 
-    fields = dict(config)
-    base = check_supported(fields, Path("the recipe's model"))
-    fields.pop("model_type")
-    stock = AutoConfig.for_model(base.removeprefix(names.PREFIX), **fields)
+    built = new_config(config, activation=activation)
     set_seed(seed)
-    return AutoModelForCausalLM.from_config(with_activation(stock, activation))
+    return AutoModelForCausalLM.from_config(built)
 
 
 def load_tokenizer(source: str | Path) -> Any:
@@ -229,11 +257,16 @@ def copy_code(out: Path) -> None:
         shutil.copyfile(here / file, out / file)
 
 
-def save_model(model: Any, tokenizer: Any, out: Path) -> None:
-    """Write a model folder that loads with our package, and without it by ``trust_remote_code``."""
+def save_model(
+    model: Any, tokenizer: Any, out: Path, *, weights: dict[str, Any] | None = None
+) -> None:
+    """Write a model folder that loads with our package, and without it by ``trust_remote_code``.
+
+    `weights` stand in for the model's own where these are shards.
+    """
     config = model.config
     with quiet():
-        model.save_pretrained(out)
+        model.save_pretrained(out, state_dict=weights)
     tokenizer.save_pretrained(out)
     if config.model_type.startswith(names.PREFIX):
         from turbosparse.folders import write_json

@@ -11,6 +11,8 @@ from torch.nn.functional import linear
 
 # (layer, expert or None, gate [N, I], Combined [N, I], rows [N]: which of the batch's B·T tokens)
 See = Callable[[int, int | None, torch.Tensor, torch.Tensor, torch.Tensor], None]
+# (layer, router logits [N, E], the experts that each token goes to [N, k])
+SeeRouter = Callable[[int, torch.Tensor, torch.Tensor], None]
 
 
 @contextmanager
@@ -32,15 +34,46 @@ def observe_ffn(model: Any, see: See) -> Iterator[None]:
             handle.remove()
 
 
+@contextmanager
+def observe_routers(model: Any, see: SeeRouter) -> Iterator[None]:
+    """Call `see` for each layer's router in each forward pass inside; dense models have none."""
+    handles = [
+        block.mlp.gate.register_forward_hook(_watch_router(layer, see))
+        for layer, block in enumerate(model.model.layers)
+        if hasattr(block.mlp, "experts")
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _recomputing() -> bool:
+    """Whether a checkpointed layer runs for the second time, inside the backward pass."""
+    return bool(torch._C._current_graph_task_id() != -1)
+
+
+def _watch_router(layer: int, see: SeeRouter) -> Callable[..., None]:
+    def hook(_module: Any, _inputs: Any, output: tuple[torch.Tensor, ...]) -> None:
+        if not _recomputing():
+            see(layer, output[0].detach(), output[2])
+
+    return hook
+
+
 def _keep(gates: list[torch.Tensor]) -> Callable[..., None]:
     def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
-        gates.append(output.detach())
+        if not _recomputing():
+            gates.append(output.detach())
 
     return hook
 
 
 def _watch_dense(layer: int, gates: list[torch.Tensor], see: See) -> Callable[..., None]:
     def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        if _recomputing():
+            return
         active = inputs[0].detach().flatten(0, -2)
         rows = torch.arange(len(active), device=active.device)
         see(layer, None, gates.pop().flatten(0, -2), active, rows)
@@ -53,6 +86,8 @@ def _watch_experts(layer: int, see: See) -> Callable[..., None]:
     # input.
     @torch.no_grad()
     def hook(experts: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        if _recomputing():
+            return
         x, chosen = inputs[0], inputs[1]
         for expert in chosen.unique().tolist():
             rows = torch.where((chosen == expert).any(-1))[0]

@@ -1,0 +1,166 @@
+"""`train --plan`: memory, steps and FLOPs from a recipe and a config."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from turbosparse.folders import TurboSparseError
+from turbosparse.hf.load import new_config
+from turbosparse.plan import Plan, activation_bytes
+from turbosparse.train import train
+
+MIXTRAL = {
+    "model_type": "mixtral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "num_local_experts": 8,
+    "num_experts_per_tok": 2,
+    "max_position_embeddings": 32768,
+    "architectures": ["MixtralForCausalLM"],
+}
+LENGTH = 4096
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Callable[..., Path]:
+    """recipe(**changes): a recipe for Mixtral, of whose folder only the config is there."""
+    model = tmp_path / "mixtral"
+    model.mkdir()
+    (model / "config.json").write_text(json.dumps(MIXTRAL))
+
+    def write(**changes: Any) -> Path:
+        fields: dict[str, Any] = {
+            "model": str(model),
+            "activation": "drelu",
+            "data": {
+                "sources": [{"name": "web", "path": "nowhere", "proportion": 1}],
+                "sequence_length": LENGTH,
+            },
+            "tokens": 150_000_000_000,
+            "batch_size": 2048,
+            "micro_batch_size": 1,
+            "learning_rate": 5e-5,
+            "precision": "bf16",
+            **changes,
+        }
+        path = tmp_path / "recipe.yaml"
+        path.write_text(yaml.safe_dump(fields))
+        return path
+
+    return write
+
+
+def plan(path: Path, **flags: Any) -> Plan:
+    planned = train(path, plan=True, **flags)
+    assert isinstance(planned, Plan)
+    return planned
+
+
+def test_mixtral_at_the_size_of_the_paper(recipe: Callable[..., Path]) -> None:
+    planned = plan(recipe(shard="full", gradient_checkpointing=True), processes=64, tflops=140)
+    assert planned.parameters == 46_702_792_704
+    assert planned.active_parameters == pytest.approx(12.75e9, rel=0.01)
+    assert (planned.steps, planned.tokens_per_step) == (17881, 2048 * LENGTH)
+    assert planned.passes_per_step == 32
+    assert planned.flops == pytest.approx(6 * planned.active_parameters * planned.tokens)
+    assert planned.weights == -(-4 * planned.parameters // 64)
+    assert planned.optimiser == 2 * planned.weights
+    assert planned.seconds == pytest.approx(planned.flops * 8 / 6 / (140e12 * 64))
+    assert planned.total < 80e9
+    assert str(planned).count("GiB") >= 7
+    assert "6 FLOPs per active parameter" in str(planned)
+
+
+def test_only_sharding_spreads_the_states(recipe: Callable[..., Path]) -> None:
+    one, eight = (plan(recipe(), processes=n) for n in (1, 8))
+    assert (one.weights, one.optimiser) == (eight.weights, eight.optimiser)
+    assert one.total == sum(
+        (one.weights, one.gradients, one.optimiser, one.working_copies, one.activations_whole)
+    )
+    sharded = plan(recipe(shard="full"), processes=8)
+    assert sharded.optimiser * 8 == pytest.approx(one.optimiser)
+    assert sharded.activations_checkpointed < sharded.activations_whole / 4
+    half = plan(recipe(precision="fp32"), processes=1)
+    assert half.activations_whole > one.activations_whole
+
+
+def test_adapters_have_small_states(recipe: Callable[..., Path]) -> None:
+    planned = plan(recipe(lora={"rank": 16, "targets": ["q_proj", "v_proj"]}))
+    assert planned.trained_parameters == 32 * 16 * (4096 + 4096 + 4096 + 1024)
+    assert planned.optimiser == 8 * planned.trained_parameters
+
+
+def test_the_plan_is_one_json_document(
+    recipe: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from turbosparse import cli
+
+    words = ["train", str(recipe()), "--plan", "--processes", "4", "--json"]
+    monkeypatch.setattr("sys.argv", ["turbosparse", *words])
+    monkeypatch.setattr("signal.signal", lambda *_: None)
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 0
+    assert json.loads(capsys.readouterr().out)["processes"] == 4
+
+
+def test_flags_of_the_plan_and_of_a_run_do_not_mix(recipe: Callable[..., Path]) -> None:
+    with pytest.raises(TurboSparseError, match="give --out"):
+        train(recipe())
+    with pytest.raises(TurboSparseError, match="belong to --plan"):
+        train(recipe(), out=Path("never"), processes=2)
+
+
+@pytest.mark.parametrize("activation", ["drelu", "swiglu"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_activations_are_as_large_as_those_that_autograd_keeps(
+    activation: str, checkpointing: bool
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    fields: dict[str, Any] = {
+        "model_type": "mistral",
+        "vocab_size": 512,
+        "hidden_size": 128,
+        "intermediate_size": 448,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 4,
+        "attn_implementation": "sdpa",
+    }
+    config = new_config(fields, activation=activation)
+    model = AutoModelForCausalLM.from_config(config)
+    model.train()
+    if checkpointing:
+        model.activation_checkpointing_enable({"use_reentrant": False})
+    ids = torch.zeros(2, 64, dtype=torch.int64)
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        keep(model(ids, labels=ids, use_cache=False).logits)
+    tokens, layers, hidden = ids.numel(), fields["num_hidden_layers"], fields["hidden_size"]
+    whole, checkpointed = activation_bytes(config, tokens=tokens, compute=4, stream=4)
+    # the second figure has one layer more: the one that is being computed again
+    layer = (whole - checkpointed + 4 * tokens * layers * hidden) / (layers - 1)
+    expected = checkpointed - layer if checkpointing else whole
+    assert sum(kept.values()) == pytest.approx(expected, rel=0.1)

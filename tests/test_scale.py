@@ -1,0 +1,509 @@
+"""Training on several processes and nodes, sharded; what stops a run, and how it goes on."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
+
+from turbosparse.folders import TurboSparseError
+from turbosparse.hf.load import load_model
+from turbosparse.train import Lora, _with_adapters, train
+
+LENGTH, BATCH, STEPS = 32, 12, 6
+Write = Callable[..., Path]
+
+# accelerate shards on accelerators only: let it take a CPU for one, and see that weights are shards
+ON_CPU = """
+import os, signal
+from pathlib import Path
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+import turbosparse.train as stage
+from turbosparse.trainer import SparseTrainer
+make = stage._arguments
+def arguments(*given):
+    made = make(*given)
+    assert made.device.type == "cpu"  # starts the process group
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
+    return made
+stage._arguments = arguments
+step, count = SparseTrainer.training_step, 0
+def training_step(self, *given):
+    global count
+    count += 1
+    for name, weight in self.model.named_parameters():
+        assert isinstance(weight, DTensor), name
+        assert weight.to_local().numel() < weight.numel(), name
+    if (os.environ["RANK"], str(count)) == ("1", os.environ.get("KILL_IN_PASS")):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return step(self, *given)
+SparseTrainer.training_step = training_step
+"""
+TRAIN = """
+from pathlib import Path
+from turbosparse.train import train
+train(Path({recipe!r}), out=Path({out!r}))
+"""
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, dense: Callable[[str], Path], corpus: Path) -> Write:
+    """recipe(family, **changes): the path of a recipe that trains it as a dReLU model."""
+
+    def write(family: str = "mistral", **changes: Any) -> Path:
+        fields: dict[str, Any] = {
+            "model": str(dense(family)),
+            "activation": "drelu",
+            "data": {
+                "sources": [{"name": "boats", "path": str(corpus), "proportion": 1}],
+                "sequence_length": LENGTH,
+            },
+            "tokens": STEPS * BATCH * LENGTH,
+            "batch_size": BATCH,
+            "micro_batch_size": 2,
+            "learning_rate": 2e-3,
+            "precision": "fp32",
+            "log_every": 1,
+            "checkpoint_every": 2,
+            **changes,
+        }
+        path = tmp_path / f"recipe-{len(list(tmp_path.glob('recipe-*')))}.yaml"
+        path.write_text(yaml.safe_dump(fields))
+        return path
+
+    return write
+
+
+def start(script: Path, *flags: object, **environment: str) -> subprocess.Popen[str]:
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    return subprocess.Popen(
+        [sys.executable, "-m", "torch.distributed.run", *map(str, flags), str(script)],
+        env={**clean, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def run(script: Path, processes: int, *, fails: bool = False, **environment: str) -> str:
+    """Run a script under torchrun on one node; returns its standard error."""
+    started = start(script, "--standalone", "--nproc_per_node", processes, **environment)
+    _, error = started.communicate()
+    assert (started.returncode != 0) == fails, error[-3000:]
+    return error
+
+
+def write_script(path: Path, recipe: Path, out: Path, prefix: str = ON_CPU) -> Path:
+    path.write_text(prefix + TRAIN.format(recipe=str(recipe), out=str(out)))
+    return path
+
+
+def log_of(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "training_log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def losses(folder: Path) -> list[float]:
+    return [row["loss"] for row in log_of(folder)]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def assert_same_weights(one: Path, other: Path, tolerance: float = 0) -> None:
+    """To `tolerance`, relative RMS."""
+    weights, others = weights_of(one), weights_of(other)
+    assert weights.keys() == others.keys()
+    for name, weight in weights.items():
+        error = (weight - others[name]).norm() / weight.norm()
+        assert error <= tolerance, name
+
+
+# --- sharded --------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["mistral", "llama", "mixtral"])
+def test_a_sharded_run_writes_the_folder_of_a_run_on_one_process(
+    recipe: Write, tmp_path: Path, family: str
+) -> None:
+    settings = {"tokens": 3 * BATCH * LENGTH, "gradient_checkpointing": family == "mixtral"}
+    train(recipe(family, **settings), out=tmp_path / "one")
+    path = recipe(family, **settings, shard="full")
+    run(write_script(tmp_path / "run.py", path, tmp_path / "two"), 2)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
+    for key in ("activation_sparsity", "grad_norm"):
+        one, two = ([row[key] for row in log_of(tmp_path / run)] for run in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-2), key
+    assert_same_weights(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
+    for name in ("config.json", "modeling_drelu.py", "ffn_activation.py"):
+        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
+    files = [sorted(f.name for f in (tmp_path / run).iterdir()) for run in ("one", "two")]
+    assert files[0] == files[1]
+    load_model(tmp_path / "two")
+
+
+@pytest.mark.slow
+def test_a_sharded_run_whose_model_could_not_be_written_only_writes_it_again(
+    recipe: Write, tmp_path: Path
+) -> None:
+    path, out = recipe(shard="full", precision="bf16", tokens=2 * BATCH * LENGTH), tmp_path / "out"
+    no_room = "\ndef full(*_, **__): raise OSError(28, 'No space left on device')\n"
+    no_room += "import turbosparse.hf.load\nturbosparse.hf.load.save_model = full\n"
+    error = run(write_script(tmp_path / "a.py", path, out, ON_CPU + no_room), 2, fails=True)
+    assert "disk full while writing" in error
+    no_step = "\nSparseTrainer.training_step = None\n"
+    run(write_script(tmp_path / "b.py", path, out, ON_CPU + no_step), 2)
+    train(recipe(precision="bf16", tokens=2 * BATCH * LENGTH), out=tmp_path / "one")
+    assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
+    assert {weight.dtype for weight in weights_of(out).values()} == {torch.float32}
+    assert_same_weights(out, tmp_path / "one", tolerance=0.05)
+
+
+@pytest.mark.slow
+def test_a_killed_sharded_run_goes_on_at_the_same_and_at_another_process_count(
+    recipe: Write, tmp_path: Path
+) -> None:
+    import shutil
+
+    path = recipe(shard="full")
+    run(write_script(tmp_path / "whole.py", path, tmp_path / "whole"), 2)
+    script = write_script(tmp_path / "killed.py", path, tmp_path / "killed")
+    run(script, 2, fails=True, KILL_IN_PASS="14")  # 3 passes are a step: in the fifth
+    work = tmp_path / "killed.training"
+    assert {folder.name for folder in work.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    shutil.copytree(work, tmp_path / "three.training")
+
+    run(script, 2)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+
+    run(write_script(tmp_path / "three.py", path, tmp_path / "three"), 3)
+    assert losses(tmp_path / "three") == pytest.approx(losses(tmp_path / "whole"), rel=2e-4)
+    assert losses(tmp_path / "three")[:4] == losses(tmp_path / "whole")[:4]
+    assert_same_weights(tmp_path / "three", tmp_path / "whole", tolerance=1e-3)
+
+
+@pytest.mark.slow
+def test_two_nodes_train_as_one_process_does(recipe: Write, tmp_path: Path) -> None:
+    settings = {"tokens": 3 * BATCH * LENGTH}
+    train(recipe(**settings), out=tmp_path / "one")
+    path = recipe(**settings, shard="full")
+    script = write_script(tmp_path / "run.py", path, tmp_path / "two")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    address = ("--master_addr", "127.0.0.1", "--master_port", port)
+    nodes = [
+        start(script, "--nnodes", 2, "--node_rank", rank, "--nproc_per_node", 1, *address)
+        for rank in (0, 1)
+    ]
+    for node in nodes:
+        error = node.communicate()[1]
+        assert node.returncode == 0, error[-3000:]
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
+    assert_same_weights(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
+
+
+def test_sharding_that_would_not_happen_is_refused(recipe: Write, tmp_path: Path) -> None:
+    path = recipe(shard="full")
+    with pytest.raises(TurboSparseError, match="shard: full spreads the model over several"):
+        train(path, out=tmp_path / "out")
+    script = write_script(tmp_path / "run.py", path, tmp_path / "out", prefix="")
+    error = run(script, 2, fails=True)
+    assert "shard: full was asked for, but on this machine" in error
+    assert not (tmp_path / "out").exists()
+    assert not list((tmp_path / "out.training").glob("*"))
+
+
+def test_gradient_checkpointing_changes_no_number(recipe: Write, tmp_path: Path) -> None:
+    for name, checkpointing in (("with", True), ("without", False)):
+        path = recipe("mixtral", gradient_checkpointing=checkpointing, tokens=2 * BATCH * LENGTH)
+        train(path, out=tmp_path / name)
+    one, other = log_of(tmp_path / "with"), log_of(tmp_path / "without")
+    for row, row_without in zip(one, other, strict=True):
+        assert row == pytest.approx(row_without, rel=1e-6)
+
+
+# --- mixtures of experts --------------------------------------------------------------------------
+
+
+def test_the_log_tells_what_routers_and_experts_did(
+    recipe: Write, tmp_path: Path, dense: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from turbosparse.trainer import SparseTrainer
+
+    batches: list[torch.Tensor] = []
+    step = SparseTrainer.training_step
+
+    def training_step(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        batches.append(inputs["input_ids"].clone())
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(SparseTrainer, "training_step", training_step)
+    train(recipe("mixtral", tokens=BATCH * LENGTH), out=tmp_path / "out")
+    (logged,) = log_of(tmp_path / "out")
+
+    model = load_model(dense("mixtral"), activation="drelu")
+    with torch.no_grad():
+        found = [model(ids, output_router_logits=True).router_logits for ids in batches]
+    for layer in (0, 1):
+        shares = torch.cat([logits[layer] for logits in found]).double().softmax(-1)
+        entropy = -(shares * shares.log()).sum(-1).mean()
+        assert logged[f"router_entropy/layer_0{layer}"] == pytest.approx(float(entropy), rel=1e-4)
+        chosen = shares.topk(2).indices.flatten().bincount(minlength=4)
+        load = (chosen.double() / chosen.sum()).tolist()
+        loads = [logged[f"expert_load/layer_0{layer}/expert_{expert}"] for expert in range(4)]
+        assert loads == pytest.approx(load, abs=1e-9)
+        assert logged[f"expert_load_max/layer_0{layer}"] == max(loads)
+        of_experts = [logged[f"sparsity/layer_0{layer}/expert_{expert}"] for expert in range(4)]
+        pooled = sum(s * share for s, share in zip(of_experts, load, strict=True))
+        assert logged[f"sparsity/layer_0{layer}"] == pytest.approx(pooled, abs=1e-9)
+    means = [logged[f"router_entropy/layer_0{layer}"] for layer in (0, 1)]
+    assert logged["router_entropy"] == pytest.approx(sum(means) / 2)
+
+
+def test_the_auxiliary_loss_reaches_the_router_and_evens_the_load(
+    recipe: Write, tmp_path: Path
+) -> None:
+    for name, weight in (("without", 0.0), ("with", 1.0)):
+        train(recipe("mixtral", router_aux_loss_coef=weight), out=tmp_path / name)
+    first, first_with = log_of(tmp_path / "without")[0], log_of(tmp_path / "with")[0]
+    # in a load that is even the loss is the number of experts that a token goes to
+    assert 1.9 < first_with["loss"] - first["loss"] < 4
+    heaviest = [log_of(tmp_path / name)[-1]["expert_load_max"] for name in ("without", "with")]
+    assert heaviest[1] < heaviest[0] - 0.02
+    config = json.loads((tmp_path / "with" / "config.json").read_text())
+    assert config["router_aux_loss_coef"] == 1.0
+    assert not config["output_router_logits"]
+
+
+def test_the_auxiliary_loss_weighs_the_same_however_a_batch_is_split(
+    recipe: Write, tmp_path: Path
+) -> None:
+    for micro in (3, 12):
+        path = recipe("mixtral", micro_batch_size=micro, router_aux_loss_coef=1.0)
+        train(path, out=tmp_path / str(micro))
+    assert losses(tmp_path / "3") == pytest.approx(losses(tmp_path / "12"), rel=0.02)
+
+
+# --- faults ---------------------------------------------------------------------------------------
+
+
+def spoil_pass(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    """Make the loss of this forward pass, counted from 1, no number."""
+    from transformers import Trainer
+
+    count, compute = 0, Trainer.compute_loss
+
+    def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
+        nonlocal count
+        count += 1
+        return compute(self, *args, **kwargs) * (float("nan") if count == number else 1)
+
+    monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_loss_that_is_no_number_stops_the_run_before_it_is_learnt(
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, every: int
+) -> None:
+    out = tmp_path / "out"
+    path = recipe(checkpoint_every=every)
+    with monkeypatch.context() as patch:
+        spoil_pass(patch, 20)  # six passes are a step: in the fourth
+        with pytest.raises(TurboSparseError, match=r"^step 4: .*not finite.*lower learning_rate"):
+            train(path, out=out)
+    work = tmp_path / "out.training"
+    newest = max(work.glob("checkpoint-*"), key=lambda folder: folder.name)
+    assert newest.name == f"checkpoint-{4 - every}"
+    assert all(w.isfinite().all() for w in weights_of(newest).values())
+
+    fields = yaml.safe_load(path.read_text()) | {"learning_rate": 1e-3}
+    path.write_text(yaml.safe_dump(fields))
+    train(path, out=out)
+    rates = [row["learning_rate"] for row in log_of(out)]
+    assert rates[3 - every] > 1e-3 * 0.9
+    whole = recipe(learning_rate=1e-3)
+    train(whole, out=tmp_path / "whole")
+    lowered = [row["learning_rate"] for row in log_of(tmp_path / "whole")]
+    assert rates[4:] == pytest.approx(lowered[4:])
+    assert json.loads((out / "recipe.json").read_text())["learning_rate"] == 1e-3
+
+
+def test_a_process_whose_loss_is_no_number_stops_the_others(recipe: Write, tmp_path: Path) -> None:
+    spoil = """
+import os
+from transformers import Trainer
+compute, count = Trainer.compute_loss, 0
+def compute_loss(*given, **named):
+    global count
+    count += 1
+    bad = os.environ["RANK"] == "1" and count == 7
+    return compute(*given, **named) * (float("nan") if bad else 1)
+Trainer.compute_loss = compute_loss
+"""
+    path = recipe(checkpoint_every=1)
+    error = run(write_script(tmp_path / "run.py", path, tmp_path / "out", spoil), 2, fails=True)
+    assert "TurboSparseError: step 3: the loss or its gradient is not finite" in error
+    work = tmp_path / "out.training"
+    assert {folder.name for folder in work.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
+
+
+@pytest.fixture
+def whole(recipe: Write, tmp_path: Path) -> Path:
+    """The model of a run that nothing stopped."""
+    train(recipe(), out=tmp_path / "whole")
+    return tmp_path / "whole"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed"),
+        CheckpointException("write", {1: _wrap_exception(RuntimeError("unexpected pos 7 vs 5"))}),
+    ],
+    ids=["system", "torch", "distributed"],
+)
+def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
+    recipe: Write,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+) -> None:
+    path, out = recipe(), tmp_path / "out"
+    save = torch.save
+
+    def full(thing: Any, target: Any, *args: Any, **kwargs: Any) -> None:
+        if "checkpoint-4/optimizer" in str(target):
+            Path(target).write_bytes(b"half")
+            raise error
+        save(thing, target, *args, **kwargs)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", full)
+        with pytest.raises(TurboSparseError, match=r"disk full while writing .*checkpoint-4 "):
+            train(path, out=out)
+    work = tmp_path / "out.training"
+    assert [folder.name for folder in work.glob("checkpoint-*")] == ["checkpoint-2"]
+    train(path, out=out)
+    assert losses(out) == losses(whole)
+    assert_same_weights(out, whole)
+
+
+def stopped_run(recipe: Write, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that stopped in step 5, with checkpoints of the steps 2 and 4; returns the recipe."""
+    path = recipe()
+    with monkeypatch.context() as patch:
+        spoil_pass(patch, 25)
+        with pytest.raises(TurboSparseError, match="step 5"):
+            train(path, out=out)
+    return path
+
+
+@pytest.mark.parametrize("damage", ["one byte", "cut", "gone"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    recipe: Write,
+    whole: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    damage: str,
+) -> None:
+    out = tmp_path / "out"
+    path = stopped_run(recipe, out, monkeypatch)
+    file = tmp_path / "out.training" / "checkpoint-4" / "optimizer.pt"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content[: -100 if damage == "cut" else None])
+    if damage == "gone":
+        file.unlink()
+    capsys.readouterr()
+    train(path, out=out)
+    said = capsys.readouterr().err
+    assert "checkpoint-4 is damaged (optimizer.pt): the one before it is taken" in said
+    assert losses(out) == losses(whole)
+    assert_same_weights(out, whole)
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    path = stopped_run(recipe, out, monkeypatch)
+    for file in (tmp_path / "out.training").glob("checkpoint-*/model.safetensors"):
+        file.write_bytes(b"")
+    with pytest.raises(TurboSparseError, match="holds no checkpoint that is whole; remove it"):
+        train(path, out=out)
+
+
+def test_processes_that_do_not_see_the_same_files_are_told(
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("turbosparse.checkpoints._checksum", lambda _: None)
+    with pytest.raises(TurboSparseError, match="give an --out that all nodes share"):
+        train(recipe(), out=tmp_path / "out")
+
+
+# --- low-rank additions ---------------------------------------------------------------------------
+
+
+def test_adapters_keep_drelu_and_merge_into_an_ordinary_folder(
+    recipe: Write,
+    dense: Callable[[str], Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pytest.importorskip("peft")
+    base = load_model(dense("mistral"), activation="drelu")
+    ids = torch.arange(20)[None]
+    expected = base(ids).logits
+    targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
+    adapted = _with_adapters(base, Lora(targets=targets), seed=0)
+    assert torch.equal(adapted(ids).logits, expected), "at the start an adapter adds zero"
+
+    lora = {"rank": 4, "alpha": 8, "targets": targets}
+    out = tmp_path / "out"
+    path = recipe(lora=lora)
+    with monkeypatch.context() as patch:
+        spoil_pass(patch, 25)
+        with pytest.raises(TurboSparseError, match="step 5"):
+            train(path, out=out)
+    trained = train(path, out=out)
+    assert trained.last_loss < trained.first_loss
+    train(path, out=tmp_path / "whole")
+    assert losses(out) == losses(tmp_path / "whole")
+    assert_same_weights(out, tmp_path / "whole")
+    before, after = weights_of(dense("mistral")), weights_of(out)
+    assert before.keys() == after.keys()
+    changed = {name.split(".")[-2] for name in after if not torch.equal(before[name], after[name])}
+    assert changed == set(targets)
+    model = load_model(out)
+    assert model.config.ffn_activation == "drelu"
+    assert "PeftModel" not in json.dumps(json.loads((out / "config.json").read_text()))
+
+
+def test_adapters_for_matrices_that_are_not_there_are_refused(
+    recipe: Write, tmp_path: Path
+) -> None:
+    pytest.importorskip("peft")
+    targets = {"targets": ["q_proj", "gate_proj"]}  # a mixture's experts are fused
+    with pytest.raises(TurboSparseError, match="lora: the model has no module gate_proj"):
+        train(recipe("mixtral", lora=targets), out=tmp_path / "out")
