@@ -22,6 +22,7 @@ from transformers.trainer_utils import TrainOutput
 
 from turbosparse.folders import new_file
 from turbosparse.hf.observe import observe_ffn
+from turbosparse.objectives import Objectives
 
 
 class SparsityMeter:
@@ -54,11 +55,16 @@ class SparsityMeter:
 class SparseTrainer(Trainer):
     """Measures sparsity in the steps that it logs, and keeps the log as JSON lines."""
 
-    def __init__(self, *, log_file: Path, **arguments: Any):
+    def __init__(self, *, log_file: Path, objectives: Objectives, **arguments: Any):
         self.log_callback = _Log(log_file)
         super().__init__(**arguments, callbacks=[self.log_callback])
         self.remove_callback(PrinterCallback)
         self.meter = SparsityMeter()
+        self.objectives = objectives
+        if objectives.teacher is not None:
+            objectives.teacher = self.accelerator.prepare_model(
+                objectives.teacher, evaluation_mode=True
+            )
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
         """Train, or only load the weights of a checkpoint after which no step is left."""
@@ -73,13 +79,33 @@ class SparseTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= self.meter.read()
+            logs |= self.meter.read() | self.objectives.read()
         super().log(logs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
         due = _is_logged(self.args, self.state.global_step + 1)
         with self.meter.watch(self.accelerator.unwrap_model(self.model)) if due else nullcontext():
             return super().training_step(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The library's loss, and what the recipe adds to it."""
+        if not self.objectives:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        step = self.state.global_step
+        with self.objectives.watch(self.accelerator.unwrap_model(model), step) as norms:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        extra = self.objectives.extra(
+            inputs, outputs.logits, norms, step=step, items=num_items_in_batch
+        )
+        if self.args.average_tokens_across_devices:  # the items are those of all processes
+            extra = extra * self.accelerator.num_processes
+        return (loss + extra, outputs) if return_outputs else loss + extra
 
 
 def _is_logged(args: Any, step: int) -> bool:
