@@ -86,7 +86,7 @@ def _documents(domain: Path) -> Iterator[str]:
         if ".jsonl" in file.suffixes:
             template = _template(file)
             if template is None:
-                print(f"{file} is left out: no {', '.join(TEMPLATES)}", file=sys.stderr)
+                print(f"{file} is left out: its rows fit none of {TEMPLATES}", file=sys.stderr)
                 continue
             yield from documents(file, template=template)
         else:
