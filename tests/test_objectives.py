@@ -275,7 +275,7 @@ def test_a_stopped_run_goes_on_where_it_was(
         ({"staged_steps": STEPS}, f"staged_steps is {STEPS}, and the whole training only {STEPS}"),
         ({"staged_steps": 0}, "staged_steps: Input should be greater than 0"),
         ({"l1": {"weight": 0}}, r"l1\.weight: Input should be greater than 0"),
-        ({"l1": {"wieght": 1}}, r"l1\.weight: Field required"),
+        ({"l1": {"power": 1}}, r"l1\.weight: Field required"),
         ({"distill": {"teacher": "/nowhere"}}, "no such folder: /nowhere"),
         ({"distill": {"teacher": "/nowhere", "temperature": 0}}, r"distill\.temperature: Input"),
     ],
