@@ -295,7 +295,8 @@ def report(result: dict[str, Any]) -> Iterator[str]:
                     f"{run['perplexity']['all']:.3f}",
                     *(f"{run['perplexity'][domain]:.3f}" for domain in domains),
                     f"{run['activation_sparsity']:.2%}",
-                    f"{run['gate_positive']:.2%}",
+                    # the ungated relu has a gate in the checkpoint that nothing reads
+                    "–" if run["activation"] == "relu" else f"{run['gate_positive']:.2%}",
                 ]
             )
         yield f"### {title}\n\n" + table([*head, "activation sparsity", "gate > 0"], rows)

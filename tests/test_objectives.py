@@ -23,7 +23,7 @@ from turbosparse.folders import TurboSparseError
 from turbosparse.hf.load import load_model, load_tokenizer
 from turbosparse.hf.observe import change_combined, force_sparsity, observe_ffn
 from turbosparse.objectives import blend, distillation, ramp, staged_share
-from turbosparse.train import train
+from turbosparse.train import _arguments, train
 
 LENGTH, BATCH, STEPS = 32, 4, 6
 TOKENS = torch.arange(4, 44).reshape(2, 20)
@@ -290,6 +290,20 @@ def test_a_teacher_of_another_vocabulary_is_refused(run: Run, tmp_path: Path) ->
     message = f"has {VOCABULARY + 8} logits, the model {VOCABULARY}"
     with pytest.raises(TurboSparseError, match=message):
         run("out", distill={"teacher": str(other)})
+
+
+@pytest.mark.parametrize("option", [{"l1": {"weight": 1}}, {"staged_steps": 2}])
+def test_layers_that_are_run_again_for_their_gradients_are_refused(
+    run: Run, monkeypatch: pytest.MonkeyPatch, option: dict[str, Any]
+) -> None:
+    def arguments(*given: Any) -> Any:
+        made = _arguments(*given)
+        made.gradient_checkpointing = True
+        return made
+
+    monkeypatch.setattr("turbosparse.train._arguments", arguments)
+    with pytest.raises(ValueError, match="do not go with gradient checkpointing"):
+        run("out", **option)
 
 
 # --- changing Combined ----------------------------------------------------------------------------

@@ -60,7 +60,7 @@ class Objectives:
     def __init__(self, recipe: Recipe, teacher: Any = None):
         self.distill, self.l1, self.staged_steps = recipe.distill, recipe.l1, recipe.staged_steps
         self.teacher = teacher
-        self._sums: dict[str, float] = {}
+        self._sums: dict[str, Any] = {}  # tensors: a number would wait for the device
         self._steps: set[int] = set()
 
     def __bool__(self) -> bool:
@@ -118,12 +118,12 @@ class Objectives:
             parts["loss/l1"] = weight * mean * here
         self._steps.add(step)
         for name, part in parts.items():
-            self._sums[name] = self._sums.get(name, 0.0) + float(part.detach())
+            self._sums[name] = self._sums.get(name, 0.0) + part.detach()
         return sum(parts.values(), 0.0)
 
     def read(self) -> dict[str, float]:
         """The mean of each part over the steps since it was last asked; ``loss`` includes them."""
-        means = {name: total / len(self._steps) for name, total in self._sums.items()}
+        means = {name: float(total) / len(self._steps) for name, total in self._sums.items()}
         if self.staged_steps:
             means["staged_share"] = staged_share(max(self._steps), self.staged_steps)
         self._sums, self._steps = {}, set()

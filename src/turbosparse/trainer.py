@@ -61,6 +61,9 @@ class SparseTrainer(Trainer):
         self.remove_callback(PrinterCallback)
         self.meter = SparsityMeter()
         self.objectives = objectives
+        if self.args.gradient_checkpointing and (objectives.l1 or objectives.staged_steps):
+            # layers would be run again for their gradients without what these two change in them
+            raise ValueError("l1 and staged_steps do not go with gradient checkpointing")
         if objectives.teacher is not None:
             objectives.teacher = self.accelerator.prepare_model(
                 objectives.teacher, evaluation_mode=True
