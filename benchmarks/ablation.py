@@ -212,7 +212,7 @@ def sparsity_of_experts(stats: Stats) -> dict[str, Any]:
 def result_of(out: Path, settings: Settings, run: Run) -> dict[str, Any]:
     folder = out / run.name
     stats, log = stats_of(out, settings, run.name), losses(folder)
-    last = log[-max(1, len(log) // 10) :]
+    last = log[-max(1, len(log) // 10) :]  # one line alone is noise
     trained = folder / "trained.json"
     result = {
         **asdict(run),
