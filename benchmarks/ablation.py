@@ -318,6 +318,18 @@ def report(result: dict[str, Any]) -> Iterator[str]:
             rows.append([f"{run['road']} {run['label']}", mean, *spread, f"{whole:.2%}"])
         head = ["", "experts in use", "least", "greatest", "whole MoE layer"]
         yield "### Sparsity of the experts (Fig. 5, §6.2)\n\n" + table(head, rows)
+        for run in runs:
+            if run["label"] == "drelu":
+                of = run["experts"]
+                rows = [
+                    [str(layer), *(f"{s:.1%}" for s in sparsity), f"{whole:.2%}"]
+                    for layer, (sparsity, whole) in enumerate(
+                        zip(of["sparsity"], of["whole_layer"], strict=True)
+                    )
+                ]
+                names = [f"expert {number}" for number in range(settings["experts"])]
+                head = ["layer", *names, "whole layer"]
+                yield f"{run['road']} drelu, each expert:\n\n" + table(head, rows)
 
 
 def plot(result: dict[str, Any], file: Path) -> None:

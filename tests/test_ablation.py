@@ -184,4 +184,6 @@ def test_experts_are_measured_with_those_that_a_token_was_not_sent_to(
     dense = result_of(tmp_path / "moe")["by_name"]["continued-swiglu"]
     assert dense["experts"]["whole_layer"] == [0.5, 0.5]
     assert dense["forced"][0]["perplexity"]["all"] == pytest.approx(dense["perplexity"]["all"])
-    assert "whole MoE layer" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "whole MoE layer" in printed
+    assert "| layer | expert 0 |" in printed
