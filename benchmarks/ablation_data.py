@@ -73,7 +73,9 @@ def _split(domain: Path, budgets: list[int], held_out: int, seed: int) -> dict[s
     else:
         texts = _distinct(_documents(domain), set())
         rng.shuffle(texts)
-        kept = _take(texts, min(held_out, sum(map(len, texts)) // 10))
+        most, kept = max(1, len(texts) // 10), []  # documents
+        while len(kept) < most and sum(map(len, kept)) < held_out:
+            kept.append(texts.pop()[:LONGEST_HELD_OUT])
     whole = sum(len(text.encode()) for text in texts)
     scale = min(1.0, whole / max(1, sum(budgets)))
     base = _take(texts, int(scale * budgets[0]))
