@@ -92,8 +92,11 @@ void check_threads(int threads) {
 }
 
 void check_mode(Mode mode, const Neurons& neurons) {
-  if (mode != Mode::kDense && neurons.activation == Activation::kSwiglu) {
-    fail("activation is 'swiglu', which has no exact zeros to skip: use dense mode");
+  const Activation activation = neurons.activation;
+  if (mode != Mode::kDense &&
+      (activation == Activation::kGeglu || activation == Activation::kSwiglu)) {
+    fail("activation is '" + std::string(kActivations[static_cast<int>(activation)]) +
+         "', which has no exact zeros to skip: use dense mode");
   }
   if (mode == Mode::kPredicted && !neurons.predictor) fail("predicted mode needs a predictor");
 }

@@ -40,6 +40,9 @@ float relu(float x) { return x < 0 ? 0 : x; }
 
 float silu(float x) { return x / (1 + std::exp(-x)); }
 
+// erfc in double: 1 + erf cancels far below zero.
+float gelu(float x) { return static_cast<float>(0.5 * x * std::erfc(x * -0.7071067811865476)); }
+
 // gate[i] becomes Combined.
 void combine(Activation activation, float* gate, const float* up, size_t count) {
   const auto each = [&](auto formula) {
@@ -48,6 +51,8 @@ void combine(Activation activation, float* gate, const float* up, size_t count) 
   switch (activation) {
     case Activation::kDrelu:
       return each([](float g, float u) { return relu(g) * relu(u); });
+    case Activation::kGeglu:
+      return each([](float g, float u) { return gelu(g) * u; });
     case Activation::kReglu:
       return each([](float g, float u) { return relu(g) * u; });
     case Activation::kRelu:

@@ -33,7 +33,7 @@ struct Matrix {
   void row(int64_t index, float* out) const;  // out[C]
 };
 
-enum class Activation { kDrelu, kReglu, kRelu, kSwiglu };
+enum class Activation { kDrelu, kGeglu, kReglu, kRelu, kSwiglu };
 
 // Which rows are read. Dense: all. Exact: all gates, and of the others what does not meet only
 // zeros. Predicted: as exact, of the candidates of a predictor.

@@ -114,7 +114,7 @@ def test_padding_counts_for_nothing(sparse: Make, texts: list[str]) -> None:
     assert together.nats["boats"] == pytest.approx(sum(one.nats["boats"] for one in singles))
 
 
-@pytest.mark.parametrize("activation", ["drelu", "reglu", "relu", "swiglu"])
+@pytest.mark.parametrize("activation", ["drelu", "geglu", "reglu", "relu", "swiglu"])
 @pytest.mark.parametrize("family", ["mistral", "mixtral"])
 def test_counts_are_those_of_the_written_out_feed_forward(
     sparse: Make, short: list[str], family: str, activation: str
@@ -143,6 +143,7 @@ def test_counts_are_those_of_the_written_out_feed_forward(
                 gate, up = mine @ tensors[ffn.gate].double().T, mine @ tensors[ffn.up].double().T
                 fires = {
                     "drelu": (gate > 0) & (up > 0),
+                    "geglu": gate != 0,
                     "reglu": gate > 0,
                     "relu": up > 0,
                     "swiglu": gate != 0,
@@ -157,7 +158,7 @@ def test_counts_are_those_of_the_written_out_feed_forward(
     assert torch.equal(stats.gate_positive, expected.gate_positive)
     top = 2 if family == "mixtral" else 1
     assert stats.tokens.sum(-1).tolist() == [top * stats.predicted["boats"]] * layers
-    if activation == "swiglu":
+    if activation in names.WITHOUT_ZEROS:
         assert stats.activation_sparsity() == 0
     else:
         assert 0.3 < stats.activation_sparsity() < 0.9

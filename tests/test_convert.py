@@ -17,7 +17,7 @@ import pytest
 import torch
 from conftest import FAMILIES
 from safetensors.torch import load_file, save_file
-from torch.nn.functional import relu, silu
+from torch.nn.functional import gelu, relu, silu
 from transformers import AutoModelForCausalLM
 
 from turbosparse.convert import convert
@@ -28,6 +28,7 @@ Make = Callable[..., Path]
 TOKENS = torch.arange(4, 44).reshape(2, 20)
 ACTIVATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "drelu": lambda gate, up: relu(gate) * relu(up),
+    "geglu": lambda gate, up: gelu(gate) * up,
     "reglu": lambda gate, up: relu(gate) * up,
     "relu": lambda _gate, up: relu(up),
     "swiglu": lambda gate, up: silu(gate) * up,
@@ -193,19 +194,20 @@ def test_logits_are_those_of_drelu_written_by_hand(dense: Make, sparse: Make, fa
     assert relative_rms(logits_of(load(dense(family))), truth) > 0.01, "SwiGLU must differ"
 
 
-@pytest.mark.parametrize("activation", ["reglu", "relu"])
+@pytest.mark.parametrize("activation", ["geglu", "reglu", "relu"])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_other_activations_are_those_written_by_hand(
     dense: Make, sparse: Make, family: str, activation: str
 ) -> None:
     folder = sparse(family, activation)
     assert config_of(folder)["ffn_activation"] == activation
+    assert config_of(folder)["hidden_act"] == ("gelu" if activation == "geglu" else "relu")
     register()
     assert relative_rms(logits_of(load(folder)), by_hand(dense(family), activation)) < SAME_LOGITS
 
 
 @pytest.mark.parametrize("implementation", ["eager", "batched_mm", "grouped_mm"])
-@pytest.mark.parametrize("activation", ["drelu", "reglu"])
+@pytest.mark.parametrize("activation", ["drelu", "geglu", "reglu"])
 def test_every_experts_implementation_agrees(
     dense: Make, sparse: Make, activation: str, implementation: str
 ) -> None:
@@ -370,7 +372,7 @@ def test_mlp_biases_are_refused(dense: Make, tmp_path: Path) -> None:
 
 
 def test_an_unknown_activation_lists_the_known_ones(dense: Make, tmp_path: Path) -> None:
-    message = "activation 'gelu' is unknown; use drelu, reglu, relu, swiglu"
+    message = "activation 'gelu' is unknown; use drelu, geglu, reglu, relu, swiglu"
     refused(dense("mistral"), tmp_path / "out", message, activation="gelu")
 
 

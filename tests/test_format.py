@@ -133,6 +133,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], Fault]] = {
         lambda f: edit_block(f, lambda b: b["ffn"].update(activation="swiglu")),
         Fault.HEADER,
     ),
+    "predictor of geglu": (
+        lambda f: edit_block(f, lambda b: b["ffn"].update(activation="geglu")),
+        Fault.HEADER,
+    ),
     "predictor not in the block": (
         lambda f: edit_block(f, lambda b: b["ffn"].pop("predictor")),
         Fault.TENSOR_UNKNOWN,

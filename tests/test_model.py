@@ -19,6 +19,7 @@ from turbosparse.engine import Engine
 from turbosparse.folders import TurboSparseError
 from turbosparse.format import Packed
 from turbosparse.hf.load import load_config, load_model, with_activation
+from turbosparse.hf.names import WITHOUT_ZEROS
 from turbosparse.model import Cache, causal_mask
 from turbosparse.ops import ROADS
 from turbosparse.pack import pack
@@ -200,14 +201,14 @@ def test_every_road_and_mode_prints_the_tokens_of_transformers(
             assert engine_greedy(engine, prompt) == truth, (road, mode)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "reglu", "relu"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "reglu", "relu"])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_the_other_activations_print_the_tokens_of_transformers(
     packed: Make, family: str, activation: str
 ) -> None:
     folder = packed(family, "q8", activation)
     prompt, truth = hf_greedy(dequantised_hf_model(folder))
-    modes = ("dense",) if activation == "swiglu" else ("dense", "exact")
+    modes = ("dense",) if activation in WITHOUT_ZEROS else ("dense", "exact")
     for road in ROADS:
         for mode in modes:
             engine = Engine(folder, road=road, mode=mode)
@@ -378,8 +379,9 @@ def test_the_cache_grows_to_the_context_and_not_beyond(packed: Make) -> None:
         engine.step([5], cache)
 
 
-def test_swiglu_has_no_exact_mode(packed: Make) -> None:
-    folder = packed("llama", "q8", "swiglu")
+@pytest.mark.parametrize("activation", WITHOUT_ZEROS)
+def test_what_has_no_zeros_has_no_exact_mode(packed: Make, activation: str) -> None:
+    folder = packed("llama", "q8", activation)
     assert Engine(folder).mode == "dense"
     for mode in ("exact", "predicted"):
         with pytest.raises(TurboSparseError, match="no exact zeros"):

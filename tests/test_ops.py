@@ -5,16 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from torch.nn.functional import relu, silu
+from torch.nn.functional import gelu, relu, silu
 
 from turbosparse import ops
 from turbosparse.folders import TurboSparseError
+from turbosparse.hf.names import WITHOUT_ZEROS
 from turbosparse.quant import QUANTS, dequantise, ffn_rows, quantise
 
 SAME_SUM = 2e-5  # relative RMS of float32 sums against float64, where terms may cancel
 
 FORMULAS = {
     "drelu": lambda g, u: relu(g) * relu(u),
+    "geglu": lambda g, u: gelu(g) * u,
     "reglu": lambda g, u: relu(g) * u,
     "relu": lambda g, u: relu(u),  # noqa: ARG005
     "swiglu": lambda g, u: silu(g) * u,
@@ -64,7 +66,7 @@ def test_ffn_is_the_formula(
         ffn = ops.road(road).Neurons(stored, hidden, quant, activation, 2)
         first = combined if activation == "relu" else g
         expected = [torch.full((tokens,), neurons), (first > 0).sum(1), (combined != 0).sum(1)]
-        for mode in ("dense", "exact") if activation != "swiglu" else ("dense",):
+        for mode in ("dense",) if activation in WITHOUT_ZEROS else ("dense", "exact"):
             y, counts = ffn.forward(x, x, mode=mode)
             assert relative_rms(y, truth) < SAME_SUM, (activation, mode)
             assert counts.tolist() == torch.stack(expected, 1).tolist()
@@ -87,10 +89,11 @@ def test_a_single_active_neuron(road: str) -> None:
     assert relative_rms(y, x.sum() ** 2 * down[41].half().float()[None]) < SAME_SUM
 
 
+@pytest.mark.parametrize("activation", WITHOUT_ZEROS)
 @pytest.mark.parametrize("road", ops.ROADS)
-def test_swiglu_refuses_exact_mode(road: str) -> None:
+def test_what_has_no_zeros_refuses_exact_mode(road: str, activation: str) -> None:
     stored, _ = make_ffn(7, 32, "q8", 0.0)
-    ffn = ops.road(road).Neurons(stored, 32, "q8", "swiglu", 1)
+    ffn = ops.road(road).Neurons(stored, 32, "q8", activation, 1)
     with pytest.raises(ValueError, match="dense mode"):
         ffn.forward(inputs(1, 32), inputs(1, 32), mode="exact")
 

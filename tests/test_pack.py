@@ -197,9 +197,12 @@ def test_settings_of_a_predictor_that_are_not_valid_are_named(
     refused(model, tmp_path / "packed", 'config.json: the block "predictor" is not valid')
 
 
-def test_swiglu_has_nothing_to_predict(dense: Make, tmp_path: Path) -> None:
-    message = "is a swiglu model: it has no zeros to predict; use --predictor none"
-    refused(dense("llama"), tmp_path / "packed", message, predictor="sign")
+@pytest.mark.parametrize("activation", ["geglu", "swiglu"])
+def test_what_has_no_zeros_has_nothing_to_predict(
+    sparse: Make, tmp_path: Path, activation: str
+) -> None:
+    message = f"is a {activation} model: it has no zeros to predict; use --predictor none"
+    refused(sparse("llama", activation), tmp_path / "packed", message, predictor="sign")
 
 
 # --- inspect and validate -------------------------------------------------------------------------
@@ -338,7 +341,7 @@ def test_a_model_without_tokenizer_is_refused(sparse: Make, tmp_path: Path) -> N
         (
             "mistral",
             {"ffn_activation": "gelu"},
-            "activation 'gelu' is unknown; use drelu, reglu, relu",
+            "activation 'gelu' is unknown; use drelu, geglu, reglu, relu",
         ),
         ("dense", {"hidden_act": "gelu"}, "hidden_act 'gelu' is not supported"),
         ("dense", {"mlp_bias": True}, "mlp_bias=true is not supported"),

@@ -26,7 +26,7 @@ from turbosparse.folders import (
 )
 from turbosparse.hf import names
 
-Activation = Literal["drelu", "reglu", "relu", "swiglu"]
+Activation = Literal["drelu", "geglu", "reglu", "relu", "swiglu"]
 
 
 @dataclass(frozen=True)
@@ -60,8 +60,8 @@ def convert(
     out
         New model folder.
     activation
-        drelu is the paper's. reglu and relu are for comparisons; swiglu copies the dense model as
-        it is.
+        drelu is the paper's. geglu, reglu and relu are for comparisons; swiglu copies the dense
+        model as it is.
     link
         Hard-link the weight files instead of copying them. Saves the space, but then a program that
         rewrites one of the two in place changes both.
@@ -73,6 +73,7 @@ def convert(
         check_activation,
         check_supported,
         copy_code,
+        hidden_act,
         load_config,
         sparse_keys,
     )
@@ -97,7 +98,8 @@ def convert(
     checkpoint.check(config)
 
     if activation != "swiglu":
-        raw |= sparse_keys(base) | {"hidden_act": "relu", "ffn_activation": activation}
+        raw |= sparse_keys(base)
+        raw |= {"hidden_act": hidden_act(activation), "ffn_activation": activation}
     raw["turbosparse"] = {"converted_from": str(source), "activation": activation}
 
     with new_folder(out) as work:

@@ -12,6 +12,7 @@ from torch import Tensor
 from turbosparse import model, native, ops
 from turbosparse.folders import TurboSparseError
 from turbosparse.format import Packed
+from turbosparse.hf.names import WITHOUT_ZEROS
 
 Road = Literal["auto", "torch", "cpu"]
 Mode = Literal["auto", "dense", "exact", "predicted"]
@@ -144,10 +145,12 @@ def _mode(packed: Packed, asked: Mode) -> ops.Mode:
     Raises:
         TurboSparseError: the model does not have the mode that was asked for.
     """
-    sparse, predictor = packed.activation != "swiglu", packed.header.ffn.predictor
+    sparse = packed.activation not in WITHOUT_ZEROS
+    predictor = packed.header.ffn.predictor
     if asked in ("exact", "predicted") and not sparse:
         raise TurboSparseError(
-            f"{packed.folder} is a swiglu model: it has no exact zeros to skip; use --mode dense"
+            f"{packed.folder} is a {packed.activation} model: it has no exact zeros to skip; "
+            "use --mode dense"
         )
     if asked == "predicted" and predictor is None:
         raise TurboSparseError(

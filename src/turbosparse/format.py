@@ -92,13 +92,13 @@ class FFN(BaseModel):
     """The record that describes a model's feed-forward."""
 
     model_config = ConfigDict(extra="forbid")
-    activation: Literal["drelu", "reglu", "relu", "swiglu"]
+    activation: Literal["drelu", "geglu", "reglu", "relu", "swiglu"]
     predictor: Predictor | None = None
 
     @model_validator(mode="after")
     def _has_zeros_to_predict(self) -> Self:
-        if self.predictor and self.activation == "swiglu":
-            raise ValueError("swiglu has no zeros to predict")
+        if self.predictor and self.activation in names.WITHOUT_ZEROS:
+            raise ValueError(f"{self.activation} has no zeros to predict")
         return self
 
 

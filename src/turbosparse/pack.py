@@ -149,9 +149,9 @@ def _predictor(config: Any, checkpoint: Checkpoint, choice: str, quant: str) -> 
     ranks = None if choice == "sign" else checkpoint.predictor_ranks(config)
     if choice == "none" or (choice == "auto" and ranks is None):
         return None
-    if activation_of(config) == "swiglu":
+    if (activation := activation_of(config)) in names.WITHOUT_ZEROS:
         raise TurboSparseError(
-            f"{checkpoint.folder} is a swiglu model: it has no zeros to predict; "
+            f"{checkpoint.folder} is a {activation} model: it has no zeros to predict; "
             "use --predictor none"
         )
     kind: dict[str, Any] = {"kind": "sign"}

@@ -155,8 +155,8 @@ def activation_bytes(config: Any, *, tokens: int, compute: int, stream: int) -> 
     # Each norm: its input in float32, what its weight multiplies, what the projections read.
     norm = (_FLOAT + stream + compute) * hidden
     attention = compute * (3 * queries + 2 * keys)
-    # Of a neuron: relu(gate), relu(up), Combined; silu keeps its input as well.
-    kept = {"swiglu": 4, "relu": 1}.get(_activation(config), 3)
+    # Of a neuron: relu(gate), relu(up), Combined; silu and gelu keep their input as well.
+    kept = {"geglu": 4, "swiglu": 4, "relu": 1}.get(_activation(config), 3)
     used = config.num_experts_per_tok if names.experts(config) else 1
     ffn = used * compute * (kept * neurons + (2 * hidden if names.experts(config) else 0))
     layer = 2 * norm + attention + ffn

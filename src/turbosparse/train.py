@@ -51,6 +51,25 @@ class Lora(BaseModel):
     targets: list[str] = Field(default=["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
 
 
+class Distill(BaseModel):
+    """Learn from the logits of a teacher too, such as the dense model."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    teacher: str = Field(description="folder or hub id; with the same tokens as the model")
+    weight: float = Field(1.0, gt=0, description="of the KL divergence, in nats per token")
+    temperature: float = Field(1.0, gt=0)
+
+
+class L1(BaseModel):
+    """Press Combined towards zero, as ProSparse does."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    weight: float = Field(gt=0, description="of the mean of |Combined| over all its entries")
+    warmup_steps: int = Field(0, ge=0, description="in which the weight grows from 0")
+
+
 class Recipe(BaseModel):
     """Everything that a training run is made of; it is written into the model folder."""
 
@@ -86,6 +105,11 @@ class Recipe(BaseModel):
     log_every: int = Field(10, gt=0, description="steps")
     checkpoint_every: int = Field(200, gt=0, description="steps")
     report_to: list[str] = Field(default_factory=list, description="trackers, such as tensorboard")
+    distill: Distill | None = None
+    l1: L1 | None = None
+    staged_steps: int | None = Field(
+        None, gt=0, description="steps in which the activation goes over from SwiGLU to its own"
+    )
 
     def steps(self) -> int:
         return max(1, self.tokens // (self.batch_size * self.data.sequence_length))
@@ -217,6 +241,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
         args=arguments,
         train_dataset=stream,
         log_file=work / "log.jsonl",
+        objectives=_objectives(recipe, model),
     )
     if trainer.is_world_process_zero():
         with new_file(work / "recipe.json") as file:
@@ -357,6 +382,39 @@ def _training_config(model: Any, recipe: Recipe, arguments: Any) -> Iterator[Non
         config.use_cache = True
         if hasattr(config, "router_aux_loss_coef"):
             config.output_router_logits = router_logits
+
+
+def _objectives(recipe: Recipe, model: Any) -> Any:
+    """What the recipe adds to the loss, with its teacher loaded."""
+    from turbosparse.hf.load import activation_of, load_model
+    from turbosparse.objectives import Objectives
+
+    if recipe.gradient_checkpointing and (recipe.l1 or recipe.staged_steps):
+        raise TurboSparseError(
+            "gradient_checkpointing runs the layers again for their gradients, without what l1 and "
+            "staged_steps change in them: leave out one of them"
+        )
+    if recipe.staged_steps:
+        if activation_of(model.config) == "swiglu":
+            raise TurboSparseError(
+                "staged_steps goes over from SwiGLU to another activation, but the model is a "
+                "swiglu one: give an activation, or leave staged_steps out"
+            )
+        if recipe.staged_steps >= recipe.steps():
+            raise TurboSparseError(
+                f"staged_steps is {recipe.staged_steps}, and the whole training only "
+                f"{recipe.steps()} steps: the model would never run with its own activation"
+            )
+    if not recipe.distill:
+        return Objectives(recipe)
+    teacher = load_model(recipe.distill.teacher).eval().requires_grad_(False)
+    mine, theirs = model.config.vocab_size, teacher.config.vocab_size
+    if mine != theirs:
+        raise TurboSparseError(
+            f"the teacher {recipe.distill.teacher} has {theirs} logits, the model {mine}: "
+            "a teacher must have the same vocabulary"
+        )
+    return Objectives(recipe, teacher)
 
 
 def _arguments(recipe: Recipe, work: Path) -> Any:

@@ -23,21 +23,30 @@ from transformers.trainer_utils import TrainOutput
 from turbosparse.checkpoints import seal, step_of
 from turbosparse.folders import TurboSparseError, named_disk_errors, new_file
 from turbosparse.meter import Meter
+from turbosparse.objectives import Objectives
 
 
 class SparseTrainer(Trainer):
     """Measures sparsity in the steps that it logs, and keeps the log as JSON lines.
 
-    `watched` is the bare model where `model` wraps it in adapters. Checkpoints are sealed, a loss
-    that is no number stops the run, and sharding that was asked for happens or is refused.
+    `watched` is the bare model where `model` wraps it in adapters; `objectives` is what the recipe
+    adds to the loss. Checkpoints are sealed, a loss that is no number stops the run, and sharding
+    that was asked for happens or is refused.
     """
 
-    def __init__(self, *, log_file: Path, watched: Any = None, **arguments: Any):
+    def __init__(
+        self, *, log_file: Path, objectives: Objectives, watched: Any = None, **arguments: Any
+    ):
         self.log_callback = _Log(log_file)
         super().__init__(**arguments, callbacks=[self.log_callback])
         self.remove_callback(PrinterCallback)
         self.meter = Meter(watched or self.model)
         self._loss_is_finite: Tensor | bool = True
+        self.objectives = objectives
+        if objectives.teacher is not None:
+            objectives.teacher = self.accelerator.prepare_model(
+                objectives.teacher, evaluation_mode=True
+            )
 
     def train(self, resume_from_checkpoint: Path | None = None, **kwargs: Any) -> Any:
         """Train, or only load the weights of a checkpoint after which no step is left."""
@@ -56,7 +65,8 @@ class SparseTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            logs |= self.meter.read(lambda counts: self.accelerator.reduce(counts, "sum"))
+            counts = self.meter.read(lambda counts: self.accelerator.reduce(counts, "sum"))
+            logs |= counts | self.objectives.read()
         super().log(logs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -135,6 +145,26 @@ def _is_sharded(parameter: Any) -> bool:
     from torch.distributed.tensor import DTensor
 
     return isinstance(parameter, DTensor) and any(p.is_shard() for p in parameter.placements)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """The library's loss, and what the recipe adds to it."""
+        if not self.objectives:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        step = self.state.global_step
+        with self.objectives.watch(self.accelerator.unwrap_model(model), step) as norms:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        extra = self.objectives.extra(
+            inputs, outputs.logits, norms, step=step, items=num_items_in_batch
+        )
+        if self.args.average_tokens_across_devices:  # the items are those of all processes
+            extra = extra * self.accelerator.num_processes
+        return (loss + extra, outputs) if return_outputs else loss + extra
 
 
 def _is_logged(args: Any, step: int) -> bool:

@@ -22,6 +22,7 @@ from turbosparse.convert import convert
 from turbosparse.count import RULE, count_parameters
 from turbosparse.data import documents
 from turbosparse.demo.corpus import make_corpus
+from turbosparse.demo.tokenizer import train_tokenizer
 from turbosparse.engine import Engine, Mode, Road
 from turbosparse.folders import TurboSparseError, new_folder, read_config, write_json
 from turbosparse.generate import stream, summarise
@@ -215,25 +216,7 @@ def _tokenizer(out: Path, corpus: Path, settings: Settings) -> Path:
     folder = out / "tokenizer"
     if folder.exists():
         return folder
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=settings.vocabulary,
-        special_tokens=["<|endoftext|>"],
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    bpe.train_from_iterator(_training_texts(corpus), trainer)
-    fast = PreTrainedTokenizerFast(
-        tokenizer_object=bpe,
-        eos_token="<|endoftext|>",
-        bos_token="<|endoftext|>",
-        model_max_length=CONTEXT,
-    )
+    fast = train_tokenizer(_training_texts(corpus), vocabulary=settings.vocabulary, context=CONTEXT)
     fast.chat_template = (
         "{% for message in messages %}{% if message.role == 'user' %}"
         "Question: {{ message.content }}\n{% else %}{{ message.content }}\n{% endif %}{% endfor %}"

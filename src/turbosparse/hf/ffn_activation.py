@@ -1,9 +1,9 @@
 """The feed-forward activations. This file also travels inside exported models."""
 
 import torch
-from torch.nn.functional import relu, silu
+from torch.nn.functional import gelu, relu, silu
 
-ACTIVATIONS = ("drelu", "reglu", "relu", "swiglu")
+ACTIVATIONS = ("drelu", "geglu", "reglu", "relu", "swiglu")
 
 
 def combined(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
@@ -15,6 +15,8 @@ def combined(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Ten
     """
     if activation == "drelu":
         return relu(gate) * relu(up)
+    if activation == "geglu":
+        return gelu(gate) * up
     if activation == "reglu":
         return relu(gate) * up
     if activation == "relu":

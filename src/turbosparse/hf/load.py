@@ -130,8 +130,16 @@ def with_activation(config: Any, activation: str) -> Any:
     if activation == "swiglu":
         return AutoConfig.for_model(base, **fields, hidden_act="silu")
     return AutoConfig.for_model(
-        names.PREFIX + str(base), **fields, hidden_act="relu", ffn_activation=activation
+        names.PREFIX + str(base),
+        **fields,
+        hidden_act=hidden_act(activation),
+        ffn_activation=activation,
     )
+
+
+def hidden_act(activation: str) -> str:
+    """What config.json tells a foreign reader who does not know ``ffn_activation``."""
+    return {"swiglu": "silu", "geglu": "gelu"}.get(activation, "relu")
 
 
 @contextmanager

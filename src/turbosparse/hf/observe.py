@@ -1,4 +1,4 @@
-"""Watch the Combined vectors of a running model, dense or MoE, stock or ours."""
+"""Watch or change the Combined vectors of a running model, dense or MoE, stock or ours."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 from torch.nn.functional import linear
+
+from turbosparse.hf.names import PREFIX
 
 # (layer, expert or None, gate [N, I], Combined [N, I], rows [N]: which of the batch's B·T tokens)
 See = Callable[[int, int | None, torch.Tensor, torch.Tensor, torch.Tensor], None]
@@ -95,3 +97,72 @@ def _watch_experts(layer: int, see: See) -> Callable[..., None]:
             see(layer, expert, gate_up.chunk(2, -1)[0], experts._apply_gate(gate_up), rows)
 
     return hook
+
+
+# (layer, gate [N, I], up [N, I], Combined [N, I]) → what the down projection reads instead
+Change = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@contextmanager
+def change_combined(model: Any, change: Change) -> Iterator[None]:
+    """Let `change` replace Combined, gradients included, in each forward pass inside.
+
+    It is called once for each layer's FFN; of a MoE layer N are the (token, expert) pairs, all at
+    once or expert by expert, as the experts implementation has it.
+    """
+    undo: list[Callable[[], None]] = []
+    try:
+        for layer, block in enumerate(model.model.layers):
+            if hasattr(block.mlp, "experts"):
+                undo.append(_change_experts(model.config, layer, block.mlp.experts, change))
+            else:
+                undo += _change_dense(layer, block.mlp, change)
+        yield
+    finally:
+        for step in undo:
+            step()
+
+
+def _change_dense(layer: int, mlp: Any, change: Change) -> list[Callable[[], None]]:
+    gates: list[torch.Tensor] = []
+    ups: list[torch.Tensor] = []
+
+    def replace(_module: Any, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
+        gate, up, active = (x.flatten(0, -2) for x in (gates.pop(), ups.pop(), inputs[0]))
+        return change(layer, gate, up, active).view_as(inputs[0])
+
+    return [
+        mlp.gate_proj.register_forward_hook(lambda _module, _inputs, out: gates.append(out)).remove,
+        mlp.up_proj.register_forward_hook(lambda _module, _inputs, out: ups.append(out)).remove,
+        # before the hook of an observer: it shall see what the projection reads
+        mlp.down_proj.register_forward_pre_hook(replace, prepend=True).remove,
+    ]
+
+
+def _change_experts(config: Any, layer: int, experts: Any, change: Change) -> Callable[[], None]:
+    if not config.model_type.startswith(PREFIX) and config._experts_implementation == "eager":
+        raise ValueError(
+            "the stock eager experts never show Combined: set_experts_implementation('grouped_mm')"
+        )
+    apply = experts._apply_gate
+
+    def changed(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return change(layer, gate, up, apply(gate_up))
+
+    experts._apply_gate = changed  # the instance's own, over that of the class
+    return lambda: delattr(experts, "_apply_gate")
+
+
+def force_sparsity(model: Any, share: float) -> Any:
+    """Within it each token keeps only the entries of Combined that are largest in size.
+
+    The mask of Turbo Sparse (eqs. 3, 4): `share` of the neurons becomes zero.
+    """
+
+    def change(_layer: int, _gate: Any, _up: Any, active: torch.Tensor) -> torch.Tensor:
+        count = active.shape[-1] - round(share * active.shape[-1])
+        kept = active.abs().topk(count, -1).indices
+        return torch.zeros_like(active).scatter(-1, kept, active.gather(-1, kept))
+
+    return change_combined(model, change)

@@ -15,6 +15,7 @@ from torch.nn.functional import relu
 
 from turbosparse.format import PackedPredictor
 from turbosparse.hf.ffn_activation import combined
+from turbosparse.hf.names import WITHOUT_ZEROS
 from turbosparse.ops import Mode
 from turbosparse.quant import dequantise, negative, split_ffn
 
@@ -48,8 +49,8 @@ def sparse_ffn(
         modes), of these those with positive gate, and those with Combined ≠ 0, int32 ``[T, 3]``.
         In the ungated ``relu`` up is its own gate.
     """
-    if mode != "dense" and activation == "swiglu":
-        raise ValueError("swiglu has no exact zeros to skip: use dense mode")
+    if mode != "dense" and activation in WITHOUT_ZEROS:
+        raise ValueError(f"{activation} has no exact zeros to skip: use dense mode")
     if (mode == "predicted") != (candidates is not None):
         raise ValueError("predicted mode needs candidates, and the other modes take none")
     gated = activation != "relu"

@@ -1,0 +1,189 @@
+"""The ablation runner on tiny sizes: the figures that must hold, and that it goes on."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from turbosparse.data import documents
+from turbosparse.hf.load import load_model
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+WORDS = [
+    "the",
+    "small",
+    "boats",
+    "and",
+    "some",
+    "gulls",
+    "went",
+    "home",
+    "over",
+    "a",
+    "calm",
+    "sea",
+    "where",
+    "two",
+    "old",
+    "men",
+    "sang",
+]
+
+
+@pytest.fixture(scope="module")
+def ablation() -> Any:
+    patch = pytest.MonkeyPatch()
+    patch.syspath_prepend(BENCHMARKS)
+    yield __import__("ablation")
+    patch.undo()
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two domains: a file of rows, and a text file that does not say where documents end."""
+    import random
+
+    rng = random.Random(0)
+    folder = tmp_path_factory.mktemp("data")
+    for domain in ("rows", "lines"):
+        (folder / domain).mkdir()
+
+    def sentence() -> str:
+        return " ".join(rng.choices(WORDS, k=12)) + "."
+
+    texts = [" ".join(sentence() for _ in range(3)) for _ in range(300)]
+    rows = [{"question": text, "answer": sentence()} for text in [*texts, *texts[:20]]]
+    (folder / "rows" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (folder / "rows" / "odd.jsonl").write_text('{"number": 1}\n')
+    (folder / "lines" / "a.txt").write_text("\n".join(texts[100:] + texts[:100]))
+    return folder
+
+
+def arguments(data: Path, out: Path, *more: str) -> list[str]:
+    sizes = ["--tokens", "8192", "--extra-tokens", "4096", "--held-out-tokens", "300"]
+    given = ["--quick", "--data", str(data), "--out", str(out), "--activations", "swiglu,drelu"]
+    return [*given, *sizes, *more]
+
+
+@pytest.fixture(scope="module")
+def made(ablation: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    torch.set_num_threads(1)
+    out = tmp_path_factory.mktemp("ablation") / "out"
+    ablation.main(arguments(data, out))
+    return out
+
+
+def result_of(out: Path) -> dict[str, Any]:
+    result = json.loads((out / "result.json").read_text())
+    return result | {"by_name": {f"{r['road']}-{r['label']}": r for r in result["runs"]}}
+
+
+def test_the_numbers_that_must_hold(made: Path) -> None:
+    result = result_of(made)
+    runs = result["by_name"]
+    assert list(runs) == ["scratch-swiglu", "scratch-drelu", "continued-swiglu", "continued-drelu"]
+    for name, run in runs.items():
+        assert set(run["perplexity"]) == {"all", "rows", "lines"}
+        low, high = (0, 0) if "swiglu" in name else (0.4, 0.95)
+        assert low <= run["activation_sparsity"] <= high
+        assert 0.2 < run["gate_positive"] < 0.8
+        assert run["training_loss"] < run["log"][0]["loss"]
+        assert run["trained"]["tokens"] == (8192 if run["road"] == "scratch" else 4096)
+        forced = run["forced"]
+        assert [row["share"] for row in forced] == [0, 0.5, 0.8, 0.85, 0.9]
+        assert forced[0]["perplexity"] == run["perplexity"], "nothing is taken away"
+        assert forced[0]["zeros"] == run["activation_sparsity"]
+        assert forced[-1]["zeros"] >= 0.89
+        assert forced[-1]["perplexity"]["all"] > forced[0]["perplexity"]["all"]
+        zeros = [row["zeros"] for row in forced]
+        assert zeros == sorted(zeros)
+    base, control = runs["scratch-swiglu"], runs["continued-swiglu"]
+    assert control["after_surgery"] == base["perplexity"], "swiglu: no surgery"
+    assert runs["continued-drelu"]["after_surgery"]["all"] > base["perplexity"]["all"]
+    assert result["settings"]["seed"] == 0
+    assert result["machine"]["torch"] == torch.__version__
+
+
+def test_every_activation_starts_from_the_base_and_sees_the_same_tokens(made: Path) -> None:
+    """The first loss is what the model, as converted, pays for the first batch of the stream."""
+    from turbosparse.data import Mixture, training_stream
+    from turbosparse.hf.load import load_tokenizer
+
+    runs = result_of(made)["by_name"]
+    recipes = [json.loads((made / name / "recipe.json").read_text()) for name in runs]
+    for recipe in recipes[2:]:
+        assert {k: v for k, v in recipe.items() if k != "model"} == {
+            k: v for k, v in recipes[2].items() if k != "model"
+        }
+    mixture = Mixture.model_validate(recipes[2]["data"])
+    tokenizer = load_tokenizer(made / "tokenizer")
+    stream = training_stream(mixture, tokenizer, root=made / "corpus", seed=0)
+    rows = [row["input_ids"] for row, _ in zip(stream, range(8), strict=False)]
+    ids = torch.tensor(rows)
+    for activation in ("swiglu", "drelu"):
+        model = load_model(made / "scratch-swiglu", activation=activation)
+        with torch.no_grad():
+            expected = float(model(ids, labels=ids).loss)
+        assert runs[f"continued-{activation}"]["first_loss"] == pytest.approx(expected, rel=1e-4)
+
+
+def test_held_out_documents_are_in_no_training_part(made: Path) -> None:
+    for domain in ("rows", "lines"):
+        folder = made / "corpus" / domain
+        base, extra, held_out = (
+            list(documents(folder / f"{part}.jsonl")) for part in ("base", "extra", "held_out")
+        )
+        assert min(map(len, (base, extra, held_out))) >= 1
+        every = base + extra + held_out
+        assert len(set(every)) == len(every), "no text stands twice"
+
+
+def test_finished_runs_are_not_trained_again(
+    ablation: Any, data: Path, made: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    before = result_of(made)
+    trained: list[str] = []
+    run_recipe = ablation.run_recipe
+
+    def counted(recipe: Any, *, out: Path, root: Path) -> Any:
+        trained.append(out.name)
+        return run_recipe(recipe, out=out, root=root)
+
+    monkeypatch.setattr(ablation, "run_recipe", counted)
+    ablation.main(arguments(data, made))
+    assert not trained
+    assert result_of(made)["runs"] == before["runs"]
+    more = ["--distill", "1", "--l1", "3", "--staged", "2", "--scratch", "none"]
+    ablation.main(arguments(data, made, *more))
+    new = ["drelu+distill=1", "drelu+l1=3", "drelu+staged=2"]
+    assert trained == [f"continued-{label}" for label in new]
+    printed = capsys.readouterr().out
+    assert all(f"| {label} |" in printed for label in ["swiglu", "drelu", *new])
+    assert "Perplexity at forced sparsity" in printed
+    with pytest.raises(SystemExit, match=r"other settings \(tokens\)"):
+        ablation.main(arguments(data, made, "--tokens", "4096"))
+
+
+def test_the_curves_are_drawn(made: Path) -> None:
+    assert (made / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_experts_are_measured_with_those_that_a_token_was_not_sent_to(
+    ablation: Any, data: Path, tmp_path: Path, capsys: Any
+) -> None:
+    ablation.main(arguments(data, tmp_path / "moe", "--experts", "4", "--scratch", "none"))
+    run = result_of(tmp_path / "moe")["by_name"]["continued-drelu"]
+    for sparsity, share, whole in zip(*run["experts"].values(), strict=True):
+        assert len(sparsity) == 4
+        mean = sum(s * x for s, x in zip(sparsity, share, strict=True))
+        assert whole == pytest.approx(1 - (1 - mean) * 2 / 4)
+    dense = result_of(tmp_path / "moe")["by_name"]["continued-swiglu"]
+    assert dense["experts"]["whole_layer"] == [0.5, 0.5]
+    assert dense["forced"][0]["perplexity"]["all"] == pytest.approx(dense["perplexity"]["all"])
+    printed = capsys.readouterr().out
+    assert "whole MoE layer" in printed
+    assert "| layer | expert 0 |" in printed

@@ -1,0 +1,369 @@
+"""What recipes can add to training: each formula by hand, and that it does what it says."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from conftest import VOCABULARY, make_model
+from torch.nn.functional import silu
+
+from turbosparse.analyse import measure
+from turbosparse.data import documents
+from turbosparse.folders import TurboSparseError
+from turbosparse.hf.load import load_model, load_tokenizer
+from turbosparse.hf.observe import change_combined, force_sparsity, observe_ffn
+from turbosparse.objectives import blend, distillation, ramp, staged_share
+from turbosparse.train import train
+
+LENGTH, BATCH, STEPS = 32, 4, 6
+TOKENS = torch.arange(4, 44).reshape(2, 20)
+Make = Callable[..., Path]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture
+def run(tmp_path: Path, dense: Make, corpus: Path) -> Callable[..., list[dict[str, float]]]:
+    """run(name, **changes): train the dense model as a dReLU one into `name`; return its log."""
+
+    def go(name: str, family: str = "mistral", **changes: Any) -> list[dict[str, float]]:
+        fields: dict[str, Any] = {
+            "model": str(dense(family)),
+            "activation": "drelu",
+            "data": {
+                "sources": [{"name": "boats", "path": str(corpus), "proportion": 1}],
+                "sequence_length": LENGTH,
+            },
+            "tokens": STEPS * BATCH * LENGTH,
+            "batch_size": BATCH,
+            "learning_rate": 2e-3,
+            "precision": "fp32",
+            "log_every": 1,
+            **changes,
+        }
+        path = tmp_path / f"{name}.yaml"
+        path.write_text(yaml.safe_dump(fields))
+        train(path, out=tmp_path / name)
+        return log_of(tmp_path / name)
+
+    return go
+
+
+Run = Callable[..., list[dict[str, float]]]
+
+
+def log_of(folder: Path) -> list[dict[str, float]]:
+    lines = (folder / "training_log.jsonl").read_text().splitlines()
+    return [json.loads(line) for line in lines]
+
+
+def logits_of(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        logits: torch.Tensor = model(TOKENS).logits
+    return logits
+
+
+# --- distillation ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_distillation_is_the_divergence_written_out(temperature: float) -> None:
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = torch.randn(2, 2, 5, 7, generator=generator).mul(3)
+    labels = torch.randint(0, 7, (2, 5), generator=generator)
+    labels[0, 3] = -100
+    expected = 0.0
+    for row in range(2):
+        for position in range(4):
+            if labels[row, position + 1] == -100:
+                continue
+            p = [math.exp(float(x) / temperature) for x in teacher[row, position]]
+            q = [math.exp(float(x) / temperature) for x in student[row, position]]
+            for a, b in zip(p, q, strict=True):
+                expected += a / sum(p) * math.log(a / sum(p) / (b / sum(q)))
+    found = float(distillation(student, teacher, labels, temperature))
+    assert found == pytest.approx(temperature**2 * expected, rel=1e-5)
+    assert float(distillation(teacher, teacher, labels, temperature)) == pytest.approx(0, abs=1e-5)
+
+
+def divergence(teacher: Path, student: Path, texts: list[str]) -> float:
+    """Mean KL over some held-out tokens."""
+    tokenizer = load_tokenizer(teacher)
+    total = count = 0.0
+    for text in texts:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        with torch.no_grad():
+            logits = [load_model(folder)(ids).logits for folder in (student, teacher)]
+        total += float(distillation(*logits, ids, 1.0))
+        count += ids.shape[1] - 1
+    return total / count
+
+
+def test_distillation_brings_the_student_to_its_teacher(
+    run: Run, dense: Make, corpus: Path, tmp_path: Path
+) -> None:
+    teacher = dense("mistral")
+    plain = run("plain")
+    taught = run("taught", distill={"teacher": str(teacher), "weight": 5})
+    first = taught[0]
+    assert first["loss"] - first["loss/distill"] == pytest.approx(plain[0]["loss"], rel=1e-5)
+    assert taught[-1]["loss/distill"] < 0.8 * first["loss/distill"]
+    texts = list(documents(corpus))[-4:]
+    apart = [divergence(teacher, tmp_path / name, texts) for name in ("plain", "taught")]
+    assert apart[1] < 0.8 * apart[0]
+
+
+# --- L1 -------------------------------------------------------------------------------------------
+
+
+def test_the_weight_of_l1_grows_along_half_a_cosine() -> None:
+    assert [ramp(step, 4) for step in (0, 2, 4, 9)] == pytest.approx([0, 0.5, 1, 1])
+    assert ramp(1, 4) == pytest.approx((1 - math.cos(math.pi / 4)) / 2)
+    assert ramp(0, 0) == 1
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+def test_l1_is_the_mean_of_combined(
+    run: Run, dense: Make, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    from turbosparse.trainer import SparseTrainer
+
+    batches: list[torch.Tensor] = []
+    step = SparseTrainer.training_step
+
+    def training_step(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        batches.append(inputs["input_ids"].clone())
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(SparseTrainer, "training_step", training_step)
+    one = BATCH * LENGTH
+    (plain,) = run("plain", family, tokens=one)
+    batches.clear()
+    (logged,) = run("l1", family, tokens=one, l1={"weight": 3})
+
+    sums: list[torch.Tensor] = []
+    with (
+        torch.no_grad(),
+        observe_ffn(
+            model := load_model(dense(family), activation="drelu"),
+            lambda _layer, _expert, _gate, active, _rows: sums.append(active.flatten()),
+        ),
+    ):
+        model(batches[0])
+    assert logged["loss/l1"] == pytest.approx(3 * float(torch.cat(sums).mean()), rel=1e-5)
+    assert logged["loss"] == pytest.approx(plain["loss"] + logged["loss/l1"], rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+def test_l1_raises_the_sparsity(run: Run, tmp_path: Path, corpus: Path, family: str) -> None:
+    longer = {"tokens": 12 * BATCH * LENGTH, "learning_rate": 5e-3}
+    run("plain", family, **longer)
+    log = run("l1", family, **longer, l1={"weight": 30, "warmup_steps": 3})
+    assert log[0]["loss/l1"] == 0
+    assert log[3]["loss/l1"] > log[1]["loss/l1"] > 0
+    assert log[-1]["loss/l1"] < log[3]["loss/l1"]
+    texts = {"boats": list(documents(corpus))[-4:]}
+    plain, pressed = (
+        measure(load_model(folder), load_tokenizer(folder), texts).activation_sparsity()
+        for folder in (tmp_path / "plain", tmp_path / "l1")
+    )
+    assert pressed > plain + 0.02
+
+
+# --- staged surgery -------------------------------------------------------------------------------
+
+
+def test_a_blend_is_linear_between_swiglu_and_the_models_own() -> None:
+    gate, up = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
+    own = gate.relu() * up.relu()
+    for share in (0.0, 0.25, 1.0):
+        expected = (1 - share) * silu(gate) * up + share * own
+        torch.testing.assert_close(blend(gate, up, own, share), expected)
+    assert torch.equal(blend(gate, up, own, 1.0), own)
+    assert [staged_share(step, 4) for step in (0, 1, 4, 5)] == [0, 0.25, 1, 1]
+    assert staged_share(0, None) == 1
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+def test_the_activation_goes_over_step_by_step(run: Run, tmp_path: Path, family: str) -> None:
+    dense_log = run("dense", family, activation="swiglu")
+    log = run("staged", family, staged_steps=4)
+    assert [row["staged_share"] for row in log] == [0, 0.25, 0.5, 0.75, 1, 1]
+    assert log[0]["loss"] == pytest.approx(dense_log[0]["loss"], rel=1e-6)
+    assert [row["activation_sparsity"] for row in log[:4]] == [0] * 4
+    assert all(row["activation_sparsity"] > 0.5 for row in log[4:])
+    model = load_model(tmp_path / "staged")
+    assert model.config.ffn_activation == "drelu"
+    plain = log_of(tmp_path / "staged")[-1]
+    assert plain["loss"] < dense_log[0]["loss"]
+
+
+# --- all of them ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def everything(dense: Make) -> dict[str, Any]:
+    return {
+        "distill": {"teacher": str(dense("mistral")), "temperature": 2.0},
+        "l1": {"weight": 3.0, "warmup_steps": 2},
+        "staged_steps": 3,
+    }
+
+
+def assert_same_losses(one: list[dict[str, float]], other: list[dict[str, float]]) -> None:
+    for key in ("loss", "loss/distill", "loss/l1", "grad_norm"):
+        values = [[row[key] for row in log] for log in (one, other)]
+        assert values[0] == pytest.approx(values[1], rel=2e-3), key
+
+
+def test_the_split_into_micro_batches_changes_nothing(run: Run, everything: dict[str, Any]) -> None:
+    assert_same_losses(run("one", **everything), run("four", micro_batch_size=1, **everything))
+
+
+def test_two_processes_train_as_one_does(
+    run: Run, everything: dict[str, Any], tmp_path: Path
+) -> None:
+    one = run("one", **everything)
+    script = tmp_path / "two.py"
+    script.write_text(
+        "from pathlib import Path\nfrom turbosparse.train import train\n"
+        f"train(Path({str(tmp_path / 'one.yaml')!r}), out=Path({str(tmp_path / 'two')!r}))\n"
+    )
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run([sys.executable, *torchrun, str(script)], env=environment, check=True)
+    two = log_of(tmp_path / "two")
+    for key in ("loss", "grad_norm"):
+        assert [row[key] for row in two] == pytest.approx([row[key] for row in one], rel=5e-3), key
+
+
+def test_a_stopped_run_goes_on_where_it_was(
+    run: Run, everything: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from turbosparse.trainer import SparseTrainer
+
+    whole = run("whole", **everything, checkpoint_every=2)
+    step, count = SparseTrainer.training_step, 0
+
+    def training_step(self: Any, *args: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count == 4:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SparseTrainer, "training_step", training_step)
+        with pytest.raises(KeyboardInterrupt):
+            run("out", **everything, checkpoint_every=2)
+    assert run("out", **everything, checkpoint_every=2) == whole
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"staged_steps": 3, "activation": "swiglu"}, "the model is a swiglu one"),
+        ({"staged_steps": STEPS}, f"staged_steps is {STEPS}, and the whole training only {STEPS}"),
+        ({"staged_steps": 0}, "staged_steps: Input should be greater than 0"),
+        ({"l1": {"weight": 0}}, r"l1\.weight: Input should be greater than 0"),
+        ({"l1": {"power": 1}}, r"l1\.weight: Field required"),
+        ({"distill": {"teacher": "/nowhere"}}, "no such folder: /nowhere"),
+        ({"distill": {"teacher": "/nowhere", "temperature": 0}}, r"distill\.temperature: Input"),
+    ],
+)
+def test_a_mistake_is_named(run: Run, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(TurboSparseError, match=message):
+        run("out", **changes)
+
+
+def test_a_teacher_of_another_vocabulary_is_refused(run: Run, tmp_path: Path) -> None:
+    other = make_model("mistral", tmp_path / "other", vocab_size=VOCABULARY + 8)
+    message = f"has {VOCABULARY + 8} logits, the model {VOCABULARY}"
+    with pytest.raises(TurboSparseError, match=message):
+        run("out", distill={"teacher": str(other)})
+
+
+@pytest.mark.parametrize("option", [{"l1": {"weight": 1}}, {"staged_steps": 2}])
+def test_layers_that_are_run_again_for_their_gradients_are_refused(
+    run: Run, option: dict[str, Any]
+) -> None:
+    with pytest.raises(TurboSparseError, match="gradient_checkpointing runs the layers again"):
+        run("out", gradient_checkpointing=True, **option)
+
+
+# --- changing Combined ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("activation", ["drelu", "swiglu"])
+def test_a_token_keeps_its_largest_entries(sparse: Make, activation: str) -> None:
+    model = load_model(sparse("mistral", activation)).eval()
+    before = logits_of(model)
+    seen: list[torch.Tensor] = []
+    with force_sparsity(model, 0.75):
+        handle = model.model.layers[0].mlp.down_proj.register_forward_pre_hook(
+            lambda _module, inputs: seen.append(inputs[0])
+        )
+        after = logits_of(model)
+        handle.remove()
+    mlp, inputs = model.model.layers[0].mlp, []
+    handle = mlp.down_proj.register_forward_pre_hook(lambda _m, args: inputs.append(args[0]))
+    assert torch.equal(logits_of(model), before), "nothing is left behind"
+    handle.remove()
+    for kept, whole in zip(seen[0].flatten(0, 1), inputs[0].flatten(0, 1), strict=True):
+        count = len(whole) // 4
+        assert torch.equal(kept[kept != 0], whole[kept != 0])
+        assert int((kept != 0).sum()) <= count
+        least = float(whole.abs().sort(descending=True).values[count - 1])
+        assert torch.equal(kept != 0, (whole.abs() >= least) & (whole != 0))
+    assert not torch.equal(after, before)
+
+
+@pytest.mark.parametrize("activation", ["drelu", "swiglu"])
+def test_every_experts_implementation_is_changed_alike(sparse: Make, activation: str) -> None:
+    model = load_model(sparse("mixtral", activation)).eval()
+    found = []
+    for implementation in ("grouped_mm", "batched_mm", "eager"):
+        model.set_experts_implementation(implementation)
+        if activation == "swiglu" and implementation == "eager":
+            with (
+                pytest.raises(ValueError, match="eager experts never show Combined"),
+                force_sparsity(model, 0.5),
+            ):
+                pass
+            continue
+        plain = logits_of(model)
+        with force_sparsity(model, 0.0):
+            assert torch.equal(logits_of(model), plain)
+        with force_sparsity(model, 0.8):
+            found.append(logits_of(model))
+        assert torch.equal(logits_of(model), plain), "nothing is left behind"
+    for other in found[1:]:
+        torch.testing.assert_close(other, found[0], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+def test_what_stands_in_for_combined_has_its_gradients(sparse: Make, family: str) -> None:
+    model = load_model(sparse(family))
+    norms: list[torch.Tensor] = []
+
+    def change(
+        _layer: int, _gate: torch.Tensor, _up: torch.Tensor, active: torch.Tensor
+    ) -> torch.Tensor:
+        norms.append(active.sum())
+        return active
+
+    with change_combined(model, change):
+        model(TOKENS)
+    sum(norms).backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert any("gate" in name for name in gradients)
+    assert len(norms) >= 2
