@@ -140,12 +140,6 @@ class SparseTrainer(Trainer):
         tied = self.model.all_tied_weights_keys  # gathered twice, as two tensors
         return {name: weight for name, weight in weights.items() if name not in tied}
 
-
-def _is_sharded(parameter: Any) -> bool:
-    from torch.distributed.tensor import DTensor
-
-    return isinstance(parameter, DTensor) and any(p.is_shard() for p in parameter.placements)
-
     def compute_loss(
         self,
         model: Any,
@@ -165,6 +159,12 @@ def _is_sharded(parameter: Any) -> bool:
         if self.args.average_tokens_across_devices:  # the items are those of all processes
             extra = extra * self.accelerator.num_processes
         return (loss + extra, outputs) if return_outputs else loss + extra
+
+
+def _is_sharded(parameter: Any) -> bool:
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(parameter, DTensor) and any(p.is_shard() for p in parameter.placements)
 
 
 def _is_logged(args: Any, step: int) -> bool:
