@@ -8,12 +8,13 @@
 //   kWide                        registers of each such token's sum
 //   zero, broadcast, load, store, add, multiply, multiply_add (a b + c), sum_of
 //   from_halves(p), from_halves(p, lanes), from_bytes(p)         halves or int8 as floats
-//   load_words(p, lanes)              32-bit words; where lanes are given, the others are zero
+//   load_words(p, lanes)         32-bit words, zeros behind the lanes that are given
+//   load_ints(p)                 a whole aligned register
 //   low_nibbles, high_nibbles    of each byte, as bytes
 //   nibble_weight(words, k)      nibble k of each word, less 8 unless kNibblesRaw
-//   products(sum, u, s)          sum + the products of unsigned and signed bytes; `lane_sums(sum)`
-//   makes
-//                                of up to 8 such the sums of each 32-bit lane
+//   products(sum, u, s)          sum + the products of unsigned and signed bytes, up to 8 times;
+//                                first_products(start) is what that starts from, and
+//                                lane_sums(sum, start) the sums of each 32-bit lane, start included
 //   combined(high, low)          256 high + low as floats
 //
 // Nothing here may be seen by the linker: no standard C++ header, no inline function with a name
