@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -205,17 +204,19 @@ def test_two_nodes_train_as_one_process_does(recipe: Write, tmp_path: Path) -> N
     train(recipe(**settings), out=tmp_path / "one")
     path = recipe(**settings, shard="full")
     script = write_script(tmp_path / "run.py", path, tmp_path / "two")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = 20000 + os.getpid() % 9000  # below those that the system gives to others meanwhile
     address = ("--master_addr", "127.0.0.1", "--master_port", port)
     nodes = [
         start(script, "--nnodes", 2, "--node_rank", rank, "--nproc_per_node", 1, *address)
         for rank in (0, 1)
     ]
-    for node in nodes:
-        error = node.communicate()[1]
-        assert node.returncode == 0, error[-3000:]
+    try:
+        for node in nodes:
+            error = node.communicate(timeout=120)[1]
+            assert node.returncode == 0, error[-3000:]
+    finally:
+        for node in nodes:  # one alone would wait for the other
+            node.kill()
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
     assert_same_weights(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
 

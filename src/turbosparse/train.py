@@ -11,6 +11,7 @@ goes on from its last checkpoint when the same command is given again.
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import shutil
@@ -235,6 +236,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
     stream = training_data(recipe, tokenizer, root=root, skips=skips)
     model = _load(recipe, tokenizer)
     arguments = _arguments(recipe, work)
+    atexit.register(_leave_processes)
     trainer = SparseTrainer(
         model=_with_adapters(model, recipe.lora, recipe.seed) if recipe.lora else model,
         watched=model,
@@ -274,6 +276,14 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
             shutil.copyfile(work / "log.jsonl", folder / "training_log.jsonl")
         shutil.rmtree(work)
     return trained
+
+
+def _leave_processes() -> None:
+    """Close the connections to the other processes: the interpreter may abort over open ones."""
+    import torch.distributed
+
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def _find_work(recipe: Recipe, out: Path) -> Path:
