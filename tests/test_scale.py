@@ -52,8 +52,8 @@ def training_step(self, *given):
     return step(self, *given)
 SparseTrainer.training_step = training_step
 """
-# Ends at once: the threads of torch's gloo may abort the interpreter's end ("terminate called without
-# an active exception", some one in twenty runs) when all is written. TODO: find the open one.
+# Ends at once: the threads of torch's gloo may abort the interpreter's end, some one in twenty
+# runs, when all is written ("terminate called without an active exception").
 TRAIN = """
 import os
 from pathlib import Path
