@@ -7,7 +7,7 @@ training part. Run it again to go on; finished runs are not trained again.
 
     python benchmarks/ablation.py                      # on the demo's own corpus
     python benchmarks/ablation.py --experts 8 --out runs/moe
-    python benchmarks/ablation.py --data CORPORA --activations swiglu,drelu --l1 0.1,1 --distill 1
+    python benchmarks/ablation.py --data CORPORA --with l1=1 --with l1=3,staged=900
 
 Prints Markdown; OUT/result.json holds every number, OUT/losses.png the curves. The paper's own
 figures are of a 300M model and 5B tokens: here only the comparison means something.
@@ -44,6 +44,7 @@ ACTIVATIONS = ("swiglu", "geglu", "reglu", "relu", "drelu")
 FORCED = (0.0, 0.5, 0.8, 0.85, 0.9)
 FORCED_OF = ("swiglu", "drelu")
 TOP_K = 2  # experts of a token
+OPTIONS = ("l1", "distill", "staged")
 
 
 @dataclass(frozen=True)
@@ -101,17 +102,22 @@ def plan(args: argparse.Namespace, settings: Settings) -> list[Run]:
     runs = [BASE] + [Run("scratch", a, a) for a in args.scratch if a != "swiglu"]
     if settings.extra_tokens:
         runs += [Run("continued", a, a) for a in args.activations]
-        options: dict[str, dict[str, Any]] = {}
-        for weight in args.distill:
-            teacher = str(args.out / BASE.name)
-            options[f"distill={weight:g}"] = {"distill": {"teacher": teacher, "weight": weight}}
-        steps = settings.extra_tokens // (settings.batch_size * settings.context)
-        for weight in args.l1:
-            options[f"l1={weight:g}"] = {"l1": {"weight": weight, "warmup_steps": steps // 2}}
-        for count in args.staged:
-            options[f"staged={count}"] = {"staged_steps": count}
-        runs += [Run("continued", "drelu", f"drelu+{k}", keys) for k, keys in options.items()]
+        runs += [drelu_with(options, args.out, settings) for options in args.options]
     return runs
+
+
+def drelu_with(options: dict[str, float], out: Path, settings: Settings) -> Run:
+    """dReLU continued with these options of the recipe, of `OPTIONS`."""
+    steps = settings.extra_tokens // (settings.batch_size * settings.context)
+    extras: dict[str, Any] = {}
+    if weight := options.get("l1"):
+        extras["l1"] = {"weight": weight, "warmup_steps": steps // 2}
+    if weight := options.get("distill"):
+        extras["distill"] = {"teacher": str(out / BASE.name), "weight": weight}
+    if count := options.get("staged"):
+        extras["staged_steps"] = int(count)
+    label = "+".join(["drelu", *(f"{key}={value:g}" for key, value in options.items())])
+    return Run("continued", "drelu", label, extras)
 
 
 def train_run(out: Path, settings: Settings, run: Run) -> None:
@@ -283,13 +289,14 @@ def report(result: dict[str, Any]) -> Iterator[str]:
         if not chosen:
             continue
         surgery = ["right after surgery"] if road == "continued" else []
-        head = ["activation", "training loss", *surgery, "perplexity", *domains]
+        head = ["activation", "minutes", "training loss", *surgery, "perplexity", *domains]
         rows = []
         for run in chosen:
             after = [f"{run['after_surgery']['all']:.2f}"] if surgery else []
             rows.append(
                 [
                     run["label"],
+                    f"{run['trained']['seconds'] / 60:.1f}" if run["trained"] else "–",
                     f"{run['training_loss']:.4f}",
                     *after,
                     f"{run['perplexity']['all']:.3f}",
@@ -417,8 +424,11 @@ def ablate(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     return result
 
 
-def numbers(kind: type) -> Any:
-    return lambda text: [kind(part) for part in text.split(",") if part]
+def options(text: str) -> dict[str, float]:
+    parts = dict(part.split("=", 1) for part in text.split(","))
+    if unknown := parts.keys() - set(OPTIONS):
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}")
+    return {key: float(value) for key, value in parts.items()}
 
 
 def activations(text: str) -> list[str]:
@@ -449,10 +459,16 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
     parser.add_argument(
         "--scratch", type=activations, help="those also trained from scratch; none: only the base"
     )
-    more = parser.add_argument_group("dReLU continued with an option, beside that without")
-    more.add_argument("--distill", type=numbers(float), default=[], metavar="WEIGHT,…")
-    more.add_argument("--l1", type=numbers(float), default=[], metavar="WEIGHT,…")
-    more.add_argument("--staged", type=numbers(int), default=[], metavar="STEPS,…")
+    parser.add_argument(
+        "--with",
+        dest="options",
+        type=options,
+        action="append",
+        default=[],
+        metavar="KEY=VALUE,…",
+        help="dReLU continued with options of the recipe too: l1=WEIGHT, distill=WEIGHT (the base "
+        "teaches), staged=STEPS; again for another run",
+    )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
     if "--quick" in (sys.argv[1:] if arguments is None else arguments):
         parser.set_defaults(**QUICK)

@@ -52,14 +52,10 @@ def training_step(self, *given):
     return step(self, *given)
 SparseTrainer.training_step = training_step
 """
-# Ends at once: the threads of torch's gloo may abort the interpreter's end, some one in twenty
-# runs, when all is written ("terminate called without an active exception").
 TRAIN = """
-import os
 from pathlib import Path
 from turbosparse.train import train
 train(Path({recipe!r}), out=Path({out!r}))
-os._exit(0)
 """
 
 

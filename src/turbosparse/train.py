@@ -15,6 +15,7 @@ import atexit
 import json
 import os
 import shutil
+import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -279,11 +280,17 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
 
 
 def _leave_processes() -> None:
-    """Close the connections to the other processes: the interpreter may abort over open ones."""
+    """Close the connections to the other processes, and let gloo's threads come to their end.
+
+    One that still has a tensor to let go when the interpreter ends aborts the process
+    (pytorch/pytorch#190489), and destroying a group does not end its threads: while this one
+    sleeps they have the interpreter.
+    """
     import torch.distributed
 
     if torch.distributed.is_available() and torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+        time.sleep(0.2)
 
 
 def _find_work(recipe: Recipe, out: Path) -> Path:
