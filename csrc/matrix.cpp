@@ -162,7 +162,7 @@ class Share {
   }
 
   // Leaves each token the neurons whose value it needs; in dense mode it counts them and leaves
-  // all. Returns nothing of a branch on the values, which the processor could not foresee.
+  // all. No branch depends on the values, which the processor could not foresee.
   template <typename Needed>
   void keep(int which, Needed needed) {
     for (int64_t t = 0; t < pass_.tokens; ++t) {

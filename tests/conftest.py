@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -131,6 +132,38 @@ def sparse(
         return path
 
     return folder
+
+
+def drelu_recipe(model: Path, corpus: Path, length: int, **fields: object) -> dict[str, Any]:
+    """The recipe that all training tests start from: the model as a dReLU one, on the corpus."""
+    return {
+        "model": str(model),
+        "activation": "drelu",
+        "data": {
+            "sources": [{"name": "boats", "path": str(corpus), "proportion": 1}],
+            "sequence_length": length,
+        },
+        "learning_rate": 2e-3,
+        "precision": "fp32",
+        "log_every": 1,
+        **fields,
+    }
+
+
+@pytest.fixture
+def batches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """The input_ids of every forward pass, in order."""
+    from turbosparse.trainer import SparseTrainer
+
+    seen: list[torch.Tensor] = []
+    step = SparseTrainer.training_step
+
+    def training_step(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
+        seen.append(inputs["input_ids"].clone())
+        return step(self, model, inputs, *rest)
+
+    monkeypatch.setattr(SparseTrainer, "training_step", training_step)
+    return seen
 
 
 def merge_predictor(model: Path, copy: Path, **settings: object) -> Path:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import VOCABULARY, make_model
+from conftest import VOCABULARY, drelu_recipe, make_model
 from torch.nn.functional import silu
 
 from turbosparse.analyse import measure
@@ -36,20 +36,8 @@ def run(tmp_path: Path, dense: Make, corpus: Path) -> Callable[..., list[dict[st
     """run(name, **changes): train the dense model as a dReLU one into `name`; return its log."""
 
     def go(name: str, family: str = "mistral", **changes: Any) -> list[dict[str, float]]:
-        fields: dict[str, Any] = {
-            "model": str(dense(family)),
-            "activation": "drelu",
-            "data": {
-                "sources": [{"name": "boats", "path": str(corpus), "proportion": 1}],
-                "sequence_length": LENGTH,
-            },
-            "tokens": STEPS * BATCH * LENGTH,
-            "batch_size": BATCH,
-            "learning_rate": 2e-3,
-            "precision": "fp32",
-            "log_every": 1,
-            **changes,
-        }
+        given = {"tokens": STEPS * BATCH * LENGTH, "batch_size": BATCH}
+        fields = drelu_recipe(dense(family), corpus, LENGTH, **given | changes)
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(fields))
         train(path, out=tmp_path / name)
@@ -133,18 +121,8 @@ def test_the_weight_of_l1_grows_along_half_a_cosine() -> None:
 
 @pytest.mark.parametrize("family", ["mistral", "mixtral"])
 def test_l1_is_the_mean_of_combined(
-    run: Run, dense: Make, monkeypatch: pytest.MonkeyPatch, family: str
+    run: Run, dense: Make, batches: list[torch.Tensor], family: str
 ) -> None:
-    from turbosparse.trainer import SparseTrainer
-
-    batches: list[torch.Tensor] = []
-    step = SparseTrainer.training_step
-
-    def training_step(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
-        batches.append(inputs["input_ids"].clone())
-        return step(self, model, inputs, *rest)
-
-    monkeypatch.setattr(SparseTrainer, "training_step", training_step)
     one = BATCH * LENGTH
     (plain,) = run("plain", family, tokens=one)
     batches.clear()

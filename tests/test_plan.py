@@ -14,18 +14,11 @@ import yaml
 from turbosparse.folders import TurboSparseError
 from turbosparse.hf.load import new_config
 from turbosparse.plan import Plan, activation_bytes
+from turbosparse.synthetic import SHAPES
 from turbosparse.train import train
 
 MIXTRAL = {
-    "model_type": "mixtral",
-    "vocab_size": 32000,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "num_local_experts": 8,
-    "num_experts_per_tok": 2,
+    **SHAPES["mixtral-8x7b"],
     "max_position_embeddings": 32768,
     "architectures": ["MixtralForCausalLM"],
 }

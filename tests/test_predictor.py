@@ -186,6 +186,17 @@ def test_sign_bits_unpack_to_the_signs(cols: int) -> None:
 # --- the core against the reference ---------------------------------------------------------------
 
 
+def assert_core_is_the_reference(predictor: Any, quant: str, tokens: int) -> None:
+    for activation in ACTIVATIONS:
+        same = {"quant": quant, "activation": activation}
+        truth, expected = forward("torch", predictor, tokens, **same)
+        assert 0 < expected[:, 0].sum() < tokens * NEURONS
+        for threads in (1, 2, 5):
+            y, counts = forward("cpu", predictor, tokens, **same, threads=threads)
+            assert relative_rms(y, truth) < SAME_SUM
+            assert torch.equal(counts, expected)
+
+
 @pytest.mark.parametrize("tokens", [1, 3, 17])
 @pytest.mark.parametrize("predictor_quant", QUANTS)
 @pytest.mark.parametrize("quant", QUANTS)
@@ -198,14 +209,7 @@ def test_low_rank_on_the_core_is_the_reference(
             random_one = low_rank(predictor_quant, rank, 0.3, input=where)
             h = inputs(tokens)[where == "pre_norm"]
             predictor = low_rank(predictor_quant, rank, clear_threshold(random_one, h), input=where)
-            for activation in ACTIVATIONS:
-                same = {"quant": quant, "activation": activation}
-                truth, expected = forward("torch", predictor, tokens, **same)
-                assert 0 < expected[:, 0].sum() < tokens * NEURONS
-                for threads in (1, 2, 5):
-                    y, counts = forward("cpu", predictor, tokens, **same, threads=threads)
-                    assert relative_rms(y, truth) < SAME_SUM
-                    assert torch.equal(counts, expected)
+            assert_core_is_the_reference(predictor, quant, tokens)
 
 
 def test_the_two_inputs_pick_different_neurons() -> None:
@@ -220,14 +224,7 @@ def test_the_two_inputs_pick_different_neurons() -> None:
 @pytest.mark.usefixtures("isa")
 def test_signs_on_the_core_are_the_reference(quant: str, tokens: int) -> None:
     predictor = sign(stored(quant), quant, 0.05)
-    for activation in ACTIVATIONS:
-        same = {"quant": quant, "activation": activation}
-        truth, expected = forward("torch", predictor, tokens, **same)
-        assert 0 < expected[:, 0].sum() < tokens * NEURONS
-        for threads in (1, 2, 5):
-            y, counts = forward("cpu", predictor, tokens, **same, threads=threads)
-            assert relative_rms(y, truth) < SAME_SUM
-            assert torch.equal(counts, expected)
+    assert_core_is_the_reference(predictor, quant, tokens)
 
 
 @pytest.mark.parametrize("hidden", [1, 7, 63, 172, 512, 1056])

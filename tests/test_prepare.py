@@ -229,22 +229,6 @@ def test_a_folder_of_another_request_is_left_alone(recipe: Write, made: Path) ->
 # --- training from it -----------------------------------------------------------------------------
 
 
-@pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The input_ids of every forward pass, in order; a KeyboardInterrupt in the tenth, once."""
-    from turbosparse.trainer import SparseTrainer
-
-    seen: list[torch.Tensor] = []
-    step = SparseTrainer.training_step
-
-    def training_step(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
-        seen.append(inputs["input_ids"].clone())
-        return step(self, model, inputs, *rest)
-
-    monkeypatch.setattr(SparseTrainer, "training_step", training_step)
-    return seen
-
-
 def test_training_sees_it_in_order_and_a_stopped_run_goes_on_exactly(
     recipe: Write,
     made: Path,

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from conftest import drelu_recipe
 from safetensors.torch import load_file
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
@@ -64,22 +65,13 @@ def recipe(tmp_path: Path, dense: Callable[[str], Path], corpus: Path) -> Write:
     """recipe(family, **changes): the path of a recipe that trains it as a dReLU model."""
 
     def write(family: str = "mistral", **changes: Any) -> Path:
-        fields: dict[str, Any] = {
-            "model": str(dense(family)),
-            "activation": "drelu",
-            "data": {
-                "sources": [{"name": "boats", "path": str(corpus), "proportion": 1}],
-                "sequence_length": LENGTH,
-            },
+        given = {
             "tokens": STEPS * BATCH * LENGTH,
             "batch_size": BATCH,
             "micro_batch_size": 2,
-            "learning_rate": 2e-3,
-            "precision": "fp32",
-            "log_every": 1,
             "checkpoint_every": 2,
-            **changes,
         }
+        fields = drelu_recipe(dense(family), corpus, LENGTH, **given | changes)
         path = tmp_path / f"recipe-{len(list(tmp_path.glob('recipe-*')))}.yaml"
         path.write_text(yaml.safe_dump(fields))
         return path
@@ -232,6 +224,16 @@ def test_sharding_that_would_not_happen_is_refused(recipe: Write, tmp_path: Path
     assert not list((tmp_path / "out.training").glob("*"))
 
 
+@pytest.mark.parametrize("of", ["DEEPSPEED", "FSDP"])
+def test_other_ways_to_shard_are_refused(
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str
+) -> None:
+    """On a CPU the library would leave them out in silence; elsewhere the export would be a part."""
+    monkeypatch.setenv(f"ACCELERATE_USE_{of}", "true")
+    with pytest.raises(TurboSparseError, match=f"ACCELERATE_USE_{of} is set.*shard: full"):
+        train(recipe(), out=tmp_path / "out")
+
+
 def test_gradient_checkpointing_changes_no_number(recipe: Write, tmp_path: Path) -> None:
     for name, checkpointing in (("with", True), ("without", False)):
         path = recipe("mixtral", gradient_checkpointing=checkpointing, tokens=2 * BATCH * LENGTH)
@@ -245,18 +247,8 @@ def test_gradient_checkpointing_changes_no_number(recipe: Write, tmp_path: Path)
 
 
 def test_the_log_tells_what_routers_and_experts_did(
-    recipe: Write, tmp_path: Path, dense: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+    recipe: Write, tmp_path: Path, dense: Callable[[str], Path], batches: list[torch.Tensor]
 ) -> None:
-    from turbosparse.trainer import SparseTrainer
-
-    batches: list[torch.Tensor] = []
-    step = SparseTrainer.training_step
-
-    def training_step(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
-        batches.append(inputs["input_ids"].clone())
-        return step(self, model, inputs, *rest)
-
-    monkeypatch.setattr(SparseTrainer, "training_step", training_step)
     train(recipe("mixtral", tokens=BATCH * LENGTH), out=tmp_path / "out")
     (logged,) = log_of(tmp_path / "out")
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import CONTEXT, VOCABULARY
+from conftest import CONTEXT, VOCABULARY, drelu_recipe
 from safetensors.torch import load_file
 
 from turbosparse.folders import TurboSparseError
@@ -44,43 +44,19 @@ def recipe(tmp_path: Path, dense: Dense, corpus: Path) -> Write:
     """recipe(**changes): the path of a recipe that trains the dense Mistral as a dReLU model."""
 
     def write(**changes: Any) -> Path:
-        fields: dict[str, Any] = {
-            "model": str(dense("mistral")),
-            "activation": "drelu",
-            "data": {
-                "sources": [{"name": "boats", "path": str(corpus), "proportion": 1}],
-                "sequence_length": LENGTH,
-            },
+        given = {
             "tokens": STEPS * BATCH * LENGTH,
             "batch_size": BATCH,
             "micro_batch_size": 2,
-            "learning_rate": 2e-3,
-            "precision": "fp32",
             "log_every": 2,
             "checkpoint_every": 2,
-            **changes,
         }
+        fields = drelu_recipe(dense("mistral"), corpus, LENGTH, **given | changes)
         path = tmp_path / "recipe.yaml"
         path.write_text(yaml.safe_dump({k: v for k, v in fields.items() if v is not None}))
         return path
 
     return write
-
-
-@pytest.fixture
-def batches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
-    """The input_ids of every forward pass, in order."""
-    from turbosparse.trainer import SparseTrainer
-
-    seen: list[torch.Tensor] = []
-    step = SparseTrainer.training_step
-
-    def training_step(self: Any, model: Any, inputs: Any, *rest: Any) -> Any:
-        seen.append(inputs["input_ids"].clone())
-        return step(self, model, inputs, *rest)
-
-    monkeypatch.setattr(SparseTrainer, "training_step", training_step)
-    return seen
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, forward_pass: int, error: BaseException) -> None:

@@ -479,6 +479,12 @@ def _arguments(recipe: Recipe, work: Path) -> Any:
 
 def _scale_arguments(recipe: Recipe, processes: int) -> dict[str, Any]:
     """What the library is told of sharding and gradient checkpointing."""
+    for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
+        if os.environ.get(name, "").lower() in ("1", "true"):
+            raise TurboSparseError(
+                f"{name} is set (by accelerate launch?), but what shards a model here is "
+                "shard: full in the recipe, with torchrun; start it so"
+            )
     if recipe.shard == "none":
         if not recipe.gradient_checkpointing:
             return {}

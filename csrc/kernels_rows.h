@@ -1,0 +1,198 @@
+// How the SIMD kernels walk over the rows of a matrix: what they fetch ahead, how rows and tokens
+// meet, and sums of rows for several tokens. Part of kernels_simd.h, which has the rules.
+
+const uint8_t* row_at(const Rows& rows, int64_t i) {
+  return rows.data + (rows.indices ? rows.indices[i] : i) * rows.stride;
+}
+
+int64_t round_up(int64_t n, int64_t multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+int smaller(int a, int b) { return a < b ? a : b; }
+
+// Cache lines of the next rows, fetched while the present ones are at work.
+ALWAYS_INLINE void prefetch(const uint8_t* from, int bytes) {
+  for (int i = 0; i < bytes; i += 64) __builtin_prefetch(from + i);
+}
+
+// Bytes of a row of `bits` a weight, scales included.
+int row_bytes(int bits, int cols) { return cols * bits / 8 + (bits < 16 ? cols / GROUP * 2 : 0); }
+
+// How many rows ahead to fetch: the next ones, or of short rows as many as make up for the memory's
+// latency.
+int64_t rows_ahead(int row_bytes) {
+  constexpr int kBytes = 8 << 10;
+  return kRows * (1 + kBytes / (kRows * row_bytes + 1));
+}
+
+// N rows: the ones at hand and those to fetch, which are the ones at hand at the end.
+template <int N>
+struct Group {
+  const uint8_t* row[N];
+  const uint8_t* next[N];
+
+  Group(const Rows& rows, int64_t i, int64_t ahead) {
+    for (int n = 0; n < N; ++n) {
+      row[n] = row_at(rows, i + n);
+      next[n] = row_at(rows, i + ahead + n < rows.count ? i + ahead + n : i + n);
+    }
+  }
+};
+
+// Fetches the next rows while the present ones are at work, some of their lines at each step. Rows
+// that lie together are fetched one after the other, as the memory likes it best (46 against 35
+// GB/s), others side by side (34 against 27). At the end it runs on into what lies behind.
+template <int N, int StepBytes>
+class Fetch {
+ public:
+  Fetch(const Group<N>& group, int64_t row_bytes)
+      : group_(group),
+        together_(N > 1 && group.next[N - 1] == group.next[0] + (N - 1) * row_bytes) {}
+
+  ALWAYS_INLINE void step() {
+    if (together_) {
+      constexpr int kLines = (N * StepBytes + 63) / 64;
+#pragma GCC unroll 8
+      for (int i = 0; i < kLines; ++i) __builtin_prefetch(group_.next[0] + at_ + 64 * i);
+      at_ += 64 * kLines;
+    } else {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) __builtin_prefetch(group_.next[n] + at_);
+      at_ += StepBytes < 64 ? StepBytes : 64;
+      past_ += StepBytes - 64;
+      if (past_ >= 64) catch_up();
+    }
+  }
+
+ private:
+  // One more line of each row, once the steps have fallen behind by that much.
+  ALWAYS_INLINE void catch_up() {
+    for (int n = 0; n < N; ++n) __builtin_prefetch(group_.next[n] + at_);
+    at_ += 64;
+    past_ -= 64;
+  }
+
+  const Group<N>& group_;
+  const bool together_;
+  int at_ = 0, past_ = 0;
+};
+
+// Calls a kernel for some rows side by side until all had their turn.
+template <typename Kernel>
+void for_rows(const Kernel& kernel, int64_t rows) {
+  int64_t i = 0;
+  for (; i + kRows <= rows; i += kRows) kernel.template run<kRows>(i);
+  for (; i + 2 <= rows; i += 2) kernel.template run<2>(i);
+  for (; i < rows; ++i) kernel.template run<1>(i);
+}
+
+// What the kernels on `rows` and several tokens have in common.
+struct Dots {
+  const Rows& rows;
+  int64_t ahead;
+  const void* prepared;
+  int64_t prepared_stride;
+  int cols;
+  float* out;
+  int64_t out_stride;
+
+  template <typename Form>
+  const Form* x(int64_t token) const {
+    const char* bytes = static_cast<const char*>(prepared) + token * prepared_stride;
+    return reinterpret_cast<const Form*>(bytes);
+  }
+
+  template <int N, int T>
+  ALWAYS_INLINE void write(int64_t i, int64_t token, const Floats (&sums)[N][T]) const {
+    for (int t = 0; t < T; ++t) {
+      for (int n = 0; n < N; ++n) out[(token + t) * out_stride + i + n] = sum_of(sums[n][t]);
+    }
+  }
+};
+
+// Some rows and all tokens.
+template <typename Kernel>
+struct MeetTokens {
+  const Kernel& kernel;
+  int64_t tokens;
+
+  template <int N>
+  void run(int64_t i) const {
+    int64_t t = 0;
+    for (; t + kDotTokens <= tokens; t += kDotTokens) kernel.template run<N, kDotTokens>(i, t);
+    for (; t < tokens; ++t) kernel.template run<N, 1>(i, t);
+  }
+};
+
+// sum += coefficients · rows, for one token.
+struct Axpys {
+  const Rows& rows;
+  int64_t ahead;
+  const float* coefficients;
+  int cols;
+  float* sum;
+};
+
+// The same for several tokens: a piece of some rows is unpacked to floats, in the order of the
+// sums, and multiplied with all tokens. Together with their sums it fits the nearest cache.
+constexpr int kPiece = TILE / 4, kUnpacked = 64;  // columns, rows
+
+// sums[t] += coefficients[t, n] * piece[n] for T tokens and `count` rows.
+template <int T>
+void add_piece(const float (*piece)[kPiece], int count, const float* coefficients, int64_t stride,
+               int width, float* sums, int64_t sum_stride) {
+  for (int c = 0; c < width; c += kWide * kLanes) {
+    Floats y[T][kWide];
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kWide; ++k) y[t][k] = load(sums + t * sum_stride + c + k * kLanes);
+    }
+    for (int n = 0; n < count; ++n) {
+#pragma GCC unroll 4
+      for (int t = 0; t < T; ++t) {
+        const Floats a = broadcast(coefficients[t * stride + n]);
+#pragma GCC unroll 4
+        for (int k = 0; k < kWide; ++k) {
+          y[t][k] = multiply_add(load(piece[n] + c + k * kLanes), a, y[t][k]);
+        }
+      }
+    }
+#pragma GCC unroll 4
+    for (int t = 0; t < T; ++t) {
+#pragma GCC unroll 4
+      for (int k = 0; k < kWide; ++k) store(sums + t * sum_stride + c + k * kLanes, y[t][k]);
+    }
+  }
+}
+
+// `Form` unpacks the piece at column c of a row, and knows its bytes.
+template <typename Form>
+void axpys_many(const Rows& rows, const float* coefficients, int64_t stride, int64_t tokens,
+                int cols, float* sums, int64_t sum_stride) {
+  alignas(64) float unpacked[kUnpacked][kPiece] = {};
+  for (int64_t i = 0; i < rows.count; i += kUnpacked) {
+    const int count = static_cast<int>(rows.count - i < kUnpacked ? rows.count - i : kUnpacked);
+    for (int c = 0; c < sum_stride; c += kPiece) {
+      for (int n = 0; n < count; ++n) {
+        const uint8_t* row = row_at(rows, i + n);
+        Form::unpack(row, cols, c, unpacked[n]);
+        const bool last = c + kPiece >= sum_stride && i + kUnpacked + n < rows.count;
+        const uint8_t* next = last ? row_at(rows, i + kUnpacked + n) : row;
+        Form::fetch(next, cols, last ? 0 : c + kPiece);
+      }
+      const int64_t left = sum_stride - c;
+      const int width = left < kPiece ? static_cast<int>(left) : kPiece;
+      const float* a = coefficients + i;
+      float* y = sums + c;
+      int64_t t = 0;
+      for (; t + kAxpyTokens <= tokens; t += kAxpyTokens) {
+        add_piece<kAxpyTokens>(unpacked, count, a + t * stride, stride, width, y + t * sum_stride,
+                               sum_stride);
+      }
+      for (; t < tokens; ++t) {
+        add_piece<1>(unpacked, count, a + t * stride, stride, width, y + t * sum_stride,
+                     sum_stride);
+      }
+    }
+  }
+}
