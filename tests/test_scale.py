@@ -228,7 +228,7 @@ def test_sharding_that_would_not_happen_is_refused(recipe: Write, tmp_path: Path
 def test_other_ways_to_shard_are_refused(
     recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, of: str
 ) -> None:
-    """On a CPU the library would leave them out in silence; elsewhere the export would be a part."""
+    """On a CPU the library leaves them out in silence; elsewhere it would export a part."""
     monkeypatch.setenv(f"ACCELERATE_USE_{of}", "true")
     with pytest.raises(TurboSparseError, match=f"ACCELERATE_USE_{of} is set.*shard: full"):
         train(recipe(), out=tmp_path / "out")
