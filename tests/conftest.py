@@ -67,7 +67,7 @@ def make_tokenizer(folder: Path) -> None:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    bpe.train_from_iterator([Path(__file__).read_text()], trainer)
+    bpe.train_from_iterator([(Path(__file__).parents[1] / "LICENSE").read_text()], trainer)
     bpe.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     fast = PreTrainedTokenizerFast(tokenizer_object=bpe, bos_token="<s>", eos_token="</s>")
     fast.chat_template = (
@@ -134,7 +134,7 @@ def sparse(
     return folder
 
 
-def drelu_recipe(model: Path, corpus: Path, length: int, **fields: object) -> dict[str, Any]:
+def drelu_recipe(model: Path, corpus: Path, length: int, /, **fields: object) -> dict[str, Any]:
     """The recipe that all training tests start from: the model as a dReLU one, on the corpus."""
     return {
         "model": str(model),
