@@ -208,8 +208,12 @@ def sparsity_of_experts(stats: Stats) -> dict[str, Any]:
     _, experts, neurons = stats.active.shape
     tokens = stats.tokens.sum(-1) / min(TOP_K, experts)  # a token reaches so many
     used = stats.active.sum((-2, -1)) / (tokens * experts * neurons)
+    sparsity, reached = (1 - stats.active_ratio()).tolist(), (stats.tokens > 0).tolist()
     return {
-        "sparsity": (1 - stats.active_ratio()).tolist(),  # [layer][expert]
+        "sparsity": [  # [layer][expert]; none of an expert that no token was sent to
+            [value if known else None for value, known in zip(*layer, strict=True)]
+            for layer in zip(sparsity, reached, strict=True)
+        ],
         "share_of_tokens": (stats.tokens / stats.tokens.sum(-1, keepdim=True)).tolist(),
         "whole_layer": (1 - used).tolist(),
     }
@@ -318,7 +322,7 @@ def report(result: dict[str, Any]) -> Iterator[str]:
         rows = []
         for run in runs:
             of = run["experts"]
-            every = [value for layer in of["sparsity"] for value in layer]
+            every = [value for layer in of["sparsity"] for value in layer if value is not None]
             whole = sum(of["whole_layer"]) / len(of["whole_layer"])
             mean = f"{run['activation_sparsity']:.2%}"
             spread = [f"{min(every):.2%}", f"{max(every):.2%}"]
@@ -329,7 +333,11 @@ def report(result: dict[str, Any]) -> Iterator[str]:
             if run["label"] == "drelu":
                 of = run["experts"]
                 rows = [
-                    [str(layer), *(f"{s:.1%}" for s in sparsity), f"{whole:.2%}"]
+                    [
+                        str(layer),
+                        *("–" if s is None else f"{s:.1%}" for s in sparsity),
+                        f"{whole:.2%}",
+                    ]
                     for layer, (sparsity, whole) in enumerate(
                         zip(of["sparsity"], of["whole_layer"], strict=True)
                     )

@@ -179,7 +179,8 @@ def test_experts_are_measured_with_those_that_a_token_was_not_sent_to(
     run = result_of(tmp_path / "moe")["by_name"]["continued-drelu"]
     for sparsity, share, whole in zip(*run["experts"].values(), strict=True):
         assert len(sparsity) == 4
-        mean = sum(s * x for s, x in zip(sparsity, share, strict=True))
+        assert [s is None for s in sparsity] == [x == 0 for x in share]
+        mean = sum(s * x for s, x in zip(sparsity, share, strict=True) if x)
         assert whole == pytest.approx(1 - (1 - mean) * 2 / 4)
     dense = result_of(tmp_path / "moe")["by_name"]["continued-swiglu"]
     assert dense["experts"]["whole_layer"] == [0.5, 0.5]
