@@ -7,7 +7,7 @@ training part. Run it again to go on; finished runs are not trained again.
 
     python benchmarks/ablation.py                      # on the demo's own corpus
     python benchmarks/ablation.py --experts 8 --out runs/moe
-    python benchmarks/ablation.py --data CORPORA --with l1=1 --with l1=3,staged=900
+    python benchmarks/ablation.py --data CORPORA --l1 1,3
 
 Prints Markdown; OUT/result.json holds every number, OUT/losses.png the curves. The paper's own
 figures are of a 300M model and 5B tokens: here only the comparison means something.
@@ -44,7 +44,6 @@ ACTIVATIONS = ("swiglu", "geglu", "reglu", "relu", "drelu")
 FORCED = (0.0, 0.5, 0.8, 0.85, 0.9)
 FORCED_OF = ("swiglu", "drelu")
 TOP_K = 2  # experts of a token
-OPTIONS = ("l1", "distill", "staged")
 
 
 @dataclass(frozen=True)
@@ -102,22 +101,11 @@ def plan(args: argparse.Namespace, settings: Settings) -> list[Run]:
     runs = [BASE] + [Run("scratch", a, a) for a in args.scratch if a != "swiglu"]
     if settings.extra_tokens:
         runs += [Run("continued", a, a) for a in args.activations]
-        runs += [drelu_with(options, args.out, settings) for options in args.options]
+        warmup = settings.extra_tokens // (settings.batch_size * settings.context) // 2
+        for weight in args.l1:
+            l1 = {"weight": weight, "warmup_steps": warmup}
+            runs.append(Run("continued", "drelu", f"drelu+l1={weight:g}", {"l1": l1}))
     return runs
-
-
-def drelu_with(options: dict[str, float], out: Path, settings: Settings) -> Run:
-    """dReLU continued with these options of the recipe, of `OPTIONS`."""
-    steps = settings.extra_tokens // (settings.batch_size * settings.context)
-    extras: dict[str, Any] = {}
-    if weight := options.get("l1"):
-        extras["l1"] = {"weight": weight, "warmup_steps": steps // 2}
-    if weight := options.get("distill"):
-        extras["distill"] = {"teacher": str(out / BASE.name), "weight": weight}
-    if count := options.get("staged"):
-        extras["staged_steps"] = int(count)
-    label = "+".join(["drelu", *(f"{key}={value:g}" for key, value in options.items())])
-    return Run("continued", "drelu", label, extras)
 
 
 def train_run(out: Path, settings: Settings, run: Run) -> None:
@@ -194,10 +182,9 @@ def perplexities(stats: Stats) -> dict[str, float]:
 
 
 def losses(folder: Path) -> list[dict[str, float]]:
-    """The log of a run, with `lm`: the loss without what distillation and L1 add to it."""
+    """The log of a run, with `lm`: the loss without what L1 adds to it."""
     rows = [json.loads(line) for line in (folder / "training_log.jsonl").read_text().splitlines()]
-    added = ("loss/distill", "loss/l1")
-    return [row | {"lm": row["loss"] - sum(row.get(part, 0.0) for part in added)} for row in rows]
+    return [row | {"lm": row["loss"] - row.get("loss/l1", 0.0)} for row in rows]
 
 
 def sparsity_of_experts(stats: Stats) -> dict[str, Any]:
@@ -432,11 +419,8 @@ def ablate(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     return result
 
 
-def options(text: str) -> dict[str, float]:
-    parts = dict(part.split("=", 1) for part in text.split(","))
-    if unknown := parts.keys() - set(OPTIONS):
-        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}")
-    return {key: float(value) for key, value in parts.items()}
+def weights(text: str) -> list[float]:
+    return [float(part) for part in text.split(",")]
 
 
 def activations(text: str) -> list[str]:
@@ -468,14 +452,11 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         "--scratch", type=activations, help="those also trained from scratch; none: only the base"
     )
     parser.add_argument(
-        "--with",
-        dest="options",
-        type=options,
-        action="append",
+        "--l1",
+        type=weights,
         default=[],
-        metavar="KEY=VALUE,…",
-        help="dReLU continued with options of the recipe too: l1=WEIGHT, distill=WEIGHT (the base "
-        "teaches), staged=STEPS; again for another run",
+        metavar="WEIGHT,…",
+        help="dReLU continued with l1 of these weights too, growing over half of the steps",
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
     if "--quick" in (sys.argv[1:] if arguments is None else arguments):

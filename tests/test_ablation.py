@@ -157,9 +157,9 @@ def test_finished_runs_are_not_trained_again(
     ablation.main(arguments(data, made))
     assert not trained
     assert result_of(made)["runs"] == before["runs"]
-    more = ["--with", "distill=1", "--with", "l1=3,staged=2", "--scratch", "none"]
+    more = ["--l1", "1,3", "--scratch", "none"]
     ablation.main(arguments(data, made, *more))
-    new = ["drelu+distill=1", "drelu+l1=3+staged=2"]
+    new = ["drelu+l1=1", "drelu+l1=3"]
     assert trained == [f"continued-{label}" for label in new]
     printed = capsys.readouterr().out
     assert all(f"| {label} |" in printed for label in ["swiglu", "drelu", *new])

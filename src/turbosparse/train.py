@@ -53,16 +53,6 @@ class Lora(BaseModel):
     targets: list[str] = Field(default=["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
 
 
-class Distill(BaseModel):
-    """Learn from the logits of a teacher too, such as the dense model."""
-
-    model_config = ConfigDict(extra="forbid")
-
-    teacher: str = Field(description="folder or hub id; with the same tokens as the model")
-    weight: float = Field(1.0, gt=0, description="of the KL divergence, in nats per token")
-    temperature: float = Field(1.0, gt=0)
-
-
 class L1(BaseModel):
     """Press Combined towards zero, as ProSparse does."""
 
@@ -107,11 +97,7 @@ class Recipe(BaseModel):
     log_every: int = Field(10, gt=0, description="steps")
     checkpoint_every: int = Field(200, gt=0, description="steps")
     report_to: list[str] = Field(default_factory=list, description="trackers, such as tensorboard")
-    distill: Distill | None = None
     l1: L1 | None = None
-    staged_steps: int | None = Field(
-        None, gt=0, description="steps in which the activation goes over from SwiGLU to its own"
-    )
 
     def steps(self) -> int:
         return max(1, self.tokens // (self.batch_size * self.data.sequence_length))
@@ -244,7 +230,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
         args=arguments,
         train_dataset=stream,
         log_file=work / "log.jsonl",
-        objectives=_objectives(recipe, model),
+        penalty=_penalty(recipe),
     )
     if trainer.is_world_process_zero():
         with new_file(work / "recipe.json") as file:
@@ -401,37 +387,17 @@ def _training_config(model: Any, recipe: Recipe, arguments: Any) -> Iterator[Non
             config.output_router_logits = router_logits
 
 
-def _objectives(recipe: Recipe, model: Any) -> Any:
-    """What the recipe adds to the loss, with its teacher loaded."""
-    from turbosparse.hf.load import activation_of, load_model
-    from turbosparse.objectives import Objectives
+def _penalty(recipe: Recipe) -> Any:
+    from turbosparse.l1 import L1Penalty
 
-    if recipe.gradient_checkpointing and (recipe.l1 or recipe.staged_steps):
+    if recipe.l1 is None:
+        return None
+    if recipe.gradient_checkpointing:
         raise TurboSparseError(
-            "gradient_checkpointing runs the layers again for their gradients, without what l1 and "
-            "staged_steps change in them: leave out one of them"
+            "gradient_checkpointing runs the layers again for their gradients, where l1 does not "
+            "see them: leave out one of them"
         )
-    if recipe.staged_steps:
-        if activation_of(model.config) == "swiglu":
-            raise TurboSparseError(
-                "staged_steps goes over from SwiGLU to another activation, but the model is a "
-                "swiglu one: give an activation, or leave staged_steps out"
-            )
-        if recipe.staged_steps >= recipe.steps():
-            raise TurboSparseError(
-                f"staged_steps is {recipe.staged_steps}, and the whole training only "
-                f"{recipe.steps()} steps: the model would never run with its own activation"
-            )
-    if not recipe.distill:
-        return Objectives(recipe)
-    teacher = load_model(recipe.distill.teacher).eval().requires_grad_(False)
-    mine, theirs = model.config.vocab_size, teacher.config.vocab_size
-    if mine != theirs:
-        raise TurboSparseError(
-            f"the teacher {recipe.distill.teacher} has {theirs} logits, the model {mine}: "
-            "a teacher must have the same vocabulary"
-        )
-    return Objectives(recipe, teacher)
+    return L1Penalty(recipe.l1.weight, recipe.l1.warmup_steps)
 
 
 def _arguments(recipe: Recipe, work: Path) -> Any:

@@ -22,31 +22,32 @@ from transformers.trainer_utils import TrainOutput
 
 from turbosparse.checkpoints import seal, step_of
 from turbosparse.folders import TurboSparseError, named_disk_errors, new_file
+from turbosparse.l1 import L1Penalty
 from turbosparse.meter import Meter
-from turbosparse.objectives import Objectives
 
 
 class SparseTrainer(Trainer):
     """Measures sparsity in the steps that it logs, and keeps the log as JSON lines.
 
-    `watched` is the bare model where `model` wraps it in adapters; `objectives` is what the recipe
-    adds to the loss. Checkpoints are sealed, a loss that is no number stops the run, and sharding
+    `watched` is the bare model where `model` wraps it in adapters; `penalty` is added to the loss.
+    Checkpoints are sealed, a loss that is no number stops the run, and sharding
     that was asked for happens or is refused.
     """
 
     def __init__(
-        self, *, log_file: Path, objectives: Objectives, watched: Any = None, **arguments: Any
+        self,
+        *,
+        log_file: Path,
+        penalty: L1Penalty | None = None,
+        watched: Any = None,
+        **arguments: Any,
     ):
         self.log_callback = _Log(log_file)
         super().__init__(**arguments, callbacks=[self.log_callback])
         self.remove_callback(PrinterCallback)
         self.meter = Meter(watched or self.model)
         self._loss_is_finite: Tensor | bool = True
-        self.objectives = objectives
-        if objectives.teacher is not None:
-            objectives.teacher = self.accelerator.prepare_model(
-                objectives.teacher, evaluation_mode=True
-            )
+        self.penalty = penalty
 
     def train(self, resume_from_checkpoint: Path | None = None, **kwargs: Any) -> Any:
         """Train, or only load the weights of a checkpoint after which no step is left."""
@@ -66,7 +67,7 @@ class SparseTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             counts = self.meter.read(lambda counts: self.accelerator.reduce(counts, "sum"))
-            logs |= counts | self.objectives.read()
+            logs |= counts | (self.penalty.read() if self.penalty else {})
         super().log(logs, *args, **kwargs)
 
     def training_step(self, *args: Any, **kwargs: Any) -> Any:
@@ -147,18 +148,17 @@ class SparseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The library's loss, and what the recipe adds to it."""
-        if not self.objectives:
+        """The library's loss, and the penalty."""
+        if self.penalty is None:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        step = self.state.global_step
-        with self.objectives.watch(self.accelerator.unwrap_model(model), step) as norms:
+        with self.penalty.watch(self.accelerator.unwrap_model(model)) as norms:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        extra = self.objectives.extra(
-            inputs, outputs.logits, norms, step=step, items=num_items_in_batch
+        added = self.penalty.of(
+            norms, inputs["labels"], step=self.state.global_step, items=num_items_in_batch
         )
         if self.args.average_tokens_across_devices:  # the items are those of all processes
-            extra = extra * self.accelerator.num_processes
-        return (loss + extra, outputs) if return_outputs else loss + extra
+            added = added * self.accelerator.num_processes
+        return (loss + added, outputs) if return_outputs else loss + added
 
 
 def _is_sharded(parameter: Any) -> bool:

@@ -1,4 +1,4 @@
-"""What recipes can add to training: each formula by hand, and that it does what it says."""
+"""L1 by hand, that it does what it says, and what else changes Combined."""
 
 from __future__ import annotations
 
@@ -14,15 +14,14 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import VOCABULARY, drelu_recipe, make_model
-from torch.nn.functional import silu
+from conftest import drelu_recipe
 
 from turbosparse.analyse import measure
 from turbosparse.data import documents
 from turbosparse.folders import TurboSparseError
 from turbosparse.hf.load import load_model, load_tokenizer
 from turbosparse.hf.observe import change_combined, force_sparsity, observe_ffn
-from turbosparse.objectives import blend, distillation, ramp, staged_share
+from turbosparse.l1 import ramp
 from turbosparse.train import train
 
 LENGTH, BATCH, STEPS = 32, 4, 6
@@ -58,56 +57,6 @@ def logits_of(model: Any) -> torch.Tensor:
     with torch.no_grad():
         logits: torch.Tensor = model(TOKENS).logits
     return logits
-
-
-# --- distillation ---------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("temperature", [1.0, 2.5])
-def test_distillation_is_the_divergence_written_out(temperature: float) -> None:
-    generator = torch.Generator().manual_seed(0)
-    student, teacher = torch.randn(2, 2, 5, 7, generator=generator).mul(3)
-    labels = torch.randint(0, 7, (2, 5), generator=generator)
-    labels[0, 3] = -100
-    expected = 0.0
-    for row in range(2):
-        for position in range(4):
-            if labels[row, position + 1] == -100:
-                continue
-            p = [math.exp(float(x) / temperature) for x in teacher[row, position]]
-            q = [math.exp(float(x) / temperature) for x in student[row, position]]
-            for a, b in zip(p, q, strict=True):
-                expected += a / sum(p) * math.log(a / sum(p) / (b / sum(q)))
-    found = float(distillation(student, teacher, labels, temperature))
-    assert found == pytest.approx(temperature**2 * expected, rel=1e-5)
-    assert float(distillation(teacher, teacher, labels, temperature)) == pytest.approx(0, abs=1e-5)
-
-
-def divergence(teacher: Path, student: Path, texts: list[str]) -> float:
-    """Mean KL over some held-out tokens."""
-    tokenizer = load_tokenizer(teacher)
-    total = count = 0.0
-    for text in texts:
-        ids = torch.tensor([tokenizer(text)["input_ids"]])
-        with torch.no_grad():
-            logits = [load_model(folder)(ids).logits for folder in (student, teacher)]
-        total += float(distillation(*logits, ids, 1.0))
-        count += ids.shape[1] - 1
-    return total / count
-
-
-def test_distillation_brings_the_student_to_its_teacher(
-    run: Run, dense: Make, corpus: Path, tmp_path: Path
-) -> None:
-    teacher = dense("mistral")
-    plain = run("plain")
-    taught = run("taught", distill={"teacher": str(teacher), "weight": 5})
-    first = taught[0]
-    assert first["loss"] - first["loss/distill"] == pytest.approx(plain[0]["loss"], rel=1e-5)
-    assert taught[-1]["loss/distill"] < 0.8 * first["loss/distill"]
-    texts = list(documents(corpus))[-4:]
-    apart = [divergence(teacher, tmp_path / name, texts) for name in ("plain", "taught")]
-    assert apart[1] < 0.8 * apart[0]
 
 
 # --- L1 -------------------------------------------------------------------------------------------
@@ -157,60 +106,21 @@ def test_l1_raises_the_sparsity(run: Run, tmp_path: Path, corpus: Path, family: 
     assert pressed > plain + 0.02
 
 
-# --- staged surgery -------------------------------------------------------------------------------
-
-
-def test_a_blend_is_linear_between_swiglu_and_the_models_own() -> None:
-    gate, up = torch.randn(2, 3, 5, generator=torch.Generator().manual_seed(0))
-    own = gate.relu() * up.relu()
-    for share in (0.0, 0.25, 1.0):
-        expected = (1 - share) * silu(gate) * up + share * own
-        torch.testing.assert_close(blend(gate, up, own, share), expected)
-    assert torch.equal(blend(gate, up, own, 1.0), own)
-    assert [staged_share(step, 4) for step in (0, 1, 4, 5)] == [0, 0.25, 1, 1]
-    assert staged_share(0, None) == 1
-
-
-@pytest.mark.parametrize("family", ["mistral", "mixtral"])
-def test_the_activation_goes_over_step_by_step(run: Run, tmp_path: Path, family: str) -> None:
-    dense_log = run("dense", family, activation="swiglu")
-    log = run("staged", family, staged_steps=4)
-    assert [row["staged_share"] for row in log] == [0, 0.25, 0.5, 0.75, 1, 1]
-    assert log[0]["loss"] == pytest.approx(dense_log[0]["loss"], rel=1e-6)
-    assert [row["activation_sparsity"] for row in log[:4]] == [0] * 4
-    assert all(row["activation_sparsity"] > 0.5 for row in log[4:])
-    model = load_model(tmp_path / "staged")
-    assert model.config.ffn_activation == "drelu"
-    plain = log_of(tmp_path / "staged")[-1]
-    assert plain["loss"] < dense_log[0]["loss"]
-
-
-# --- all of them ----------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def everything(dense: Make) -> dict[str, Any]:
-    return {
-        "distill": {"teacher": str(dense("mistral")), "temperature": 2.0},
-        "l1": {"weight": 3.0, "warmup_steps": 2},
-        "staged_steps": 3,
-    }
+PRESSED = {"l1": {"weight": 3.0, "warmup_steps": 2}}
 
 
 def assert_same_losses(one: list[dict[str, float]], other: list[dict[str, float]]) -> None:
-    for key in ("loss", "loss/distill", "loss/l1", "grad_norm"):
+    for key in ("loss", "loss/l1", "grad_norm"):
         values = [[row[key] for row in log] for log in (one, other)]
         assert values[0] == pytest.approx(values[1], rel=2e-3), key
 
 
-def test_the_split_into_micro_batches_changes_nothing(run: Run, everything: dict[str, Any]) -> None:
-    assert_same_losses(run("one", **everything), run("four", micro_batch_size=1, **everything))
+def test_the_split_into_micro_batches_changes_nothing(run: Run) -> None:
+    assert_same_losses(run("one", **PRESSED), run("four", micro_batch_size=1, **PRESSED))
 
 
-def test_two_processes_train_as_one_does(
-    run: Run, everything: dict[str, Any], tmp_path: Path
-) -> None:
-    one = run("one", **everything)
+def test_two_processes_train_as_one_does(run: Run, tmp_path: Path) -> None:
+    one = run("one", **PRESSED)
     script = tmp_path / "two.py"
     script.write_text(
         "from pathlib import Path\nfrom turbosparse.train import train\n"
@@ -224,12 +134,10 @@ def test_two_processes_train_as_one_does(
         assert [row[key] for row in two] == pytest.approx([row[key] for row in one], rel=5e-3), key
 
 
-def test_a_stopped_run_goes_on_where_it_was(
-    run: Run, everything: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_stopped_run_goes_on_where_it_was(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from turbosparse.trainer import SparseTrainer
 
-    whole = run("whole", **everything, checkpoint_every=2)
+    whole = run("whole", **PRESSED, checkpoint_every=2)
     step, count = SparseTrainer.training_step, 0
 
     def training_step(self: Any, *args: Any) -> Any:
@@ -242,20 +150,15 @@ def test_a_stopped_run_goes_on_where_it_was(
     with monkeypatch.context() as patch:
         patch.setattr(SparseTrainer, "training_step", training_step)
         with pytest.raises(KeyboardInterrupt):
-            run("out", **everything, checkpoint_every=2)
-    assert run("out", **everything, checkpoint_every=2) == whole
+            run("out", **PRESSED, checkpoint_every=2)
+    assert run("out", **PRESSED, checkpoint_every=2) == whole
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"staged_steps": 3, "activation": "swiglu"}, "the model is a swiglu one"),
-        ({"staged_steps": STEPS}, f"staged_steps is {STEPS}, and the whole training only {STEPS}"),
-        ({"staged_steps": 0}, "staged_steps: Input should be greater than 0"),
         ({"l1": {"weight": 0}}, r"l1\.weight: Input should be greater than 0"),
         ({"l1": {"power": 1}}, r"l1\.weight: Field required"),
-        ({"distill": {"teacher": "/nowhere"}}, "no such folder: /nowhere"),
-        ({"distill": {"teacher": "/nowhere", "temperature": 0}}, r"distill\.temperature: Input"),
     ],
 )
 def test_a_mistake_is_named(run: Run, changes: dict[str, Any], message: str) -> None:
@@ -263,19 +166,9 @@ def test_a_mistake_is_named(run: Run, changes: dict[str, Any], message: str) -> 
         run("out", **changes)
 
 
-def test_a_teacher_of_another_vocabulary_is_refused(run: Run, tmp_path: Path) -> None:
-    other = make_model("mistral", tmp_path / "other", vocab_size=VOCABULARY + 8)
-    message = f"has {VOCABULARY + 8} logits, the model {VOCABULARY}"
-    with pytest.raises(TurboSparseError, match=message):
-        run("out", distill={"teacher": str(other)})
-
-
-@pytest.mark.parametrize("option", [{"l1": {"weight": 1}}, {"staged_steps": 2}])
-def test_layers_that_are_run_again_for_their_gradients_are_refused(
-    run: Run, option: dict[str, Any]
-) -> None:
+def test_layers_that_are_run_again_for_their_gradients_are_refused(run: Run) -> None:
     with pytest.raises(TurboSparseError, match="gradient_checkpointing runs the layers again"):
-        run("out", gradient_checkpointing=True, **option)
+        run("out", gradient_checkpointing=True, **PRESSED)
 
 
 # --- changing Combined ----------------------------------------------------------------------------
