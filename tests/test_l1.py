@@ -226,9 +226,7 @@ def test_what_stands_in_for_combined_has_its_gradients(sparse: Make, family: str
     model = load_model(sparse(family))
     norms: list[torch.Tensor] = []
 
-    def change(
-        _layer: int, _gate: torch.Tensor, _up: torch.Tensor, active: torch.Tensor
-    ) -> torch.Tensor:
+    def change(active: torch.Tensor) -> torch.Tensor:
         norms.append(active.sum())
         return active
 

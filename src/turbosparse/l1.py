@@ -36,7 +36,7 @@ class L1Penalty:
         """Gather the ‖Combined‖₁ of each FFN and its number of entries in the passes inside."""
         norms: list[tuple[Tensor, int]] = []
 
-        def gather(_layer: int, _gate: Tensor, _up: Tensor, combined: Tensor) -> Tensor:
+        def gather(combined: Tensor) -> Tensor:
             if combined.requires_grad:  # else the sparsity meter is looking
                 norms.append((combined.abs().sum(dtype=torch.float32), combined.numel()))
             return combined

@@ -99,8 +99,8 @@ def _watch_experts(layer: int, see: See) -> Callable[..., None]:
     return hook
 
 
-# (layer, gate [N, I], up [N, I], Combined [N, I]) → what the down projection reads instead
-Change = Callable[[int, torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]
+# Combined [N, I] → what the down projection reads instead
+Change = Callable[[torch.Tensor], torch.Tensor]
 
 
 @contextmanager
@@ -112,45 +112,35 @@ def change_combined(model: Any, change: Change) -> Iterator[None]:
     """
     undo: list[Callable[[], None]] = []
     try:
-        for layer, block in enumerate(model.model.layers):
+        for block in model.model.layers:
             if hasattr(block.mlp, "experts"):
-                undo.append(_change_experts(model.config, layer, block.mlp.experts, change))
+                undo.append(_change_experts(model.config, block.mlp.experts, change))
             else:
-                undo += _change_dense(layer, block.mlp, change)
+                undo.append(_change_dense(block.mlp, change))
         yield
     finally:
         for step in undo:
             step()
 
 
-def _change_dense(layer: int, mlp: Any, change: Change) -> list[Callable[[], None]]:
-    gates: list[torch.Tensor] = []
-    ups: list[torch.Tensor] = []
-
+def _change_dense(mlp: Any, change: Change) -> Callable[[], None]:
     def replace(_module: Any, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        gate, up, active = (x.flatten(0, -2) for x in (gates.pop(), ups.pop(), inputs[0]))
-        return change(layer, gate, up, active).view_as(inputs[0])
+        return change(inputs[0].flatten(0, -2)).view_as(inputs[0])
 
-    return [
-        mlp.gate_proj.register_forward_hook(lambda _module, _inputs, out: gates.append(out)).remove,
-        mlp.up_proj.register_forward_hook(lambda _module, _inputs, out: ups.append(out)).remove,
-        # before the hook of an observer: it shall see what the projection reads
-        mlp.down_proj.register_forward_pre_hook(replace, prepend=True).remove,
-    ]
+    # before the hook of an observer: it shall see what the projection reads
+    handle = mlp.down_proj.register_forward_pre_hook(replace, prepend=True)
+    return lambda: handle.remove()
 
 
-def _change_experts(config: Any, layer: int, experts: Any, change: Change) -> Callable[[], None]:
+def _change_experts(config: Any, experts: Any, change: Change) -> Callable[[], None]:
     if not config.model_type.startswith(PREFIX) and config._experts_implementation == "eager":
         raise ValueError(
             "the stock eager experts never show Combined: set_experts_implementation('grouped_mm')"
         )
     apply = experts._apply_gate
 
-    def changed(gate_up: torch.Tensor) -> torch.Tensor:
-        gate, up = gate_up.chunk(2, -1)
-        return change(layer, gate, up, apply(gate_up))
-
-    experts._apply_gate = changed  # the instance's own, over that of the class
+    # the instance's own, over that of the class
+    experts._apply_gate = lambda gate_up: change(apply(gate_up))
     return lambda: delattr(experts, "_apply_gate")
 
 
@@ -160,7 +150,7 @@ def force_sparsity(model: Any, share: float) -> Any:
     The mask of Turbo Sparse (eqs. 3, 4): `share` of the neurons becomes zero.
     """
 
-    def change(_layer: int, _gate: Any, _up: Any, active: torch.Tensor) -> torch.Tensor:
+    def change(active: torch.Tensor) -> torch.Tensor:
         count = active.shape[-1] - round(share * active.shape[-1])
         kept = active.abs().topk(count, -1).indices
         return torch.zeros_like(active).scatter(-1, kept, active.gather(-1, kept))
