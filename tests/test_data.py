@@ -330,8 +330,7 @@ def test_rows_of_a_hub_data_set_pass_through_the_template(
         draw(tmp_path, tokenizer, mixture({**source, "template": "{text}"}), 0, 1)
 
 
-# --- sources that are not there, and documents that cannot be read
-# -------------------------------------------------------------
+# --- sources that are not there, and documents that cannot be read --------------------------------
 
 
 def hub(monkeypatch: pytest.MonkeyPatch, sets: dict[str, Any]) -> list[tuple[Any, dict[str, Any]]]:
