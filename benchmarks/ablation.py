@@ -7,7 +7,7 @@ training part. Run it again to go on; finished runs are not trained again.
 
     python benchmarks/ablation.py                      # on the demo's own corpus
     python benchmarks/ablation.py --experts 8 --out runs/moe
-    python benchmarks/ablation.py --data CORPORA --l1 1,3
+    python benchmarks/ablation.py --data CORPORA --variants widen=1 widen=1,l1=1 widen=2,l1=1
 
 Prints Markdown; OUT/result.json holds every number, OUT/losses.png the curves. The paper's own
 figures are of a 300M model and 5B tokens: here only the comparison means something.
@@ -81,16 +81,25 @@ QUICK = {
 
 @dataclass(frozen=True)
 class Run:
-    """One training: `scratch`, or `continued` from the base; `extras` are keys of the recipe."""
+    """One training: `scratch`, or `continued` from the base; `extras` are keys of the recipe.
+
+    With `widen` the surgery is calibrated, and each FFN gets so many times its neurons.
+    """
 
     road: str
     activation: str
     label: str
+    widen: float | None = None
     extras: dict[str, Any] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return f"{self.road}-{self.label}"
+
+    @property
+    def surgery(self) -> str:
+        calibrated = f"+widen={self.widen:g}" if self.widen else ""
+        return f"surgery-{self.activation}{calibrated}"
 
 
 BASE = Run("scratch", "swiglu", "swiglu")
@@ -102,9 +111,11 @@ def plan(args: argparse.Namespace, settings: Settings) -> list[Run]:
     if settings.extra_tokens:
         runs += [Run("continued", a, a) for a in args.activations]
         warmup = settings.extra_tokens // (settings.batch_size * settings.context) // 2
-        for weight in args.l1:
-            l1 = {"weight": weight, "warmup_steps": warmup}
-            runs.append(Run("continued", "drelu", f"drelu+l1={weight:g}", {"l1": l1}))
+        for variant in args.variants:
+            label = "+".join(["drelu", *(f"{key}={value:g}" for key, value in variant.items())])
+            l1 = {"weight": variant.get("l1"), "warmup_steps": warmup}
+            extras = {"l1": l1} if l1["weight"] else {}
+            runs.append(Run("continued", "drelu", label, variant.get("widen"), extras))
     return runs
 
 
@@ -132,9 +143,13 @@ def train_run(out: Path, settings: Settings, run: Run) -> None:
         model |= {"output_router_logits": True}  # with it the loss keeps the experts balanced
     scratch = run.road == "scratch"
     if not scratch:
-        model = str(out / f"surgery-{run.activation}")
+        model = str(out / run.surgery)
         if not Path(model).exists():
-            convert(str(out / BASE.name), Path(model), activation=run.activation)
+            options: dict[str, Any] = {"activation": run.activation}
+            if run.widen:
+                texts = sorted((out / "corpus").glob("*/extra.jsonl"))
+                options |= {"data": texts, "widen": run.widen}
+            convert(str(out / BASE.name), Path(model), **options)
     part, tokens = ("base", settings.tokens) if scratch else ("extra", settings.extra_tokens)
     domains = sorted(path.name for path in (out / "corpus").iterdir())
     steps = tokens // (settings.batch_size * settings.context)
@@ -225,7 +240,7 @@ def result_of(out: Path, settings: Settings, run: Run) -> dict[str, Any]:
     if settings.experts:
         result["experts"] = sparsity_of_experts(stats)
     if run.road == "continued":
-        surgery = stats_of(out, settings, f"surgery-{run.activation}")
+        surgery = stats_of(out, settings, run.surgery)
         result["after_surgery"] = perplexities(surgery)
     if run.label in FORCED_OF:
         result["forced"] = forced(out, settings, run)
@@ -275,6 +290,8 @@ def report(result: dict[str, Any]) -> Iterator[str]:
         "scratch": "From scratch (Table 2)",
         "continued": "Continued from the SwiGLU base (Tables 1 and 2)",
     }
+    # active neurons are counted in the dense FFN's, which a wider one has more of
+    measures = ["activation sparsity", "active of the dense neurons", "gate > 0"]
     for road, title in titles.items():
         chosen = [run for run in runs if run["road"] == road]
         if not chosen:
@@ -293,11 +310,12 @@ def report(result: dict[str, Any]) -> Iterator[str]:
                     f"{run['perplexity']['all']:.3f}",
                     *(f"{run['perplexity'][domain]:.3f}" for domain in domains),
                     f"{run['activation_sparsity']:.2%}",
+                    f"{(1 - run['activation_sparsity']) * (run['widen'] or 1):.2%}",
                     # the ungated relu has a gate in the checkpoint that nothing reads
                     "–" if run["activation"] == "relu" else f"{run['gate_positive']:.2%}",
                 ]
             )
-        yield f"### {title}\n\n" + table([*head, "activation sparsity", "gate > 0"], rows)
+        yield f"### {title}\n\n" + table([*head, *measures], rows)
     rows = [
         [f"{run['road']} {run['label']}", *(f"{row['perplexity']['all']:.3f}" for row in found)]
         for run in runs
@@ -419,8 +437,11 @@ def ablate(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
     return result
 
 
-def weights(text: str) -> list[float]:
-    return [float(part) for part in text.split(",")]
+def variant(text: str) -> dict[str, float]:
+    given = dict(part.partition("=")[::2] for part in text.split(","))
+    if unknown := given.keys() - {"widen", "l1"}:
+        raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}")
+    return {key: float(value) for key, value in given.items()}
 
 
 def activations(text: str) -> list[str]:
@@ -452,11 +473,13 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         "--scratch", type=activations, help="those also trained from scratch; none: only the base"
     )
     parser.add_argument(
-        "--l1",
-        type=weights,
+        "--variants",
+        type=variant,
+        nargs="*",
         default=[],
-        metavar="WEIGHT,…",
-        help="dReLU continued with l1 of these weights too, growing over half of the steps",
+        metavar="widen=1,l1=1",
+        help="dReLU continued in these ways too: widen, after a calibrated surgery that gives so "
+        "many times the neurons; l1, with this weight, which grows over half of the steps",
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
     if "--quick" in (sys.argv[1:] if arguments is None else arguments):

@@ -157,13 +157,17 @@ def test_finished_runs_are_not_trained_again(
     ablation.main(arguments(data, made))
     assert not trained
     assert result_of(made)["runs"] == before["runs"]
-    more = ["--l1", "1,3", "--scratch", "none"]
+    more = ["--variants", "l1=3", "widen=2,l1=1", "--scratch", "none"]
     ablation.main(arguments(data, made, *more))
-    new = ["drelu+l1=1", "drelu+l1=3"]
+    new = ["drelu+l1=3", "drelu+widen=2+l1=1"]
     assert trained == [f"continued-{label}" for label in new]
     printed = capsys.readouterr().out
     assert all(f"| {label} |" in printed for label in ["swiglu", "drelu", *new])
     assert "Perplexity at forced sparsity" in printed
+    runs = result_of(made)["by_name"]
+    plain, wide = (runs[f"continued-{label}"] for label in ("drelu", new[1]))
+    assert wide["after_surgery"]["all"] < plain["after_surgery"]["all"], "it was calibrated"
+    assert load_model(made / f"continued-{new[1]}").config.intermediate_size == 128
     with pytest.raises(SystemExit, match=r"other settings \(tokens\)"):
         ablation.main(arguments(data, made, "--tokens", "4096"))
 

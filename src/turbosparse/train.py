@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +31,7 @@ from turbosparse.data import Mixture, Skips
 from turbosparse.folders import (
     TurboSparseError,
     check_free,
+    model_folder,
     named_disk_errors,
     new_file,
     new_folder,
@@ -72,6 +74,9 @@ class Recipe(BaseModel):
     )
     tokenizer: str | None = Field(None, description="folder or hub id; by default the model's own")
     activation: Activation | None = Field(None, description="by default the model's own")
+    calibration_tokens: int = Field(
+        65_536, ge=0, description="fit a dense model to dReLU on the first so many; 0: do not"
+    )
     data: Mixture
     tokens: int = Field(gt=0, description="training tokens in all")
     batch_size: int = Field(gt=0, description="sequences per optimiser step, over all processes")
@@ -221,7 +226,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
     work = _find_work(recipe, out)
     tokenizer, skips = tokenizer_of(recipe), Skips()
     stream = training_data(recipe, tokenizer, root=root, skips=skips)
-    model = _load(recipe, tokenizer)
+    model = _load(recipe, tokenizer, stream)
     arguments = _arguments(recipe, work)
     atexit.register(_leave_processes)
     trainer = SparseTrainer(
@@ -316,12 +321,14 @@ def _tokenizer_source(recipe: Recipe) -> str:
     return source
 
 
-def _load(recipe: Recipe, tokenizer: Any) -> Any:
+def _load(recipe: Recipe, tokenizer: Any, stream: Any) -> Any:
     import torch
 
     from turbosparse import chatml
+    from turbosparse.calibrate import calibrate
     from turbosparse.hf.load import load_model, new_model
 
+    empty = False
     if isinstance(recipe.model, str):
         # the first process alone reads weights that are going to be sharded, and deals them out
         empty = recipe.shard == "full" and os.environ.get("RANK", "0") != "0"
@@ -342,7 +349,21 @@ def _load(recipe: Recipe, tokenizer: Any) -> Any:
             f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
             "use the tokenizer that belongs to the model"
         )
+    if not empty and _is_surgery(recipe):
+        count = min(recipe.calibration_tokens, recipe.tokens) // length
+        if rows := [list(row["input_ids"]) for row in islice(stream, count)]:
+            note(f"calibrating on {len(rows) * length} tokens")
+            calibrate(model, rows)
     return model
+
+
+def _is_surgery(recipe: Recipe) -> bool:
+    """Whether the recipe makes a dReLU model of a dense SwiGLU one."""
+    from turbosparse.hf.load import activation_of, load_config
+
+    if not isinstance(recipe.model, str) or recipe.activation != "drelu":
+        return False
+    return activation_of(load_config(model_folder(recipe.model))) == "swiglu"
 
 
 def _with_adapters(model: Any, lora: Lora, seed: int) -> Any:

@@ -144,9 +144,15 @@ def demo(*, out: Path = Path("demo"), quick: bool = False) -> Demo:
     )
     _train(out, "dense", _recipe(tokenizer, settings, None), corpus)
     _stage(
-        say, 4, "Surgery", "convert: relu(gate) · relu(up) replaces silu(gate) · up. Weights stay."
+        say,
+        4,
+        "Surgery",
+        "convert: relu(gate) · relu(up) replaces silu(gate) · up, fitted to it on the corpus.",
     )
-    _once(out / "surgery", lambda folder: convert(str(out / "dense"), folder))
+    _once(
+        out / "surgery",
+        lambda folder: convert(str(out / "dense"), folder, data=_training_files(corpus)),
+    )
     _stage(say, 5, "Recovery", "train: the dReLU model learns on.")
     _train(out, "sparse", _recipe(tokenizer, settings, str(out / "surgery")), corpus)
     _stage(
@@ -226,9 +232,13 @@ def _tokenizer(out: Path, corpus: Path, settings: Settings) -> Path:
     return folder
 
 
+def _training_files(corpus: Path) -> list[Path]:
+    return [corpus / domain / "train.jsonl" for domain in DOMAINS]
+
+
 def _training_texts(corpus: Path) -> Iterator[str]:
-    for domain in DOMAINS:
-        yield from documents(corpus / domain / "train.jsonl")
+    for file in _training_files(corpus):
+        yield from documents(file)
 
 
 def _recipe(tokenizer: Path, settings: Settings, model: str | None) -> dict[str, Any]:
