@@ -209,3 +209,10 @@ def test_training_calibrates_a_dense_model_first(
         assert said == (name == "calibrated")
         log = (tmp_path / name / "training_log.jsonl").read_text().splitlines()
         assert json.loads(log[0])["loss"] == pytest.approx(expected[name], rel=1e-5)
+
+
+def test_a_sharded_run_does_not_calibrate(dense: Make, corpus: Path, tmp_path: Path) -> None:
+    recipe = drelu_recipe(dense("mistral"), corpus, 64, tokens=512, batch_size=8, shard="full")
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    with pytest.raises(TurboSparseError, match="needs all of it in one process: make the dReLU"):
+        train(tmp_path / "recipe.yaml", out=tmp_path / "out")

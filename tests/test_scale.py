@@ -70,6 +70,7 @@ def recipe(tmp_path: Path, dense: Callable[[str], Path], corpus: Path) -> Write:
             "batch_size": BATCH,
             "micro_batch_size": 2,
             "checkpoint_every": 2,
+            "calibration_tokens": 0,
         }
         fields = drelu_recipe(dense(family), corpus, LENGTH, **given | changes)
         path = tmp_path / f"recipe-{len(list(tmp_path.glob('recipe-*')))}.yaml"

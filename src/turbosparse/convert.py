@@ -200,7 +200,9 @@ def _calibrated(
         raise TurboSparseError(
             f"the text of --data has less than {length} tokens; give more, or fewer --tokens"
         )
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        model.to("cuda" if model.get_memory_footprint() < free / 2 else "cpu")
     neurons = round(widen * model.config.intermediate_size)
     return model, calibrate(model, rows, neurons=neurons)
 

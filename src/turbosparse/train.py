@@ -328,7 +328,12 @@ def _load(recipe: Recipe, tokenizer: Any, stream: Any) -> Any:
     from turbosparse.calibrate import calibrate
     from turbosparse.hf.load import load_model, new_model
 
-    empty = False
+    surgery = recipe.calibration_tokens and _is_surgery(recipe)
+    if surgery and recipe.shard == "full":
+        raise TurboSparseError(
+            "calibrating a dense model needs all of it in one process: make the dReLU model with "
+            "`turbosparse convert --data` and train that, or set calibration_tokens: 0"
+        )
     if isinstance(recipe.model, str):
         # the first process alone reads weights that are going to be sharded, and deals them out
         empty = recipe.shard == "full" and os.environ.get("RANK", "0") != "0"
@@ -349,7 +354,7 @@ def _load(recipe: Recipe, tokenizer: Any, stream: Any) -> Any:
             f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
             "use the tokenizer that belongs to the model"
         )
-    if not empty and _is_surgery(recipe):
+    if surgery:
         count = min(recipe.calibration_tokens, recipe.tokens) // length
         if rows := [list(row["input_ids"]) for row in islice(stream, count)]:
             note(f"calibrating on {len(rows) * length} tokens")
