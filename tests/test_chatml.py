@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from safetensors.torch import load_file
 
 from turbosparse import chatml
 from turbosparse.data import Source, packed_sequences
@@ -193,6 +194,27 @@ def test_fine_tuning_learns_the_answers_and_every_verb_goes_on_with_them(
         tmp_path / "packed", prompt=CHAT[1]["content"], chat=True, max_tokens=30, threads=1
     )
     assert (done.text, done.finish) == ("Two boats.", "stop")
+
+
+@pytest.mark.parametrize("family", ["mistral", "llama"])
+def test_adapters_leave_the_new_tokens_to_be_learnt(
+    recipe: Path, dense: Dense, tmp_path: Path, family: str
+) -> None:
+    """The llama's head is its embedding. Untrained the two new rows would stay the same."""
+    pytest.importorskip("peft")
+    fields = yaml.safe_load(recipe.read_text()) | {"model": str(dense(family)), "lora": {"rank": 4}}
+    recipe.write_text(yaml.safe_dump(fields))
+    trained = train(recipe, out=tmp_path / "out")
+    assert trained.last_loss < trained.first_loss / 2
+    before = load_file(dense(family) / "model.safetensors")
+    after = load_file(tmp_path / "out" / "model.safetensors")
+    assert before.keys() == after.keys()
+    ids = chatml.tokens(load_tokenizer(tmp_path / "out"))
+    for name in {"model.embed_tokens.weight", "lm_head.weight"} & after.keys():
+        table, old = after[name], before[name]
+        assert sorted(ids) == [len(old), len(old) + 1]
+        assert torch.equal(table[: len(old)], old), name
+        assert (table[ids[0]] - table[ids[1]]).norm() > 0.05 * table[ids[0]].norm(), name
 
 
 def test_a_tokenizer_of_another_model_is_still_refused(

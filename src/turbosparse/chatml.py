@@ -84,6 +84,12 @@ def teach_tokenizer(tokenizer: Any) -> None:
     tokenizer.chat_template = TEMPLATE
 
 
+def tokens(tokenizer: Any) -> list[int]:
+    """The ids of ``<|im_start|>`` and ``<|im_end|>``."""
+    ids: list[int] = tokenizer.convert_tokens_to_ids([START, END])
+    return ids
+
+
 def teach_model(model: Any, tokenizer: Any) -> None:
     """Give a model rows for the new tokens, each the mean of the others, and the EOS.
 
@@ -91,12 +97,11 @@ def teach_model(model: Any, tokenizer: Any) -> None:
     """
     import torch
 
-    old, vocabulary = model.config.vocab_size, tokenizer.get_vocab()
-    new = {vocabulary[START], vocabulary[END]}
+    old, new = model.config.vocab_size, set(tokens(tokenizer))
     if len(tokenizer) > old and new.issuperset(range(old, len(tokenizer))):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():
             for table in (model.get_input_embeddings(), model.get_output_embeddings()):
                 table.weight[old:] = table.weight[:old].mean(0)
     for config in (model.config, model.generation_config):
-        config.eos_token_id = vocabulary[END]
+        config.eos_token_id = tokenizer.eos_token_id

@@ -215,6 +215,7 @@ def train(
 
 def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = False) -> Trained:
     """Train by a recipe object; relative paths in it start from `root`. See `train`."""
+    from turbosparse import chatml
     from turbosparse.checkpoints import newest_whole
     from turbosparse.hf.load import activation_of, quiet, save_model
     from turbosparse.prepare import found_mixture, training_data
@@ -229,8 +230,12 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
     model = _load(recipe, tokenizer, stream)
     arguments = _arguments(recipe, work)
     atexit.register(_leave_processes)
+    adapted = model
+    if recipe.lora:
+        rows = chatml.tokens(tokenizer) if recipe.data.chat else None
+        adapted = _with_adapters(model, recipe.lora, seed=recipe.seed, rows=rows)
     trainer = SparseTrainer(
-        model=_with_adapters(model, recipe.lora, recipe.seed) if recipe.lora else model,
+        model=adapted,
         watched=model,
         args=arguments,
         train_dataset=stream,
@@ -371,8 +376,11 @@ def _is_surgery(recipe: Recipe) -> bool:
     return activation_of(load_config(model_folder(recipe.model))) == "swiglu"
 
 
-def _with_adapters(model: Any, lora: Lora, seed: int) -> Any:
-    """The model with low-rank adapters beside the matrices of `lora`; nothing else is trained."""
+def _with_adapters(model: Any, lora: Lora, *, seed: int, rows: list[int] | None) -> Any:
+    """The model with low-rank adapters beside the matrices of `lora`.
+
+    Nothing else is trained but the `rows` of the embedding and the head, those of new tokens.
+    """
     try:
         from peft import LoraConfig, get_peft_model
     except ImportError:
@@ -382,9 +390,16 @@ def _with_adapters(model: Any, lora: Lora, seed: int) -> Any:
     there = {name.rpartition(".")[2] for name, _ in model.named_modules()}
     if missing := [target for target in lora.targets if target not in there]:
         raise TurboSparseError(f"lora: the model has no module {', '.join(missing)}")
+    tied = model.config.tie_word_embeddings
+    tables = ["embed_tokens"] if tied else ["embed_tokens", "lm_head"]
     set_seed(seed)
+    model.name_or_path = ""  # else peft looks up there whether the vocabulary has grown, and warns
     settings = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=lora.targets, task_type="CAUSAL_LM"
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=lora.targets,
+        trainable_token_indices=dict.fromkeys(tables, rows) if rows else None,
+        task_type="CAUSAL_LM",
     )
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft uses older names of transformers
