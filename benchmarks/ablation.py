@@ -113,8 +113,11 @@ def plan(args: argparse.Namespace, settings: Settings) -> list[Run]:
         warmup = settings.extra_tokens // (settings.batch_size * settings.context) // 2
         for variant in args.variants:
             label = "+".join(["drelu", *(f"{key}={value:g}" for key, value in variant.items())])
-            l1 = {"weight": variant.get("l1"), "warmup_steps": warmup}
-            extras = {"l1": l1} if l1["weight"] else {}
+            extras: dict[str, Any] = {}
+            if weight := variant.get("l1"):
+                extras["l1"] = {"weight": weight, "warmup_steps": warmup}
+            if rate := variant.get("lr"):
+                extras |= {"learning_rate": rate, "min_learning_rate": rate / 10}
             runs.append(Run("continued", "drelu", label, variant.get("widen"), extras))
     return runs
 
@@ -439,7 +442,7 @@ def ablate(args: argparse.Namespace, settings: Settings) -> dict[str, Any]:
 
 def variant(text: str) -> dict[str, float]:
     given = dict(part.partition("=")[::2] for part in text.split(","))
-    if unknown := given.keys() - {"widen", "l1"}:
+    if unknown := given.keys() - {"widen", "l1", "lr"}:
         raise argparse.ArgumentTypeError(f"unknown: {', '.join(sorted(unknown))}")
     return {key: float(value) for key, value in given.items()}
 
@@ -479,7 +482,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         default=[],
         metavar="widen=1,l1=1",
         help="dReLU continued in these ways too: widen, after a calibrated surgery that gives so "
-        "many times the neurons; l1, with this weight, which grows over half of the steps",
+        "many times the neurons; l1, with this weight, which grows over half of the steps; lr, at "
+        "this learning rate",
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
     if "--quick" in (sys.argv[1:] if arguments is None else arguments):
