@@ -21,8 +21,8 @@ from torch.nn import Parameter
 from torch.nn.functional import linear
 
 from turbosparse.hf.ffn_activation import combined
+from turbosparse.progress import track
 
-TOKENS = 65_536
 _ROWS = 4096  # tokens at a time, for their Combined vectors are wide
 _RIDGE = 0.01  # weight of the old down projection, in mean squares of Combined
 
@@ -30,7 +30,7 @@ _RIDGE = 0.01  # weight of the old down projection, in mean squares of Combined
 @torch.no_grad()
 def calibrate(
     model: Any, rows: list[list[int]], *, neurons: int | None = None
-) -> list[list[float]]:
+) -> list[list[float | None]]:
     """Give a model with the weights of a SwiGLU model those that suit dReLU better.
 
     Args:
@@ -40,12 +40,13 @@ def calibrate(
 
     Returns:
         ``[layer][expert]`` (one expert if dense): share of the variance of the dense FFN's output
-        on `rows` that the new FFN accounts for; NaN where that is zero throughout, as of an expert
-        that no token was sent to.
+        on `rows` that the new FFN accounts for; None where that does not vary, as of an expert that
+        no token was sent to.
     """
     config = model.config
     neurons = neurons or config.intermediate_size
-    explained: list[list[float]] = []
+    explained: list[list[float | None]] = []
+    layers = track(model.model.layers, "calibrating")
 
     def dense(mlp: Any, inputs: tuple[Tensor, ...]) -> None:
         parts = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
@@ -54,6 +55,7 @@ def calibrate(
         for part, weight in zip(parts, weights, strict=True):
             part.weight = Parameter(weight)
         explained.append([share])
+        next(layers, None)
 
     def experts(module: Any, inputs: tuple[Tensor, ...]) -> None:
         x, chosen = inputs[0], inputs[1]
@@ -65,6 +67,7 @@ def calibrate(
         module.gate_up_proj = Parameter(torch.stack([torch.cat(new[:2]) for new in fitted]))
         module.down_proj = Parameter(torch.stack([new[2] for new in fitted]))
         explained.append([new[3] for new in fitted])
+        next(layers, None)
 
     handles = [
         block.mlp.experts.register_forward_pre_hook(experts)
@@ -72,18 +75,20 @@ def calibrate(
         else block.mlp.register_forward_pre_hook(dense)
         for block in model.model.layers
     ]
+    next(layers)  # shows the bar
     try:
         model.model(torch.tensor(rows, device=model.device), use_cache=False)
     finally:
         for handle in handles:
             handle.remove()
+        layers.close()
     config.intermediate_size = neurons
     return explained
 
 
 def fit(
     gate: Tensor, up: Tensor, down: Tensor, x: Tensor, neurons: int
-) -> tuple[Tensor, Tensor, Tensor, float]:
+) -> tuple[Tensor, Tensor, Tensor, float | None]:
     """The dReLU FFN that comes near a SwiGLU FFN.
 
     Args:
@@ -94,7 +99,7 @@ def fit(
 
     Returns:
         gate, up and down of the dReLU FFN, and the share of the variance of the SwiGLU FFN's output
-        on `x` that its own accounts for.
+        on `x` that its own accounts for; None if there is no variance.
     """
     dtype = gate.dtype
     x, gate, up, down = x.float(), gate.float(), up.float(), down.float()
@@ -110,7 +115,7 @@ def fit(
     of, sign = kept % len(gate), 1.0 - 2 * (kept // len(gate))
     new_gate, new_up, new_down = gate[of], up[of] * sign[:, None], down[:, of] * sign
     if not len(x):
-        return new_gate.to(dtype), new_up.to(dtype), new_down.to(dtype), float("nan")
+        return new_gate.to(dtype), new_up.to(dtype), new_down.to(dtype), None
 
     inner = torch.zeros(neurons, neurons, device=x.device)
     outer = torch.zeros_like(new_down)
@@ -127,5 +132,6 @@ def fit(
     factor = torch.linalg.cholesky(inner + ridge * torch.eye(neurons, device=x.device))
     new_down = torch.cholesky_solve((outer + ridge * new_down).T, factor).T
     left = square - 2 * (new_down * outer).sum(1) + (new_down @ inner * new_down).sum(1)
-    explained = float(1 - left.sum() / (square - len(x) * mean.square()).sum())
+    variance = float((square - len(x) * mean.square()).sum())
+    explained = 1 - float(left.sum()) / variance if variance > 0 else None
     return new_gate.to(dtype), new_up.to(dtype), new_down.to(dtype), explained

@@ -42,13 +42,13 @@ class Converted:
     activation: str
     parameters: int
     shards: int
-    explained: list[list[float]] | None  # [layer][expert], see `calibrate`
+    explained: list[list[float | None]] | None  # [layer][expert], see `calibrate`
 
     def __str__(self) -> str:
         calibrated = ""
         if self.explained is not None:
-            shares = [sum(layer) / len(layer) for layer in self.explained]
-            calibrated = f"calibrated: {min(shares):.0%} to {max(shares):.0%} of FFN outputs. "
+            shares = [share for layer in self.explained for share in layer if share is not None]
+            calibrated = f"Calibrated: {min(shares):.0%} to {max(shares):.0%} of FFN outputs kept. "
         return (
             f"{self.out}: {self.model_type}, {self.activation}, "
             f"{self.parameters / 1e6:.2f} M parameters, {self.shards} shard"
@@ -92,7 +92,7 @@ def convert(
     separator
         Text between the documents of a text file; without it a file is one document.
     tokens
-        Calibrate on so many tokens at most.
+        Calibrate on about so many tokens.
     widen
         Give each FFN so many times its neurons, from 1 to 2: at 2 none of a dense neuron's two
         halves is lost. Needs --data.
@@ -181,7 +181,7 @@ def _check_calibration(
 
 def _calibrated(
     folder: Path, corpora: list[Iterator[str]], tokens: int, widen: float
-) -> tuple[Any, list[list[float]]]:
+) -> tuple[Any, list[list[float | None]]]:
     import torch
 
     from turbosparse.calibrate import calibrate

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from typing import TypeVar
 
 Item = TypeVar("Item")
 
 
-def track(items: Iterable[Item], what: str, *, total: int | None = None) -> Iterator[Item]:
+def track(
+    items: Iterable[Item], what: str, *, total: int | None = None
+) -> Generator[Item, None, None]:
     """Yield `items` behind a progress bar that vanishes when they are done."""
     from rich.console import Console
     from rich.progress import track as rich_track
