@@ -29,13 +29,16 @@ from typing import Any, get_args
 import torch
 import transformers
 from ablation_data import make_data, training_texts
+from torch import Tensor
+from torch.nn import Parameter
+from torch.nn.functional import pad
 
 from turbosparse.analyse import FILE as STATS_FILE
 from turbosparse.analyse import Stats, analyse, measure
 from turbosparse.convert import Activation, convert
 from turbosparse.data import documents, take_last
 from turbosparse.demo.tokenizer import train_tokenizer
-from turbosparse.folders import TurboSparseError, new_folder, write_json
+from turbosparse.folders import TurboSparseError, copy_companions, new_folder, write_json
 from turbosparse.hf.load import load_model, load_tokenizer
 from turbosparse.hf.observe import force_sparsity
 from turbosparse.train import parse_recipe, run_recipe
@@ -83,7 +86,7 @@ QUICK = {
 class Run:
     """One training: `scratch`, or `continued` from the base; `extras` are keys of the recipe.
 
-    With `widen` the surgery is calibrated, and each FFN gets so many times its neurons.
+    With `widen` each FFN gets so many times its neurons, in a calibrated surgery if of dReLU.
     """
 
     road: str
@@ -119,7 +122,50 @@ def plan(args: argparse.Namespace, settings: Settings) -> list[Run]:
             if rate := variant.get("lr"):
                 extras |= {"learning_rate": rate, "min_learning_rate": rate / 10}
             runs.append(Run("continued", "drelu", label, variant.get("widen"), extras))
+        if wide := args.wide_control:
+            runs.append(Run("continued", "swiglu", f"swiglu+widen={wide:g}", wide))
     return runs
+
+
+@torch.no_grad()
+def widen_dense(source: Path, target: Path, times: float) -> None:
+    """A SwiGLU model with more neurons, which add nothing yet: the control of a wider dReLU one."""
+    model = load_model(source)
+    more = round((times - 1) * model.config.intermediate_size)
+
+    def wider(weight: Tensor) -> Tensor:
+        new = torch.randn(*weight.shape[:-2], more, weight.shape[-1], dtype=weight.dtype)
+        return torch.cat([weight, new * model.config.initializer_range], -2)
+
+    for mlp in (block.mlp for block in model.model.layers):
+        if hasattr(mlp, "experts"):
+            gate_up = [wider(half) for half in mlp.experts.gate_up_proj.chunk(2, -2)]
+            mlp.experts.gate_up_proj = Parameter(torch.cat(gate_up, -2))
+            mlp.experts.down_proj = Parameter(pad(mlp.experts.down_proj, (0, more)))
+        else:
+            for part in (mlp.gate_proj, mlp.up_proj):
+                part.weight = Parameter(wider(part.weight))
+            mlp.down_proj.weight = Parameter(pad(mlp.down_proj.weight, (0, more)))
+    model.config.intermediate_size += more
+    with new_folder(target) as work:
+        model.save_pretrained(work)
+        copy_companions(source, work)
+
+
+def surgery(out: Path, settings: Settings, run: Run) -> Path:
+    """The model that the run goes on from."""
+    folder, base = out / run.surgery, out / BASE.name
+    if folder.exists():
+        return folder
+    if run.widen and run.activation == "swiglu":
+        torch.manual_seed(settings.seed)
+        widen_dense(base, folder, run.widen)
+        return folder
+    options: dict[str, Any] = {"activation": run.activation}
+    if run.widen:
+        options |= {"data": sorted((out / "corpus").glob("*/extra.jsonl")), "widen": run.widen}
+    convert(str(base), folder, **options)
+    return folder
 
 
 def train_run(out: Path, settings: Settings, run: Run) -> None:
@@ -146,13 +192,7 @@ def train_run(out: Path, settings: Settings, run: Run) -> None:
         model |= {"output_router_logits": True}  # with it the loss keeps the experts balanced
     scratch = run.road == "scratch"
     if not scratch:
-        model = str(out / run.surgery)
-        if not Path(model).exists():
-            options: dict[str, Any] = {"activation": run.activation}
-            if run.widen:
-                texts = sorted((out / "corpus").glob("*/extra.jsonl"))
-                options |= {"data": texts, "widen": run.widen}
-            convert(str(out / BASE.name), Path(model), **options)
+        model = str(surgery(out, settings, run))
     part, tokens = ("base", settings.tokens) if scratch else ("extra", settings.extra_tokens)
     domains = sorted(path.name for path in (out / "corpus").iterdir())
     steps = tokens // (settings.batch_size * settings.context)
@@ -243,8 +283,7 @@ def result_of(out: Path, settings: Settings, run: Run) -> dict[str, Any]:
     if settings.experts:
         result["experts"] = sparsity_of_experts(stats)
     if run.road == "continued":
-        surgery = stats_of(out, settings, run.surgery)
-        result["after_surgery"] = perplexities(surgery)
+        result["after_surgery"] = perplexities(stats_of(out, settings, run.surgery))
     if run.label in FORCED_OF:
         result["forced"] = forced(out, settings, run)
     return result
@@ -299,11 +338,11 @@ def report(result: dict[str, Any]) -> Iterator[str]:
         chosen = [run for run in runs if run["road"] == road]
         if not chosen:
             continue
-        surgery = ["right after surgery"] if road == "continued" else []
-        head = ["activation", "minutes", "training loss", *surgery, "perplexity", *domains]
+        start = ["right after surgery"] if road == "continued" else []
+        head = ["activation", "minutes", "training loss", *start, "perplexity", *domains]
         rows = []
         for run in chosen:
-            after = [f"{run['after_surgery']['all']:.2f}"] if surgery else []
+            after = [f"{run['after_surgery']['all']:.2f}"] if start else []
             rows.append(
                 [
                     run["label"],
@@ -484,6 +523,9 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         help="dReLU continued in these ways too: widen, after a calibrated surgery that gives so "
         "many times the neurons; l1, with this weight, which grows over half of the steps; lr, at "
         "this learning rate",
+    )
+    parser.add_argument(
+        "--wide-control", type=float, help="SwiGLU continued with so many times the neurons too"
     )
     parser.add_argument("--quick", action="store_true", help="tiny sizes: shows that it runs")
     if "--quick" in (sys.argv[1:] if arguments is None else arguments):

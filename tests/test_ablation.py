@@ -157,9 +157,9 @@ def test_finished_runs_are_not_trained_again(
     ablation.main(arguments(data, made))
     assert not trained
     assert result_of(made)["runs"] == before["runs"]
-    more = ["--variants", "l1=3", "widen=2,l1=1", "--scratch", "none"]
+    more = ["--variants", "l1=3", "widen=2,l1=1", "--scratch", "none", "--wide-control", "1.5"]
     ablation.main(arguments(data, made, *more))
-    new = ["drelu+l1=3", "drelu+widen=2+l1=1"]
+    new = ["drelu+l1=3", "drelu+widen=2+l1=1", "swiglu+widen=1.5"]
     assert trained == [f"continued-{label}" for label in new]
     printed = capsys.readouterr().out
     assert all(f"| {label} |" in printed for label in ["swiglu", "drelu", *new])
@@ -167,7 +167,11 @@ def test_finished_runs_are_not_trained_again(
     runs = result_of(made)["by_name"]
     plain, wide = (runs[f"continued-{label}"] for label in ("drelu", new[1]))
     assert wide["after_surgery"]["all"] < plain["after_surgery"]["all"], "it was calibrated"
-    assert load_model(made / f"continued-{new[1]}").config.intermediate_size == 128
+    sizes = [load_model(made / f"continued-{label}").config.intermediate_size for label in new]
+    assert sizes == [64, 128, 96]
+    base, control = runs["scratch-swiglu"]["perplexity"], runs[f"continued-{new[2]}"]
+    assert control["after_surgery"] == pytest.approx(base), "its new neurons add nothing yet"
+    assert control["perplexity"] != runs["continued-swiglu"]["perplexity"]
     with pytest.raises(SystemExit, match=r"other settings \(tokens\)"):
         ablation.main(arguments(data, made, "--tokens", "4096"))
 
@@ -179,8 +183,12 @@ def test_the_curves_are_drawn(made: Path) -> None:
 def test_experts_are_measured_with_those_that_a_token_was_not_sent_to(
     ablation: Any, data: Path, tmp_path: Path, capsys: Any
 ) -> None:
-    ablation.main(arguments(data, tmp_path / "moe", "--experts", "4", "--scratch", "none"))
-    run = result_of(tmp_path / "moe")["by_name"]["continued-drelu"]
+    more = ["--experts", "4", "--scratch", "none", "--wide-control", "2"]
+    ablation.main(arguments(data, tmp_path / "moe", *more))
+    runs = result_of(tmp_path / "moe")["by_name"]
+    control, base = runs["continued-swiglu+widen=2"], runs["scratch-swiglu"]["perplexity"]
+    assert control["after_surgery"] == pytest.approx(base), "its new neurons add nothing yet"
+    run = runs["continued-drelu"]
     for sparsity, share, whole in zip(*run["experts"].values(), strict=True):
         assert len(sparsity) == 4
         assert [s is None for s in sparsity] == [x == 0 for x in share]
