@@ -120,7 +120,7 @@ def plan(args: argparse.Namespace, settings: Settings) -> list[Run]:
             if weight := variant.get("l1"):
                 extras["l1"] = {"weight": weight, "warmup_steps": warmup}
             if rate := variant.get("lr"):
-                extras |= {"learning_rate": rate, "min_learning_rate": rate / 10}
+                extras["learning_rate"] = rate
             runs.append(Run("continued", "drelu", label, variant.get("widen"), extras))
         if wide := args.wide_control:
             runs.append(Run("continued", "swiglu", f"swiglu+widen={wide:g}", wide))
@@ -521,8 +521,8 @@ def parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Settings]:
         default=[],
         metavar="widen=1,l1=1",
         help="dReLU continued in these ways too: widen, after a calibrated surgery that gives so "
-        "many times the neurons; l1, with this weight, which grows over half of the steps; lr, at "
-        "this learning rate",
+        "many times the neurons; l1, with this weight, which grows over half of the steps; lr, "
+        "from this learning rate on to where the others end",
     )
     parser.add_argument(
         "--wide-control", type=float, help="SwiGLU continued with so many times the neurons too"
