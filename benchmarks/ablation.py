@@ -308,6 +308,17 @@ def forced(out: Path, settings: Settings, run: Run) -> list[dict[str, Any]]:
     return found
 
 
+def exact_reads(run: dict[str, Any]) -> float:
+    """FFN weights that exact mode reads for a token, as a share of those of the dense FFN.
+
+    All gates, up rows where the gate is positive, down rows of active neurons; the ungated relu has
+    its up rows for gates. SwiGLU and GEGLU have no zeros to go by.
+    """
+    active, gate = 1 - run["activation_sparsity"], run["gate_positive"]
+    gate = {"relu": 0, "swiglu": 1, "geglu": 1}.get(run["activation"], gate)
+    return float((run["widen"] or 1) * (1 + gate + active) / 3)
+
+
 def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
@@ -333,7 +344,12 @@ def report(result: dict[str, Any]) -> Iterator[str]:
         "continued": "Continued from the SwiGLU base (Tables 1 and 2)",
     }
     # active neurons are counted in the dense FFN's, which a wider one has more of
-    measures = ["activation sparsity", "active of the dense neurons", "gate > 0"]
+    measures = [
+        "activation sparsity",
+        "active of the dense neurons",
+        "exact mode reads",
+        "gate > 0",
+    ]
     for road, title in titles.items():
         chosen = [run for run in runs if run["road"] == road]
         if not chosen:
@@ -353,6 +369,7 @@ def report(result: dict[str, Any]) -> Iterator[str]:
                     *(f"{run['perplexity'][domain]:.3f}" for domain in domains),
                     f"{run['activation_sparsity']:.2%}",
                     f"{(1 - run['activation_sparsity']) * (run['widen'] or 1):.2%}",
+                    f"{exact_reads(run):.0%}",
                     # the ungated relu has a gate in the checkpoint that nothing reads
                     "–" if run["activation"] == "relu" else f"{run['gate_positive']:.2%}",
                 ]
