@@ -18,6 +18,7 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt scikit-build-core nanobind cmake ninja
 	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -Ceditable.rebuild=true -e '.[train,dev]'
+	$(BIN)/pip install -q -c constraints.txt deepspeed # apart, for its setup.py wants isolation
 	touch $@
 
 demo: setup

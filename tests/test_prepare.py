@@ -423,7 +423,7 @@ def test_the_verb_prints_json_and_touches_no_cache(recipe: Write, tmp_path: Path
 
 def test_a_signal_ends_every_process(recipe: Write, tmp_path: Path) -> None:
     with (tmp_path / "x" / "0.jsonl").open("a") as file:
-        file.write((json.dumps({"text": "words " * 50}) + "\n") * 100_000)
+        file.write((json.dumps({"text": "words " * 50}) + "\n") * 400_000)
     words = ["data", "prepare", recipe(), "--out", tmp_path / "made", "--processes", "2"]
     entry = Path(sys.executable).with_name("turbosparse")
     with subprocess.Popen([entry, *words], stderr=subprocess.PIPE, start_new_session=True) as run:

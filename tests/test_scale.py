@@ -27,13 +27,10 @@ Write = Callable[..., Path]
 
 # accelerate shards on accelerators only: let it take a CPU for one, and see that weights are shards
 ON_CPU = """
-import os, signal
-from pathlib import Path
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 import turbosparse.train as stage
-from turbosparse.trainer import SparseTrainer
 make = stage._arguments
 def arguments(*given):
     made = make(*given)
@@ -41,18 +38,42 @@ def arguments(*given):
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
     return made
 stage._arguments = arguments
+def is_part(weight):
+    return isinstance(weight, DTensor) and weight.to_local().numel() < weight.numel()
+"""
+# the same for DeepSpeed
+DEEPSPEED = """
+import torch, transformers.training_args
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+import turbosparse.train as stage
+stage._has_accelerator = transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_XPU)
+PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+def is_part(weight):
+    return STAGE < 3 or weight.ds_tensor.numel() < weight.ds_numel
+"""
+IN_PASSES = """
+import os, signal
+from turbosparse.trainer import SparseTrainer
 step, count = SparseTrainer.training_step, 0
 def training_step(self, *given):
     global count
     count += 1
     for name, weight in self.model.named_parameters():
-        assert isinstance(weight, DTensor), name
-        assert weight.to_local().numel() < weight.numel(), name
+        assert is_part(weight), name
     if (os.environ["RANK"], str(count)) == ("1", os.environ.get("KILL_IN_PASS")):
         os.kill(os.getpid(), signal.SIGKILL)
     return step(self, *given)
 SparseTrainer.training_step = training_step
 """
+NO_ROOM = """
+def full(*_, **__): raise OSError(28, "No space left on device")
+import turbosparse.hf.load
+turbosparse.hf.load.save_model = full
+"""
+NO_STEP = "SparseTrainer.training_step = None\n"
+SHARDED = ON_CPU + IN_PASSES
 TRAIN = """
 from pathlib import Path
 from turbosparse.train import train
@@ -99,7 +120,7 @@ def run(script: Path, processes: int, *, fails: bool = False, **environment: str
     return error
 
 
-def write_script(path: Path, recipe: Path, out: Path, prefix: str = ON_CPU) -> Path:
+def write_script(path: Path, recipe: Path, out: Path, prefix: str = SHARDED) -> Path:
     path.write_text(prefix + TRAIN.format(recipe=str(recipe), out=str(out)))
     return path
 
@@ -155,12 +176,9 @@ def test_a_sharded_run_whose_model_could_not_be_written_only_writes_it_again(
     recipe: Write, tmp_path: Path
 ) -> None:
     path, out = recipe(shard="full", precision="bf16", tokens=2 * BATCH * LENGTH), tmp_path / "out"
-    no_room = "\ndef full(*_, **__): raise OSError(28, 'No space left on device')\n"
-    no_room += "import turbosparse.hf.load\nturbosparse.hf.load.save_model = full\n"
-    error = run(write_script(tmp_path / "a.py", path, out, ON_CPU + no_room), 2, fails=True)
+    error = run(write_script(tmp_path / "a.py", path, out, SHARDED + NO_ROOM), 2, fails=True)
     assert "disk full while writing" in error
-    no_step = "\nSparseTrainer.training_step = None\n"
-    run(write_script(tmp_path / "b.py", path, out, ON_CPU + no_step), 2)
+    run(write_script(tmp_path / "b.py", path, out, SHARDED + NO_STEP), 2)
     train(recipe(precision="bf16", tokens=2 * BATCH * LENGTH), out=tmp_path / "one")
     assert losses(out) == pytest.approx(losses(tmp_path / "one"), rel=2e-3)
     assert {weight.dtype for weight in weights_of(out).values()} == {torch.float32}
@@ -223,6 +241,98 @@ def test_sharding_that_would_not_happen_is_refused(recipe: Write, tmp_path: Path
     assert "shard: full was asked for, but on this machine" in error
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.training").glob("*"))
+
+
+@pytest.fixture
+def zero(recipe: Write, tmp_path: Path) -> Callable[..., Path]:
+    """zero(name, stage, **changes): a script that trains with DeepSpeed, as it shards on GPUs."""
+    pytest.importorskip("deepspeed")
+
+    def write(
+        name: str, stage: int, more: str = "", family: str = "mistral", **changes: Any
+    ) -> Path:
+        # by default it leaves small weights whole
+        of_stage = {"stage": stage, "stage3_param_persistence_threshold": 0}
+        path = recipe(family, deepspeed={"zero_optimization": of_stage}, **changes)
+        prefix = f"STAGE = {stage}\n" + DEEPSPEED + IN_PASSES + more
+        return write_script(tmp_path / "run.py", path, tmp_path / name, prefix)
+
+    return write
+
+
+ZERO = {"DS_ACCELERATOR": "cpu"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("stage", "family"), [(2, "mistral"), (3, "mixtral")])
+def test_deepspeed_writes_the_folder_of_a_run_on_one_process(
+    zero: Callable[..., Path], recipe: Write, tmp_path: Path, stage: int, family: str
+) -> None:
+    settings = {"tokens": 3 * BATCH * LENGTH, "gradient_checkpointing": family == "mixtral"}
+    train(recipe(family, **settings), out=tmp_path / "one")
+    run(zero("two", stage, family=family, **settings), 2, **ZERO)
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
+    for key in ("activation_sparsity", "grad_norm"):
+        one, two = ([row[key] for row in log_of(tmp_path / run)] for run in ("one", "two"))
+        assert two == pytest.approx(one, rel=1e-2), key
+    assert_same_weights(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
+    files = [sorted(f.name for f in (tmp_path / run).iterdir()) for run in ("one", "two")]
+    assert files[0] == files[1]
+    load_model(tmp_path / "two")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_killed_deepspeed_run_goes_on(
+    zero: Callable[..., Path], tmp_path: Path, stage: int
+) -> None:
+    run(zero("whole", stage), 2, **ZERO)
+    script = zero("killed", stage)
+    run(script, 2, fails=True, KILL_IN_PASS="14", **ZERO)  # 3 passes are a step: in the fifth
+    found = {folder.name for folder in (tmp_path / "killed.training").glob("checkpoint-*")}
+    assert found == {"checkpoint-2", "checkpoint-4"}
+    run(script, 2, **ZERO)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
+
+
+@pytest.mark.slow
+def test_a_deepspeed_run_whose_model_could_not_be_written_only_writes_it_again(
+    zero: Callable[..., Path], recipe: Write, tmp_path: Path
+) -> None:
+    settings = {"precision": "bf16", "tokens": 2 * BATCH * LENGTH}
+    error = run(zero("out", 3, more=NO_ROOM, **settings), 2, fails=True, **ZERO)
+    assert "disk full while writing" in error
+    run(zero("out", 3, more=NO_STEP, **settings), 2, **ZERO)
+    train(recipe(**settings), out=tmp_path / "one")
+    # its weights themselves are bf16 in a pass
+    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), rel=1e-2)
+    assert {weight.dtype for weight in weights_of(tmp_path / "out").values()} == {torch.float32}
+    assert_same_weights(tmp_path / "out", tmp_path / "one", tolerance=0.05)
+
+
+def test_deepspeed_that_would_not_happen_is_refused(
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import turbosparse.train as stage
+
+    settings = {"deepspeed": {"zero_optimization": {"stage": 2}}}
+    with pytest.raises(TurboSparseError, match="deepspeed needs GPUs, and this machine has none"):
+        train(recipe(**settings), out=tmp_path / "out")
+    monkeypatch.setattr(stage, "_has_accelerator", lambda: True)
+    monkeypatch.setattr(stage, "find_spec", lambda _: None)
+    with pytest.raises(TurboSparseError, match="pip install deepspeed"):
+        train(recipe(**settings), out=tmp_path / "out")
+    monkeypatch.setattr(stage, "find_spec", lambda _: True)
+    with pytest.raises(TurboSparseError, match="started by torchrun"):
+        train(recipe(**settings), out=tmp_path / "out")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    for other, named in (({"shard": "full"}, "shard: full"), ({"lora": {}}, "lora")):
+        with pytest.raises(TurboSparseError, match=f"deepspeed and {named} do not go together"):
+            train(recipe(**settings, **other), out=tmp_path / "out")
+    with pytest.raises(TurboSparseError, match="--plan does not know what DeepSpeed takes"):
+        train(recipe(**settings), plan=True)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("of", ["DEEPSPEED", "FSDP"])

@@ -7,7 +7,7 @@ from math import prod
 from typing import TYPE_CHECKING, Any
 
 from turbosparse.count import count_parameters
-from turbosparse.folders import model_folder
+from turbosparse.folders import TurboSparseError, model_folder
 from turbosparse.hf import names
 
 if TYPE_CHECKING:
@@ -93,6 +93,11 @@ def plan_training(recipe: Recipe, *, processes: int = 1, tflops: float | None = 
     from turbosparse.hf.load import activation_of
     from turbosparse.train import micro_batch, uses_bf16
 
+    if recipe.deepspeed is not None:
+        raise TurboSparseError(
+            "--plan does not know what DeepSpeed takes; give shard: full instead of deepspeed, "
+            "which cuts as ZeRO stage 3 does"
+        )
     config = _config(recipe)
     micro, _ = micro_batch(recipe, processes)
     compute = 2 if uses_bf16(recipe.precision) else _FLOAT

@@ -20,6 +20,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
@@ -90,6 +91,9 @@ class Recipe(BaseModel):
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     shard: Literal["none", "full"] = Field(
         "none", description="full: weights, gradients and optimiser spread over the processes"
+    )
+    deepspeed: dict[str, Any] | None = Field(
+        None, description="instead of shard: a DeepSpeed config, {zero_optimization: {stage: 3}}"
     )
     gradient_checkpointing: bool = Field(
         False, description="keep only the inputs of layers and compute the rest again"
@@ -454,7 +458,7 @@ def _arguments(recipe: Recipe, work: Path) -> Any:
         gradient_accumulation_steps=recipe.batch_size // (micro * processes),
         learning_rate=recipe.learning_rate,
         lr_scheduler_type="cosine_with_min_lr",
-        lr_scheduler_kwargs={"min_lr": recipe.min_learning_rate},
+        lr_scheduler_kwargs={"min_lr_rate": recipe.min_learning_rate / recipe.learning_rate},
         warmup_steps=recipe.warmup_steps,
         weight_decay=recipe.weight_decay,
         adam_beta1=recipe.betas[0],
@@ -468,7 +472,7 @@ def _arguments(recipe: Recipe, work: Path) -> Any:
         save_steps=recipe.checkpoint_every,
         save_total_limit=2,
         report_to=recipe.report_to or "none",
-        use_cpu=not torch.cuda.is_available(),
+        use_cpu=not _has_accelerator(),
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,  # SparseTrainer has its own bar
@@ -490,15 +494,17 @@ def _scale_arguments(recipe: Recipe, processes: int) -> dict[str, Any]:
         if os.environ.get(name, "").lower() in ("1", "true"):
             raise TurboSparseError(
                 f"{name} is set (by accelerate launch?), but what shards a model here is "
-                "shard: full in the recipe, with torchrun; start it so"
+                "shard: full or deepspeed in the recipe, with torchrun; start it so"
             )
+    checkpointing = {
+        "activation_checkpointing": True,  # the library's word for it
+        "activation_checkpointing_kwargs": {"use_reentrant": False},
+    }
+    whole = checkpointing if recipe.gradient_checkpointing else {}
+    if recipe.deepspeed is not None:
+        return {"deepspeed": _deepspeed_config(recipe), **whole}
     if recipe.shard == "none":
-        if not recipe.gradient_checkpointing:
-            return {}
-        return {
-            "activation_checkpointing": True,  # the library's word for it
-            "activation_checkpointing_kwargs": {"use_reentrant": False},
-        }
+        return whole
     if processes == 1:
         raise TurboSparseError(
             "shard: full spreads the model over several processes, and this is one; start it with "
@@ -516,6 +522,36 @@ def _scale_arguments(recipe: Recipe, processes: int) -> dict[str, Any]:
         # else the gradients of a step would stand whole on every process until its last pass
         "accelerator_config": {"gradient_accumulation_kwargs": {"sync_each_batch": True}},
     }
+
+
+def _deepspeed_config(recipe: Recipe) -> dict[str, Any]:
+    """The user's config, and what the recipe says already."""
+    if not _has_accelerator():  # the library would leave it out in silence
+        raise TurboSparseError("deepspeed needs GPUs, and this machine has none; leave it out")
+    if find_spec("deepspeed") is None:
+        raise TurboSparseError("deepspeed needs the package deepspeed; pip install deepspeed")
+    if "LOCAL_RANK" not in os.environ:
+        raise TurboSparseError(
+            "deepspeed is started by torchrun, one process or more: "
+            "torchrun --nproc_per_node GPUS -m turbosparse.cli train …"
+        )
+    for key, given in (("shard: full", recipe.shard == "full"), ("lora", recipe.lora)):
+        if given:
+            raise TurboSparseError(f"deepspeed and {key} do not go together; leave one out")
+    assert recipe.deepspeed is not None
+    of_recipe = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    return {
+        **dict.fromkeys((*of_recipe, "gradient_clipping"), "auto"),
+        "bf16": {"enabled": "auto"},
+        "zero_allow_untested_optimizer": True,
+        **recipe.deepspeed,
+    }
+
+
+def _has_accelerator() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def world_size() -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from contextlib import nullcontext
+from math import isfinite
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +55,7 @@ class SparseTrainer(Trainer):
         resume = str(resume_from_checkpoint) if resume_from_checkpoint else None
         if resume_from_checkpoint and step_of(resume_from_checkpoint) >= self.args.max_steps:
             # the library would take one step more before it looks at the number of steps
-            if self.is_fsdp_enabled:
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 self._prepare_for_training(self.args.max_steps, None, resume)
             else:
                 self._load_from_checkpoint(resume)
@@ -81,7 +82,7 @@ class SparseTrainer(Trainer):
         """Clip, and stop the run before an update that is no number reaches the weights."""
         norm = super()._clip_grad_norm(model)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        if not (self._loss_is_finite and norm.isfinite()):
+        if not (self._loss_is_finite and isfinite(norm)):
             raise TurboSparseError(
                 f"step {self.state.global_step + 1}: the loss or its gradient is not finite "
                 f"(gradient norm {float(norm):g}); give a lower learning_rate than "
@@ -132,6 +133,13 @@ class SparseTrainer(Trainer):
 
     def full_weights(self) -> dict[str, Any] | None:
         """All weights, gathered on the first process; None if the model was never sharded."""
+        if self.is_deepspeed_enabled:
+            from deepspeed.utils import safe_get_full_fp32_param
+
+            return {
+                name: safe_get_full_fp32_param(weight).cpu()  # a part of all processes
+                for name, weight in self.model.named_parameters()
+            }
         if not self.args.fsdp:
             return None
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
