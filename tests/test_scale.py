@@ -246,7 +246,8 @@ def test_sharding_that_would_not_happen_is_refused(recipe: Write, tmp_path: Path
 @pytest.fixture
 def zero(recipe: Write, tmp_path: Path) -> Callable[..., Path]:
     """zero(name, stage, **changes): a script that trains with DeepSpeed, as it shards on GPUs."""
-    pytest.importorskip("deepspeed")
+    if not APART.is_dir():
+        pytest.skip("make setup installs deepspeed")
 
     def write(
         name: str, stage: int, more: str = "", family: str = "mistral", **changes: Any
@@ -260,7 +261,8 @@ def zero(recipe: Write, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-ZERO = {"DS_ACCELERATOR": "cpu"}
+APART = Path(sys.prefix) / "deepspeed"  # see the Makefile
+ZERO = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(APART)}
 
 
 @pytest.mark.slow
