@@ -326,7 +326,7 @@ def test_deepspeed_that_would_not_happen_is_refused(
     with pytest.raises(TurboSparseError, match="pip install deepspeed"):
         train(recipe(**settings), out=tmp_path / "out")
     monkeypatch.setattr(stage, "find_spec", lambda _: True)
-    with pytest.raises(TurboSparseError, match="started by torchrun"):
+    with pytest.raises(TurboSparseError, match="deepspeed wants torchrun"):
         train(recipe(**settings), out=tmp_path / "out")
     monkeypatch.setenv("LOCAL_RANK", "0")
     for other, named in (({"shard": "full"}, "shard: full"), ({"lora": {}}, "lora")):

@@ -531,20 +531,17 @@ def _deepspeed_config(recipe: Recipe) -> dict[str, Any]:
     if find_spec("deepspeed") is None:
         raise TurboSparseError("deepspeed needs the package deepspeed; pip install deepspeed")
     if "LOCAL_RANK" not in os.environ:
-        raise TurboSparseError(
-            "deepspeed is started by torchrun, one process or more: "
-            "torchrun --nproc_per_node GPUS -m turbosparse.cli train …"
-        )
+        raise TurboSparseError("deepspeed wants torchrun --nproc_per_node GPUS, also for one GPU")
     for key, given in (("shard: full", recipe.shard == "full"), ("lora", recipe.lora)):
         if given:
             raise TurboSparseError(f"deepspeed and {key} do not go together; leave one out")
-    assert recipe.deepspeed is not None
-    of_recipe = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
     return {
-        **dict.fromkeys((*of_recipe, "gradient_clipping"), "auto"),
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
         "zero_allow_untested_optimizer": True,
-        **recipe.deepspeed,
+        **(recipe.deepspeed or {}),
     }
 
 

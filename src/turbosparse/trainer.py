@@ -136,10 +136,9 @@ class SparseTrainer(Trainer):
         if self.is_deepspeed_enabled:
             from deepspeed.utils import safe_get_full_fp32_param
 
-            return {
-                name: safe_get_full_fp32_param(weight).cpu()  # a part of all processes
-                for name, weight in self.model.named_parameters()
-            }
+            parameters = self.model.named_parameters()
+            gathered = ((name, safe_get_full_fp32_param(weight)) for name, weight in parameters)
+            return {name: full.cpu() for name, full in gathered if self.args.should_save}
         if not self.args.fsdp:
             return None
         from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
