@@ -41,7 +41,7 @@ stage._arguments = arguments
 def is_part(weight):
     return isinstance(weight, DTensor) and weight.to_local().numel() < weight.numel()
 """
-# the same for DeepSpeed
+# the same for DeepSpeed; STAGE is set before
 DEEPSPEED = """
 import torch, transformers.training_args
 from accelerate import PartialState
@@ -147,6 +147,20 @@ def assert_same_weights(one: Path, other: Path, tolerance: float = 0) -> None:
         assert error <= tolerance, name
 
 
+def assert_same_run(one: Path, two: Path) -> None:
+    """Log, weights and files, for runs on one process and on two."""
+    assert losses(two) == pytest.approx(losses(one), rel=2e-4)
+    for key in ("activation_sparsity", "grad_norm"):
+        rows, rows_of_one = ([row[key] for row in log_of(folder)] for folder in (two, one))
+        assert rows == pytest.approx(rows_of_one, rel=1e-2), key
+    assert_same_weights(one, two, tolerance=1e-3)
+    for name in ("config.json", "modeling_drelu.py", "ffn_activation.py"):
+        assert (two / name).read_text() == (one / name).read_text()
+    files = [sorted(file.name for file in folder.iterdir()) for folder in (one, two)]
+    assert files[0] == files[1]
+    load_model(two)
+
+
 # --- sharded --------------------------------------------------------------------------------------
 
 
@@ -159,16 +173,7 @@ def test_a_sharded_run_writes_the_folder_of_a_run_on_one_process(
     train(recipe(family, **settings), out=tmp_path / "one")
     path = recipe(family, **settings, shard="full")
     run(write_script(tmp_path / "run.py", path, tmp_path / "two"), 2)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
-    for key in ("activation_sparsity", "grad_norm"):
-        one, two = ([row[key] for row in log_of(tmp_path / run)] for run in ("one", "two"))
-        assert two == pytest.approx(one, rel=1e-2), key
-    assert_same_weights(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
-    for name in ("config.json", "modeling_drelu.py", "ffn_activation.py"):
-        assert (tmp_path / "two" / name).read_text() == (tmp_path / "one" / name).read_text()
-    files = [sorted(f.name for f in (tmp_path / run).iterdir()) for run in ("one", "two")]
-    assert files[0] == files[1]
-    load_model(tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -243,6 +248,10 @@ def test_sharding_that_would_not_happen_is_refused(recipe: Write, tmp_path: Path
     assert not list((tmp_path / "out.training").glob("*"))
 
 
+APART = Path(sys.prefix) / "deepspeed"  # see the Makefile
+ZERO = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(APART)}
+
+
 @pytest.fixture
 def zero(recipe: Write, tmp_path: Path) -> Callable[..., Path]:
     """zero(name, stage, **changes): a script that trains with DeepSpeed, as it shards on GPUs."""
@@ -261,10 +270,6 @@ def zero(recipe: Write, tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-APART = Path(sys.prefix) / "deepspeed"  # see the Makefile
-ZERO = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(APART)}
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize(("stage", "family"), [(2, "mistral"), (3, "mixtral")])
 def test_deepspeed_writes_the_folder_of_a_run_on_one_process(
@@ -273,14 +278,7 @@ def test_deepspeed_writes_the_folder_of_a_run_on_one_process(
     settings = {"tokens": 3 * BATCH * LENGTH, "gradient_checkpointing": family == "mixtral"}
     train(recipe(family, **settings), out=tmp_path / "one")
     run(zero("two", stage, family=family, **settings), 2, **ZERO)
-    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=2e-4)
-    for key in ("activation_sparsity", "grad_norm"):
-        one, two = ([row[key] for row in log_of(tmp_path / run)] for run in ("one", "two"))
-        assert two == pytest.approx(one, rel=1e-2), key
-    assert_same_weights(tmp_path / "one", tmp_path / "two", tolerance=1e-3)
-    files = [sorted(f.name for f in (tmp_path / run).iterdir()) for run in ("one", "two")]
-    assert files[0] == files[1]
-    load_model(tmp_path / "two")
+    assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
 @pytest.mark.slow
@@ -319,6 +317,7 @@ def test_deepspeed_that_would_not_happen_is_refused(
     import turbosparse.train as stage
 
     settings = {"deepspeed": {"zero_optimization": {"stage": 2}}}
+    monkeypatch.setattr(stage, "_has_accelerator", lambda: False)
     with pytest.raises(TurboSparseError, match="deepspeed needs GPUs, and this machine has none"):
         train(recipe(**settings), out=tmp_path / "out")
     monkeypatch.setattr(stage, "_has_accelerator", lambda: True)
