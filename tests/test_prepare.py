@@ -10,6 +10,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from functools import partial
 from math import sqrt
 from pathlib import Path
 from typing import Any
@@ -423,10 +424,13 @@ def test_the_verb_prints_json_and_touches_no_cache(recipe: Write, tmp_path: Path
 
 def test_a_signal_ends_every_process(recipe: Write, tmp_path: Path) -> None:
     with (tmp_path / "x" / "0.jsonl").open("a") as file:
-        file.write((json.dumps({"text": "words " * 50}) + "\n") * 400_000)
+        file.write((json.dumps({"text": "words " * 50}) + "\n") * 100_000)
     words = ["data", "prepare", recipe(), "--out", tmp_path / "made", "--processes", "2"]
     entry = Path(sys.executable).with_name("turbosparse")
-    with subprocess.Popen([entry, *words], stderr=subprocess.PIPE, start_new_session=True) as run:
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a job in the background does not
+    with subprocess.Popen(
+        [entry, *words], stderr=subprocess.PIPE, start_new_session=True, preexec_fn=heed
+    ) as run:
         deadline = time.monotonic() + 60
         while not list((tmp_path / "made").glob(".x-0000.arrow.*")):
             assert time.monotonic() < deadline
