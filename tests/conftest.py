@@ -18,6 +18,8 @@ import torch
 from turbosparse.convert import convert
 from turbosparse.hf.load import quiet
 
+pytest.register_assert_rewrite("processes")
+
 FAMILIES = ("mistral", "llama", "qwen2", "mixtral")
 VOCABULARY = 320
 CONTEXT = 160

@@ -5,8 +5,6 @@ from __future__ import annotations
 import errno
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,151 +12,33 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import drelu_recipe
-from safetensors.torch import load_file
+from processes import (
+    BATCH,
+    LENGTH,
+    NO_ROOM,
+    NO_STEP,
+    SHARDED,
+    Write,
+    assert_same_run,
+    assert_same_weights,
+    log_of,
+    losses,
+    recipe_writer,
+    run,
+    start,
+    weights_of,
+    write_script,
+)
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from turbosparse.folders import TurboSparseError
 from turbosparse.hf.load import load_model
 from turbosparse.train import Lora, _with_adapters, train
 
-LENGTH, BATCH, STEPS = 32, 12, 6
-Write = Callable[..., Path]
-
-# accelerate shards on accelerators only: let it take a CPU for one, and see that weights are shards
-ON_CPU = """
-from accelerate import PartialState
-from accelerate.utils import DistributedType
-from torch.distributed.tensor import DTensor
-import turbosparse.train as stage
-make = stage._arguments
-def arguments(*given):
-    made = make(*given)
-    assert made.device.type == "cpu"  # starts the process group
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
-    return made
-stage._arguments = arguments
-def is_part(weight):
-    return isinstance(weight, DTensor) and weight.to_local().numel() < weight.numel()
-"""
-# the same for DeepSpeed; STAGE is set before
-DEEPSPEED = """
-import torch, transformers.training_args
-from accelerate import PartialState
-from accelerate.utils import DistributedType
-import turbosparse.train as stage
-stage._has_accelerator = transformers.training_args.is_torch_bf16_gpu_available = lambda: True
-PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_XPU)
-PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
-def is_part(weight):
-    return STAGE < 3 or weight.ds_tensor.numel() < weight.ds_numel
-"""
-IN_PASSES = """
-import os, signal
-from turbosparse.trainer import SparseTrainer
-step, count = SparseTrainer.training_step, 0
-def training_step(self, *given):
-    global count
-    count += 1
-    for name, weight in self.model.named_parameters():
-        assert is_part(weight), name
-    if (os.environ["RANK"], str(count)) == ("1", os.environ.get("KILL_IN_PASS")):
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(self, *given)
-SparseTrainer.training_step = training_step
-"""
-NO_ROOM = """
-def full(*_, **__): raise OSError(28, "No space left on device")
-import turbosparse.hf.load
-turbosparse.hf.load.save_model = full
-"""
-NO_STEP = "SparseTrainer.training_step = None\n"
-SHARDED = ON_CPU + IN_PASSES
-TRAIN = """
-from pathlib import Path
-from turbosparse.train import train
-train(Path({recipe!r}), out=Path({out!r}))
-"""
-
 
 @pytest.fixture
 def recipe(tmp_path: Path, dense: Callable[[str], Path], corpus: Path) -> Write:
-    """recipe(family, **changes): the path of a recipe that trains it as a dReLU model."""
-
-    def write(family: str = "mistral", **changes: Any) -> Path:
-        given = {
-            "tokens": STEPS * BATCH * LENGTH,
-            "batch_size": BATCH,
-            "micro_batch_size": 2,
-            "checkpoint_every": 2,
-            "calibration_tokens": 0,
-        }
-        fields = drelu_recipe(dense(family), corpus, LENGTH, **given | changes)
-        path = tmp_path / f"recipe-{len(list(tmp_path.glob('recipe-*')))}.yaml"
-        path.write_text(yaml.safe_dump(fields))
-        return path
-
-    return write
-
-
-def start(script: Path, *flags: object, **environment: str) -> subprocess.Popen[str]:
-    clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
-    return subprocess.Popen(
-        [sys.executable, "-m", "torch.distributed.run", *map(str, flags), str(script)],
-        env={**clean, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def run(script: Path, processes: int, *, fails: bool = False, **environment: str) -> str:
-    """Run a script under torchrun on one node; returns its standard error."""
-    started = start(script, "--standalone", "--nproc_per_node", processes, **environment)
-    _, error = started.communicate()
-    assert (started.returncode != 0) == fails, error[-3000:]
-    return error
-
-
-def write_script(path: Path, recipe: Path, out: Path, prefix: str = SHARDED) -> Path:
-    path.write_text(prefix + TRAIN.format(recipe=str(recipe), out=str(out)))
-    return path
-
-
-def log_of(folder: Path) -> list[dict[str, float]]:
-    lines = (folder / "training_log.jsonl").read_text().splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def losses(folder: Path) -> list[float]:
-    return [row["loss"] for row in log_of(folder)]
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_weights(one: Path, other: Path, tolerance: float = 0) -> None:
-    """To `tolerance`, relative RMS."""
-    weights, others = weights_of(one), weights_of(other)
-    assert weights.keys() == others.keys()
-    for name, weight in weights.items():
-        error = (weight - others[name]).norm() / weight.norm()
-        assert error <= tolerance, name
-
-
-def assert_same_run(one: Path, two: Path) -> None:
-    """Log, weights and files, for runs on one process and on two."""
-    assert losses(two) == pytest.approx(losses(one), rel=2e-4)
-    for key in ("activation_sparsity", "grad_norm"):
-        rows, rows_of_one = ([row[key] for row in log_of(folder)] for folder in (two, one))
-        assert rows == pytest.approx(rows_of_one, rel=1e-2), key
-    assert_same_weights(one, two, tolerance=1e-3)
-    for name in ("config.json", "modeling_drelu.py", "ffn_activation.py"):
-        assert (two / name).read_text() == (one / name).read_text()
-    files = [sorted(file.name for file in folder.iterdir()) for folder in (one, two)]
-    assert files[0] == files[1]
-    load_model(two)
+    return recipe_writer(tmp_path, dense, corpus)
 
 
 # --- sharded --------------------------------------------------------------------------------------
@@ -215,6 +95,21 @@ def test_a_killed_sharded_run_goes_on_at_the_same_and_at_another_process_count(
 
 
 @pytest.mark.slow
+def test_torchrun_starts_a_killed_run_again(recipe: Write, tmp_path: Path) -> None:
+    path = recipe(shard="full")
+    run(write_script(tmp_path / "whole.py", path, tmp_path / "whole"), 2)
+    script = write_script(tmp_path / "killed.py", path, tmp_path / "killed")
+    flags = ("--standalone", "--nproc_per_node", 2, "--max_restarts", 1)
+    # without it they may hang where they meet, in the store of those that were killed
+    apart = {"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    job = start(script, *flags, KILL_IN_PASS="14", **apart)
+    error = job.communicate(timeout=120)[1]
+    assert job.returncode == 0, error[-3000:]
+    assert "exitcode: -9" in error, "it was killed"
+    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+@pytest.mark.slow
 def test_two_nodes_train_as_one_process_does(recipe: Write, tmp_path: Path) -> None:
     settings = {"tokens": 3 * BATCH * LENGTH}
     train(recipe(**settings), out=tmp_path / "one")
@@ -246,94 +141,6 @@ def test_sharding_that_would_not_happen_is_refused(recipe: Write, tmp_path: Path
     assert "shard: full was asked for, but on this machine" in error
     assert not (tmp_path / "out").exists()
     assert not list((tmp_path / "out.training").glob("*"))
-
-
-APART = Path(sys.prefix) / "deepspeed"  # see the Makefile
-ZERO = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(APART)}
-
-
-@pytest.fixture
-def zero(recipe: Write, tmp_path: Path) -> Callable[..., Path]:
-    """zero(name, stage, **changes): a script that trains with DeepSpeed, as it shards on GPUs."""
-    if not APART.is_dir():
-        pytest.skip("make setup installs deepspeed")
-
-    def write(
-        name: str, stage: int, more: str = "", family: str = "mistral", **changes: Any
-    ) -> Path:
-        # by default it leaves small weights whole
-        of_stage = {"stage": stage, "stage3_param_persistence_threshold": 0}
-        path = recipe(family, deepspeed={"zero_optimization": of_stage}, **changes)
-        prefix = f"STAGE = {stage}\n" + DEEPSPEED + IN_PASSES + more
-        return write_script(tmp_path / "run.py", path, tmp_path / name, prefix)
-
-    return write
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(("stage", "family"), [(2, "mistral"), (3, "mixtral")])
-def test_deepspeed_writes_the_folder_of_a_run_on_one_process(
-    zero: Callable[..., Path], recipe: Write, tmp_path: Path, stage: int, family: str
-) -> None:
-    settings = {"tokens": 3 * BATCH * LENGTH, "gradient_checkpointing": family == "mixtral"}
-    train(recipe(family, **settings), out=tmp_path / "one")
-    run(zero("two", stage, family=family, **settings), 2, **ZERO)
-    assert_same_run(tmp_path / "one", tmp_path / "two")
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
-def test_a_killed_deepspeed_run_goes_on(
-    zero: Callable[..., Path], tmp_path: Path, stage: int
-) -> None:
-    run(zero("whole", stage), 2, **ZERO)
-    script = zero("killed", stage)
-    run(script, 2, fails=True, KILL_IN_PASS="14", **ZERO)  # 3 passes are a step: in the fifth
-    found = {folder.name for folder in (tmp_path / "killed.training").glob("checkpoint-*")}
-    assert found == {"checkpoint-2", "checkpoint-4"}
-    run(script, 2, **ZERO)
-    assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
-    assert_same_weights(tmp_path / "killed", tmp_path / "whole")
-
-
-@pytest.mark.slow
-def test_a_deepspeed_run_whose_model_could_not_be_written_only_writes_it_again(
-    zero: Callable[..., Path], recipe: Write, tmp_path: Path
-) -> None:
-    settings = {"precision": "bf16", "tokens": 2 * BATCH * LENGTH}
-    error = run(zero("out", 3, more=NO_ROOM, **settings), 2, fails=True, **ZERO)
-    assert "disk full while writing" in error
-    run(zero("out", 3, more=NO_STEP, **settings), 2, **ZERO)
-    train(recipe(**settings), out=tmp_path / "one")
-    # its weights themselves are bf16 in a pass
-    assert losses(tmp_path / "out") == pytest.approx(losses(tmp_path / "one"), rel=1e-2)
-    assert {weight.dtype for weight in weights_of(tmp_path / "out").values()} == {torch.float32}
-    assert_same_weights(tmp_path / "out", tmp_path / "one", tolerance=0.05)
-
-
-def test_deepspeed_that_would_not_happen_is_refused(
-    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import turbosparse.train as stage
-
-    settings = {"deepspeed": {"zero_optimization": {"stage": 2}}}
-    monkeypatch.setattr(stage, "_has_accelerator", lambda: False)
-    with pytest.raises(TurboSparseError, match="deepspeed needs GPUs, and this machine has none"):
-        train(recipe(**settings), out=tmp_path / "out")
-    monkeypatch.setattr(stage, "_has_accelerator", lambda: True)
-    monkeypatch.setattr(stage, "find_spec", lambda _: None)
-    with pytest.raises(TurboSparseError, match="pip install deepspeed"):
-        train(recipe(**settings), out=tmp_path / "out")
-    monkeypatch.setattr(stage, "find_spec", lambda _: True)
-    with pytest.raises(TurboSparseError, match="deepspeed wants torchrun"):
-        train(recipe(**settings), out=tmp_path / "out")
-    monkeypatch.setenv("LOCAL_RANK", "0")
-    for other, named in (({"shard": "full"}, "shard: full"), ({"lora": {}}, "lora")):
-        with pytest.raises(TurboSparseError, match=f"deepspeed and {named} do not go together"):
-            train(recipe(**settings, **other), out=tmp_path / "out")
-    with pytest.raises(TurboSparseError, match="--plan does not know what DeepSpeed takes"):
-        train(recipe(**settings), plan=True)
-    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("of", ["DEEPSPEED", "FSDP"])
