@@ -36,6 +36,7 @@ from torch.nn.functional import pad
 from turbosparse.analyse import FILE as STATS_FILE
 from turbosparse.analyse import Stats, analyse, measure
 from turbosparse.convert import Activation, convert
+from turbosparse.count import exact_share
 from turbosparse.data import documents, take_last
 from turbosparse.demo.tokenizer import train_tokenizer
 from turbosparse.folders import TurboSparseError, copy_companions, new_folder, write_json
@@ -316,7 +317,7 @@ def exact_reads(run: dict[str, Any]) -> float:
     """
     active, gate = 1 - run["activation_sparsity"], run["gate_positive"]
     gate = {"relu": 0, "swiglu": 1, "geglu": 1}.get(run["activation"], gate)
-    return float((run["widen"] or 1) * (1 + gate + active) / 3)
+    return float((run["widen"] or 1) * exact_share(active, gate))
 
 
 def table(head: list[str], rows: list[list[str]]) -> str:

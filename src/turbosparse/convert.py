@@ -46,8 +46,8 @@ class Converted:
 
     def __str__(self) -> str:
         calibrated = ""
-        if self.explained is not None:
-            shares = [share for layer in self.explained for share in layer if share is not None]
+        shares = [share for layer in self.explained or [] for share in layer if share is not None]
+        if shares:
             calibrated = f"Calibrated: {min(shares):.0%} to {max(shares):.0%} of FFN outputs kept. "
         return (
             f"{self.out}: {self.model_type}, {self.activation}, "

@@ -23,6 +23,11 @@ class Parameters:
     read_exact: int  # what exact mode reads: all gates, up where gate > 0, down where Combined ≠ 0
 
 
+def exact_share(active: float, gate_positive: float) -> float:
+    """Share of a gated FFN's weights that exact mode reads; see `count_parameters`."""
+    return (1 + gate_positive + active) / 3
+
+
 def count_parameters(config: Any, *, active: float = 1.0, gate_positive: float = 1.0) -> Parameters:
     """Count the parameters of a model.
 
@@ -42,5 +47,5 @@ def count_parameters(config: Any, *, active: float = 1.0, gate_positive: float =
     return Parameters(
         total=total,
         activated=round(outside + in_use * per_ffn * active),
-        read_exact=round(outside + in_use * per_ffn * (1 + gate_positive + active) / 3),
+        read_exact=round(outside + in_use * per_ffn * exact_share(active, gate_positive)),
     )
