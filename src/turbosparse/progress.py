@@ -10,9 +10,7 @@ from typing import TypeVar
 Item = TypeVar("Item")
 
 
-def track(
-    items: Iterable[Item], what: str, *, total: int | None = None
-) -> Generator[Item, None, None]:
+def track(items: Iterable[Item], what: str, *, total: int | None = None) -> Generator[Item]:
     """Yield `items` behind a progress bar that vanishes when they are done."""
     from rich.console import Console
     from rich.progress import track as rich_track

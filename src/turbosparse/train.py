@@ -92,9 +92,7 @@ class Recipe(BaseModel):
     shard: Literal["none", "full"] = Field(
         "none", description="full: weights, gradients and optimiser spread over the processes"
     )
-    deepspeed: dict[str, Any] | None = Field(
-        None, description="instead of shard: a DeepSpeed config, {zero_optimization: {stage: 3}}"
-    )
+    deepspeed: dict[str, Any] | None = Field(None, description="its config, instead of shard")
     gradient_checkpointing: bool = Field(
         False, description="keep only the inputs of layers and compute the rest again"
     )
@@ -496,11 +494,10 @@ def _scale_arguments(recipe: Recipe, processes: int) -> dict[str, Any]:
                 f"{name} is set (by accelerate launch?), but what shards a model here is "
                 "shard: full or deepspeed in the recipe, with torchrun; start it so"
             )
-    checkpointing = {
-        "activation_checkpointing": True,  # the library's word for it
-        "activation_checkpointing_kwargs": {"use_reentrant": False},
-    }
-    whole = checkpointing if recipe.gradient_checkpointing else {}
+    whole: dict[str, Any] = {}
+    if recipe.gradient_checkpointing:  # the library has another word for it
+        settings = {"use_reentrant": False}
+        whole = {"activation_checkpointing": True, "activation_checkpointing_kwargs": settings}
     if recipe.deepspeed is not None:
         return {"deepspeed": _deepspeed_config(recipe), **whole}
     if recipe.shard == "none":
@@ -532,15 +529,14 @@ def _deepspeed_config(recipe: Recipe) -> dict[str, Any]:
         raise TurboSparseError("deepspeed needs the package deepspeed; pip install deepspeed")
     if "LOCAL_RANK" not in os.environ:
         raise TurboSparseError("deepspeed wants torchrun --nproc_per_node GPUS, also for one GPU")
-    for key, given in (("shard: full", recipe.shard == "full"), ("lora", recipe.lora)):
-        if given:
-            raise TurboSparseError(f"deepspeed and {key} do not go together; leave one out")
+    if recipe.lora or recipe.shard == "full":
+        other = "lora" if recipe.lora else "shard: full"
+        raise TurboSparseError(f"deepspeed and {other} do not go together; leave one out")
     return {
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "gradient_clipping": "auto",
         "bf16": {"enabled": "auto"},
-        "zero_allow_untested_optimizer": True,
         **(recipe.deepspeed or {}),
     }
 
