@@ -33,16 +33,20 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import pad
 
-from turbosparse.analyse import FILE as STATS_FILE
-from turbosparse.analyse import Stats, analyse, measure
-from turbosparse.convert import Activation, convert
-from turbosparse.count import exact_share
-from turbosparse.data import documents, take_last
+from turbosparse.analyse import analyse, measure
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import copy_companions, new_folder, write_json
+from turbosparse.convert import convert
 from turbosparse.demo.tokenizer import train_tokenizer
-from turbosparse.folders import TurboSparseError, copy_companions, new_folder, write_json
+from turbosparse.hf.activations import Activation
+from turbosparse.hf.count import exact_share
 from turbosparse.hf.load import load_model, load_tokenizer
 from turbosparse.hf.observe import force_sparsity
-from turbosparse.train import parse_recipe, run_recipe
+from turbosparse.packed.stats import FILE as STATS_FILE
+from turbosparse.packed.stats import Stats
+from turbosparse.train import run_recipe
+from turbosparse.training.readers import documents, take_last
+from turbosparse.training.recipe import parse_recipe
 
 ACTIVATIONS = ("swiglu", "geglu", "reglu", "relu", "drelu")
 FORCED = (0.0, 0.5, 0.8, 0.85, 0.9)

@@ -12,9 +12,10 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from turbosparse.data import corpus_files, documents
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import new_folder
 from turbosparse.demo.corpus import make_corpus
-from turbosparse.folders import TurboSparseError, new_folder
+from turbosparse.training.readers import corpus_files, documents
 
 PARTS = ("base", "extra", "held_out")
 # how a JSON row becomes text: the first that fits a file's first row

@@ -27,9 +27,9 @@ import torch
 from base import compare
 
 from turbosparse import _core
-from turbosparse.engine import threads_to_use
+from turbosparse.base.machine import threads_to_use
 from turbosparse.ops import road
-from turbosparse.quant import QUANTS, ffn_rows, quantise, row_bytes
+from turbosparse.ops.quant import QUANTS, ffn_rows, quantise, row_bytes
 
 RELATIVE_RMS = 1e-4  # of a kernel against the reference, before it is timed
 

@@ -155,7 +155,7 @@ def drelu_recipe(model: Path, corpus: Path, length: int, /, **fields: object) ->
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The input_ids of every forward pass, in order."""
-    from turbosparse.trainer import SparseTrainer
+    from turbosparse.training.trainer import SparseTrainer
 
     seen: list[torch.Tensor] = []
     step = SparseTrainer.training_step

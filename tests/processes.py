@@ -27,19 +27,19 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
 import turbosparse.train as stage
-make = stage._arguments
+make = stage.training_arguments
 def arguments(*given):
     made = make(*given)
     assert made.device.type == "cpu"  # starts the process group
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_XPU
     return made
-stage._arguments = arguments
+stage.training_arguments = arguments
 def is_part(weight):
     return isinstance(weight, DTensor) and weight.to_local().numel() < weight.numel()
 """
 IN_PASSES = """
 import os, signal
-from turbosparse.trainer import SparseTrainer
+from turbosparse.training.trainer import SparseTrainer
 step, count = SparseTrainer.training_step, 0
 def training_step(self, *given):
     global count

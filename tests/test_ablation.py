@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from turbosparse.data import documents
 from turbosparse.hf.load import load_model
+from turbosparse.training.readers import documents
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 WORDS = [
@@ -110,8 +110,8 @@ def test_the_numbers_that_must_hold(made: Path) -> None:
 
 def test_every_activation_starts_from_the_base_and_sees_the_same_tokens(made: Path) -> None:
     """The first loss is what the model, as converted, pays for the first batch of the stream."""
-    from turbosparse.data import Mixture, training_stream
     from turbosparse.hf.load import load_tokenizer
+    from turbosparse.training.mixture import Mixture, training_stream
 
     runs = result_of(made)["by_name"]
     recipes = [json.loads((made / name / "recipe.json").read_text()) for name in runs]

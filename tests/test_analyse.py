@@ -13,13 +13,15 @@ import torch
 from conftest import CONTEXT, FAMILIES
 from safetensors.torch import save_file
 
-from turbosparse.analyse import Stats, analyse, measure
-from turbosparse.data import documents
-from turbosparse.folders import TurboSparseError
-from turbosparse.hf import names
+from turbosparse.analyse import analyse, measure
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.hf import families
+from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.hf.checkpoint import Checkpoint
 from turbosparse.hf.load import load_model, load_tokenizer
-from turbosparse.meter import Meter
+from turbosparse.packed.stats import Stats
+from turbosparse.training.meter import Meter
+from turbosparse.training.readers import documents
 
 Make = Callable[..., Path]
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -40,7 +42,7 @@ def short(texts: list[str]) -> list[str]:
 def double(folder: Path) -> Any:
     """The model in float64, where no rounding moves a pre-activation across zero."""
     model = load_model(folder, dtype=torch.float64).eval()
-    if names.experts(model.config):
+    if families.experts(model.config):
         model.set_experts_implementation("eager")  # the fused ones know no float64
     return model
 
@@ -135,11 +137,11 @@ def test_counts_are_those_of_the_written_out_feed_forward(
             x = inputs[layer]
             chosen = torch.zeros(len(x), 1, dtype=torch.int64)
             if family == "mixtral":
-                router = tensors[names.router(layer)].double()
+                router = tensors[families.router(layer)].double()
                 chosen = (x @ router.T).topk(2).indices
             for expert in range(experts):
                 mine = x[(chosen == expert).any(-1)]
-                ffn = names.ffn(layer, expert if family == "mixtral" else None)
+                ffn = families.ffn(layer, expert if family == "mixtral" else None)
                 gate, up = mine @ tensors[ffn.gate].double().T, mine @ tensors[ffn.up].double().T
                 fires = {
                     "drelu": (gate > 0) & (up > 0),
@@ -158,7 +160,7 @@ def test_counts_are_those_of_the_written_out_feed_forward(
     assert torch.equal(stats.gate_positive, expected.gate_positive)
     top = 2 if family == "mixtral" else 1
     assert stats.tokens.sum(-1).tolist() == [top * stats.predicted["boats"]] * layers
-    if activation in names.WITHOUT_ZEROS:
+    if activation in WITHOUT_ZEROS:
         assert stats.activation_sparsity() == 0
     else:
         assert 0.3 < stats.activation_sparsity() < 0.9

@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from turbosparse.bench import bench, bytes_per_step
-from turbosparse.engine import Engine
-from turbosparse.folders import TurboSparseError
-from turbosparse.format import Packed
-from turbosparse.hf import names
-from turbosparse.quant import dequantise
-from turbosparse.synthetic import SHAPES, Wanted, make_synthetic
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.bench import bench
+from turbosparse.engine.cost import bytes_per_step
+from turbosparse.engine.engine import Engine
+from turbosparse.hf import families
+from turbosparse.ops.quant import dequantise
+from turbosparse.packed.format import Packed
+from turbosparse.packed.synthetic import SHAPES, Wanted, make_synthetic
 
 
 @pytest.fixture(autouse=True)
@@ -164,7 +165,7 @@ def test_bytes_of_one_token_are_those_of_the_rows_it_reads(tmp_path: Path, mode:
         assert sizes["downs"] == pytest.approx(row * active)
     else:
         assert sizes["ups"] == sizes["downs"] == sizes["gates"]
-    assert sizes["head"] == engine.packed.tensors[names.HEAD].nbytes
+    assert sizes["head"] == engine.packed.tensors[families.HEAD].nbytes
     assert sizes["keys and values"] == 10 * 2 * 2 * 2 * 64 * layers
 
 

@@ -17,13 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import relu, silu
 
-from turbosparse.calibrate import calibrate, fit
+from turbosparse.base.errors import TurboSparseError
 from turbosparse.convert import convert
-from turbosparse.data import Mixture, training_stream
-from turbosparse.folders import TurboSparseError
 from turbosparse.hf.load import load_model, load_tokenizer
+from turbosparse.hf.surgery import calibrate, fit
 from turbosparse.pack import pack
 from turbosparse.train import train
+from turbosparse.training.mixture import Mixture, training_stream
 
 Make = Callable[..., Path]
 HIDDEN, NEURONS, ROWS = 12, 20, 9000  # of rows more than are taken at a time

@@ -12,13 +12,14 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from turbosparse import chatml
-from turbosparse.data import Source, packed_sequences
-from turbosparse.folders import TurboSparseError, read_config
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import read_config
 from turbosparse.generate import generate
 from turbosparse.hf.load import load_model, load_tokenizer
 from turbosparse.pack import pack
 from turbosparse.train import train
+from turbosparse.training import chatml
+from turbosparse.training.mixture import Source, packed_sequences
 
 Dense = Callable[[str], Path]
 IGNORED = chatml.IGNORED

@@ -55,7 +55,7 @@ def loaded_by(code: str) -> set[str]:
 @pytest.mark.parametrize(
     "code",
     [
-        "import turbosparse, turbosparse.folders",
+        "import turbosparse, turbosparse.base.folders",
         "import turbosparse.cli",
         "import sys\nfrom turbosparse import cli\nsys.argv = ['turbosparse', '--help']\n"
         "try:\n    cli.main()\nexcept SystemExit as stop:\n    assert stop.code == 0",
@@ -181,7 +181,7 @@ _HELD = """
 import itertools, sys, time
 from pathlib import Path
 from turbosparse import cli
-from turbosparse.engine import Engine
+from turbosparse.engine.engine import Engine
 step, calls, go = Engine.step, itertools.count(), Path(sys.argv.pop())
 def held(*arguments):
     while next(calls) >= 12 and not go.exists():

@@ -20,8 +20,8 @@ from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu, relu, silu
 from transformers import AutoModelForCausalLM
 
+from turbosparse.base.errors import TurboSparseError
 from turbosparse.convert import convert
-from turbosparse.folders import TurboSparseError
 from turbosparse.hf.load import load_model, quiet, register
 
 Make = Callable[..., Path]

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from turbosparse import _core
-from turbosparse.hf.names import WITHOUT_ZEROS
+from turbosparse.hf.activations import WITHOUT_ZEROS
 
 TOLERANCE = {"f16": 1e-6, "q8": 1e-6, "q4": 1e-4}  # relative RMS; q4 rounds x to 15 bits
 

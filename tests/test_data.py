@@ -13,19 +13,17 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from turbosparse.data import (
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.hf.load import load_tokenizer
+from turbosparse.training.mixture import (
     Mixture,
     Skips,
     Source,
-    documents,
-    drop_last,
     missing_sources,
     packed_sequences,
-    take_last,
     training_stream,
 )
-from turbosparse.folders import TurboSparseError
-from turbosparse.hf.load import load_tokenizer
+from turbosparse.training.readers import documents, drop_last, take_last
 
 BOS, EOS = 0, 1
 LENGTH = 16

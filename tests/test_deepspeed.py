@@ -25,7 +25,7 @@ from processes import (
     write_script,
 )
 
-from turbosparse.folders import TurboSparseError
+from turbosparse.base.errors import TurboSparseError
 from turbosparse.train import train
 
 # accelerate knows DeepSpeed on accelerators only: let it take a CPU for one; STAGE is set before

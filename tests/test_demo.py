@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from turbosparse.base.errors import TurboSparseError
 from turbosparse.demo.run import MODELS, demo
-from turbosparse.folders import TurboSparseError
 
 
 @pytest.fixture(scope="module")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import make_model
 
-from turbosparse import engine
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.machine import threads_to_use
 from turbosparse.convert import convert
-from turbosparse.engine import threads_to_use
-from turbosparse.folders import TurboSparseError
+from turbosparse.engine import engine
 from turbosparse.pack import pack
 
 QUOTAS = [
@@ -52,8 +52,8 @@ STARVE = """
 import re, resource, sys
 from pathlib import Path
 import torch
-from turbosparse.engine import Engine
-from turbosparse.folders import TurboSparseError
+from turbosparse.engine.engine import Engine
+from turbosparse.base.errors import TurboSparseError
 
 engine = Engine(sys.argv[1], threads=1)
 tokens = [[1 + n] for n in range(100)]

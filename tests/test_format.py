@@ -15,11 +15,11 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from turbosparse import format as packed_format
-from turbosparse.folders import TurboSparseError
-from turbosparse.format import PAGE, Fault, FormatError, Packed
+from turbosparse.base.errors import TurboSparseError
 from turbosparse.inspect import validate
 from turbosparse.pack import pack
+from turbosparse.packed import format as packed_format
+from turbosparse.packed.format import PAGE, Fault, FormatError, Packed
 
 Make = Callable[..., Path]
 WEIGHTS = "model-00001-of-00001.safetensors"

@@ -18,8 +18,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbosparse import _core
-from turbosparse.engine import Engine, Step
-from turbosparse.folders import TurboSparseError
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.engine.engine import Engine, Step
 from turbosparse.generate import choose, generate, prompt_ids, stop_ids, stream
 from turbosparse.hf.load import load_tokenizer
 from turbosparse.pack import pack

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from turbosparse import _core
-from turbosparse.quant import dequantise, ffn_rows, quantise
+from turbosparse.ops.quant import dequantise, ffn_rows, quantise
 
 SUM = {"f16": 2e-5, "q8": 2e-5, "q4": 1e-4}  # relative RMS; q4 rounds x to 15 bits
 LONG_SUM = {"f16": 1e-6, "q8": 1e-6, "q4": 1e-4}  # of 4096 random terms with outliers

@@ -17,12 +17,12 @@ import yaml
 from conftest import drelu_recipe
 
 from turbosparse.analyse import measure
-from turbosparse.data import documents
-from turbosparse.folders import TurboSparseError
+from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.load import load_model, load_tokenizer
 from turbosparse.hf.observe import change_combined, force_sparsity, observe_ffn
-from turbosparse.l1 import ramp
 from turbosparse.train import train
+from turbosparse.training.l1 import ramp
+from turbosparse.training.readers import documents
 
 LENGTH, BATCH, STEPS = 32, 4, 6
 TOKENS = torch.arange(4, 44).reshape(2, 20)
@@ -136,7 +136,7 @@ def test_two_processes_train_as_one_does(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_stopped_run_goes_on_where_it_was(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    from turbosparse.trainer import SparseTrainer
+    from turbosparse.training.trainer import SparseTrainer
 
     whole = run("whole", **PRESSED, checkpoint_every=2)
     step, count = SparseTrainer.training_step, 0

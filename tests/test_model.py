@@ -15,16 +15,16 @@ from conftest import CONTEXT, FAMILIES, WINDOW, merge_predictor
 
 from turbosparse import _core
 from turbosparse.analyse import analyse
-from turbosparse.engine import Engine
-from turbosparse.folders import TurboSparseError
-from turbosparse.format import Packed
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.engine.engine import Engine
+from turbosparse.engine.model import Cache, causal_mask
+from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.hf.load import load_config, load_model, with_activation
-from turbosparse.hf.names import WITHOUT_ZEROS
-from turbosparse.model import Cache, causal_mask
 from turbosparse.ops import ROADS
+from turbosparse.ops.quant import dequantise
 from turbosparse.pack import pack
-from turbosparse.quant import dequantise
-from turbosparse.unpack import state_dict
+from turbosparse.packed.format import Packed
+from turbosparse.packed.unpack import state_dict
 
 TOKENS = 100
 PROMPT = list(range(20, 20 + WINDOW + 6))  # already beyond the sliding window
@@ -285,7 +285,7 @@ def test_exact_mode_equals_dense_mode(packed: Make, family: str, road: str) -> N
 @pytest.mark.parametrize("family", FAMILIES)
 def test_sequences_of_a_batch_do_not_see_each_other(packed: Make, family: str) -> None:
     """Eight sequences of different lengths in one step give the logits that each gives alone."""
-    from turbosparse.native import Decoder
+    from turbosparse.engine.native import Decoder
 
     decoder = Engine(packed(family, "q4")).decoder
     assert isinstance(decoder, Decoder)
@@ -297,7 +297,7 @@ def test_sequences_of_a_batch_do_not_see_each_other(packed: Make, family: str) -
 def test_sequences_of_a_predicted_batch_do_not_see_each_other(
     predicted: Make, family: str, kind: str
 ) -> None:
-    from turbosparse.native import Decoder
+    from turbosparse.engine.native import Decoder
 
     decoder = Engine(predicted(family, kind)).decoder
     assert isinstance(decoder, Decoder)
@@ -319,7 +319,7 @@ def check_batch(decoder: Any, mode: str) -> None:
 
 
 def test_a_full_context_of_one_sequence_changes_nothing(packed: Make) -> None:
-    from turbosparse.native import Decoder
+    from turbosparse.engine.native import Decoder
 
     decoder = Engine(packed("llama", "q8")).decoder
     assert isinstance(decoder, Decoder)
@@ -359,7 +359,7 @@ def test_counts_are_those_of_the_analysis(packed: Make, corpus: Path) -> None:
 
 
 def test_neurons_stand_hot_first(packed: Make, sparse: Make, corpus: Path, tmp_path: Path) -> None:
-    from turbosparse.analyse import Stats
+    from turbosparse.packed.stats import Stats
 
     analyse(str(sparse("mistral")), data=[corpus], out=tmp_path)
     stats = Stats.load(tmp_path / "stats.safetensors")
@@ -410,7 +410,7 @@ def test_rope_with_changing_frequencies_is_refused(packed: Make, tmp_path: Path)
 
 
 def test_an_instruction_set_that_is_not_there_is_named(packed: Make) -> None:
-    script = f"from turbosparse.engine import Engine; Engine({str(packed('llama', 'q8'))!r})"
+    script = f"from turbosparse.engine.engine import Engine; Engine({str(packed('llama', 'q8'))!r})"
     done = subprocess.run(
         [sys.executable, "-c", script],
         env=os.environ | {"TURBOSPARSE_ISA": "sse9"},

@@ -8,9 +8,9 @@ import torch
 from torch.nn.functional import gelu, relu, silu
 
 from turbosparse import ops
-from turbosparse.folders import TurboSparseError
-from turbosparse.hf.names import WITHOUT_ZEROS
-from turbosparse.quant import QUANTS, dequantise, ffn_rows, quantise
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.hf.activations import WITHOUT_ZEROS
+from turbosparse.ops.quant import QUANTS, dequantise, ffn_rows, quantise
 
 SAME_SUM = 2e-5  # relative RMS of float32 sums against float64, where terms may cancel
 

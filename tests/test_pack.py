@@ -14,16 +14,16 @@ import torch
 from conftest import CONTEXT, FAMILIES, VOCABULARY, make_model, merge_predictor
 from safetensors.torch import load_file, save_file
 
-from turbosparse import pack as packing
-from turbosparse.analyse import Stats
-from turbosparse.count import RULE
-from turbosparse.folders import TurboSparseError
-from turbosparse.format import Packed
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.hf.count import RULE
 from turbosparse.hf.load import load_config
 from turbosparse.inspect import inspect, validate
+from turbosparse.ops.quant import dequantise, negative, split_ffn
 from turbosparse.pack import pack
-from turbosparse.quant import dequantise, negative, split_ffn
-from turbosparse.unpack import state_dict
+from turbosparse.pack import pack as packing
+from turbosparse.packed.format import Packed
+from turbosparse.packed.stats import Stats
+from turbosparse.packed.unpack import state_dict
 
 Make = Callable[..., Path]
 F16_ROUNDING = 2**-11  # relative; below the normal range 2^-25 absolute

@@ -11,11 +11,11 @@ import pytest
 import torch
 import yaml
 
-from turbosparse.folders import TurboSparseError
+from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.load import new_config
-from turbosparse.plan import Plan, activation_bytes
-from turbosparse.synthetic import SHAPES
+from turbosparse.packed.synthetic import SHAPES
 from turbosparse.train import train
+from turbosparse.training.plan import Plan, activation_bytes
 
 MIXTRAL = {
     **SHAPES["mixtral-8x7b"],

@@ -10,9 +10,7 @@ import pytest
 import torch
 
 from turbosparse import _core, ops
-from turbosparse.format import PackedPredictor, Predictor
-from turbosparse.ops.reference import low_rank_candidates, sign_candidates, sparse_ffn
-from turbosparse.quant import (
+from turbosparse.ops.quant import (
     QUANTS,
     dequantise,
     ffn_rows,
@@ -21,6 +19,8 @@ from turbosparse.quant import (
     sign_bits,
     split_ffn,
 )
+from turbosparse.ops.reference import low_rank_candidates, sign_candidates, sparse_ffn
+from turbosparse.packed.format import PackedPredictor, Predictor
 
 SAME_SUM = 5e-5  # relative RMS; the core rounds the features of a q4 predictor to 15 bits
 ACTIVATIONS = ("drelu", "reglu", "relu")
@@ -60,7 +60,7 @@ def low_rank(quant: str, rank: int, threshold: float, **settings: Any) -> Packed
 
 def sign(data: np.ndarray, quant: str, threshold: float, hidden: int = HIDDEN) -> PackedPredictor:
     """That of stored, as `pack` makes it."""
-    from turbosparse.pack import signs
+    from turbosparse.ops.quant import signs
 
     about = Predictor(kind="sign", input="post_norm", threshold=threshold)
     gate, up, _ = split_ffn(torch.from_numpy(data))

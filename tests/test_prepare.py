@@ -20,12 +20,14 @@ import torch
 import yaml
 
 from turbosparse import cli
-from turbosparse import prepare as module
-from turbosparse.data import Skips, packed_sequences
-from turbosparse.folders import TurboSparseError
+from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.load import load_tokenizer
-from turbosparse.prepare import MANIFEST, Prepared, found_mixture, prepare, training_data
-from turbosparse.train import read_recipe, tokenizer_of, train
+from turbosparse.prepare import Prepared, prepare
+from turbosparse.prepare import prepare as module
+from turbosparse.train import train
+from turbosparse.training.mixture import Skips, packed_sequences
+from turbosparse.training.prepared import MANIFEST, found_mixture, training_data
+from turbosparse.training.recipe import read_recipe, tokenizer_of
 
 LENGTH, BATCH, STEPS = 16, 4, 6
 Dense = Callable[[str], Path]
@@ -170,7 +172,7 @@ def test_a_killed_preparation_goes_on_with_what_is_whole(
     code = f"""
 import os, signal, sys
 from pathlib import Path
-from turbosparse import prepare as module
+from turbosparse.prepare import prepare as module
 if __name__ == "__main__":
     save, count = module._save, 0
     def kill(*arguments, **named):
@@ -237,7 +239,7 @@ def test_training_sees_it_in_order_and_a_stopped_run_goes_on_exactly(
     batches: list[torch.Tensor],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    from turbosparse.trainer import SparseTrainer
+    from turbosparse.training.trainer import SparseTrainer
 
     path = recipe()
     train(path, data=made, out=tmp_path / "whole")

@@ -9,8 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from turbosparse.folders import TurboSparseError
-from turbosparse.quant import ALIGNMENT, QUANTS, dequantise, quantise, row_bytes, sqnr
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.ops.quant import ALIGNMENT, QUANTS, dequantise, quantise, row_bytes, sqnr
 
 GGUF = {
     "f16": gguf.GGMLQuantizationType.F16,

@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 from conftest import VOCABULARY
 
-from turbosparse.data import Source
 from turbosparse.hf.load import load_tokenizer
 from turbosparse.prepare import prepare
-from turbosparse.train import read_recipe, run_recipe
+from turbosparse.train import run_recipe
+from turbosparse.training.mixture import Source
+from turbosparse.training.recipe import read_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 PAPER = ["mistral_7b", "mixtral_8x7b"]

@@ -31,9 +31,11 @@ from processes import (
 )
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
-from turbosparse.folders import TurboSparseError
+from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.load import load_model
-from turbosparse.train import Lora, _with_adapters, train
+from turbosparse.train import train
+from turbosparse.training.arguments import with_adapters
+from turbosparse.training.recipe import Lora
 
 
 @pytest.fixture
@@ -369,7 +371,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(
 def test_processes_that_do_not_see_the_same_files_are_told(
     recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("turbosparse.checkpoints._checksum", lambda _: None)
+    monkeypatch.setattr("turbosparse.training.checkpoints._checksum", lambda _: None)
     with pytest.raises(TurboSparseError, match="give an --out that all nodes share"):
         train(recipe(), out=tmp_path / "out")
 
@@ -388,7 +390,7 @@ def test_adapters_keep_drelu_and_merge_into_an_ordinary_folder(
     ids = torch.arange(20)[None]
     expected = base(ids).logits
     targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
-    adapted = _with_adapters(base, Lora(targets=targets), seed=0, rows=None)
+    adapted = with_adapters(base, Lora(targets=targets), seed=0, rows=None)
     assert torch.equal(adapted(ids).logits, expected), "at the start an adapter adds zero"
 
     lora = {"rank": 4, "alpha": 8, "targets": targets}

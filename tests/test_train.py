@@ -19,9 +19,11 @@ import yaml
 from conftest import CONTEXT, VOCABULARY, drelu_recipe
 from safetensors.torch import load_file
 
-from turbosparse.folders import TurboSparseError
+from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.load import load_model, load_tokenizer
-from turbosparse.train import Recipe, _arguments, read_recipe, train
+from turbosparse.train import train
+from turbosparse.training.arguments import training_arguments
+from turbosparse.training.recipe import Recipe, read_recipe
 
 LENGTH, BATCH, STEPS = 32, 4, 6
 FROM_SCRATCH = {
@@ -61,7 +63,7 @@ def recipe(tmp_path: Path, dense: Dense, corpus: Path) -> Write:
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, forward_pass: int, error: BaseException) -> None:
     """Raise `error` in the forward pass of this number, counted from 1."""
-    from turbosparse.trainer import SparseTrainer
+    from turbosparse.training.trainer import SparseTrainer
 
     step = SparseTrainer.training_step
     count = 0
@@ -241,7 +243,7 @@ def test_the_split_into_micro_batches_changes_nothing(recipe: Write, tmp_path: P
 
 def test_settings_reach_the_optimiser(recipe: Write, tmp_path: Path) -> None:
     changes = {"weight_decay": 0.03, "betas": [0.8, 0.9], "clip_norm": 0.5, "seed": 7}
-    arguments = _arguments(read_recipe(recipe(**changes)), tmp_path)
+    arguments = training_arguments(read_recipe(recipe(**changes)), tmp_path)
     expected = {
         "weight_decay": 0.03,
         "adam_beta1": 0.8,
@@ -275,7 +277,7 @@ def test_auto_precision_takes_bf16_where_the_machine_is_made_for_it(
 ) -> None:
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: machine)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert _arguments(read_recipe(recipe(precision=precision)), tmp_path).bf16 is bf16
+    assert training_arguments(read_recipe(recipe(precision=precision)), tmp_path).bf16 is bf16
 
 
 def test_bf16_training_computes_otherwise_and_still_writes_float32(
@@ -377,7 +379,7 @@ def test_a_killed_process_goes_on_like_any_other(
 import os, signal
 from pathlib import Path
 from turbosparse.train import train
-from turbosparse.trainer import SparseTrainer
+from turbosparse.training.trainer import SparseTrainer
 step, count = SparseTrainer.training_step, 0
 def training_step(*args):
     global count
@@ -428,16 +430,16 @@ def test_a_stopped_run_is_not_resumed_with_other_settings(
 def test_the_bar_is_taken_down_when_training_fails(
     recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import turbosparse.trainer
+    import turbosparse.training.trainer
 
     bars = []
 
-    class Bar(turbosparse.trainer.Progress):
+    class Bar(turbosparse.training.trainer.Progress):
         def start(self) -> None:
             bars.append(self)
             super().start()
 
-    monkeypatch.setattr(turbosparse.trainer, "Progress", Bar)
+    monkeypatch.setattr(turbosparse.training.trainer, "Progress", Bar)
     stop_at(monkeypatch, 2, RuntimeError("out of memory"))
     with pytest.raises(RuntimeError, match="out of memory"):
         train(recipe(), out=tmp_path / "out")

@@ -9,10 +9,8 @@ honestly shows none.
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,106 +18,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from turbosparse.data import documents, take_last
-from turbosparse.folders import TurboSparseError, model_folder, new_file
-from turbosparse.hf import names
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import model_folder
+from turbosparse.base.progress import track
 from turbosparse.hf.load import activation_of, load_model, load_tokenizer
 from turbosparse.hf.observe import observe_ffn
-from turbosparse.progress import track
+from turbosparse.packed.stats import FILE, Stats
+from turbosparse.training.readers import documents, take_last
 
-FILE = "stats.safetensors"
 BATCH_TOKENS = 2048
-
-
-@dataclass
-class Stats:
-    """Counts over the predicted tokens of a corpus; E is 1 for a dense model.
-
-    Shapes: `active` and `gate_positive` ``[layers, E, neurons]``, `tokens` ``[layers, E]`` (tokens
-    that reached the expert), all int64.
-    """
-
-    active: Tensor
-    gate_positive: Tensor
-    tokens: Tensor
-    nats: dict[str, float] = field(default_factory=dict)  # summed over the tokens of each corpus
-    predicted: dict[str, int] = field(default_factory=dict)  # tokens of each corpus
-    about: dict[str, str] = field(default_factory=dict)  # model, activation
-
-    @classmethod
-    def empty(cls, config: Any) -> Stats:
-        shape = (config.num_hidden_layers, names.experts(config) or 1, config.intermediate_size)
-        zeros = torch.zeros(shape, dtype=torch.int64)
-        return cls(zeros, zeros.clone(), torch.zeros(shape[:2], dtype=torch.int64))
-
-    def active_ratio(self) -> Tensor:
-        """Share of Combined entries that are not zero, ``[layers, E]`` float64."""
-        return self.active.sum(-1) / (self.tokens.clamp(min=1) * self.active.shape[-1]).double()
-
-    def gate_ratio(self) -> Tensor:
-        """Share of gate pre-activations above zero, ``[layers, E]`` float64."""
-        return (
-            self.gate_positive.sum(-1) / (self.tokens.clamp(min=1) * self.active.shape[-1]).double()
-        )
-
-    def per_layer(self, ratio: Tensor) -> Tensor:
-        """Mean over the experts of a layer, each weighted by the tokens it saw, ``[layers]``."""
-        return (ratio * self.tokens).sum(-1) / self.tokens.sum(-1).clamp(min=1)
-
-    def activation_sparsity(self) -> float:
-        """Share of exact zeros in Combined, mean over layers (in MoE: of the experts in use)."""
-        return 1 - float(self.per_layer(self.active_ratio()).mean())
-
-    def nats_per_token(self, corpus: str | None = None) -> float:
-        """Cross-entropy in nats per token, of one corpus or of all."""
-        chosen = [corpus] if corpus else list(self.nats)
-        return sum(self.nats[c] for c in chosen) / max(1, sum(self.predicted[c] for c in chosen))
-
-    def perplexity(self, corpus: str | None = None) -> float:
-        return math.exp(self.nats_per_token(corpus))
-
-    def save(self, path: Path) -> None:
-        from safetensors.torch import save_file
-
-        counts = {"active": self.active, "gate_positive": self.gate_positive, "tokens": self.tokens}
-        about = {"nats": self.nats, "predicted": self.predicted, "about": self.about}
-        with new_file(path) as work:
-            save_file(counts, work, metadata={"turbosparse": json.dumps(about)})
-
-    @classmethod
-    def load(cls, path: Path) -> Stats:
-        from safetensors import SafetensorError, safe_open
-
-        try:
-            with safe_open(path, framework="pt") as file:
-                about = json.loads(file.metadata()["turbosparse"])
-                counts = (file.get_tensor(n) for n in ("active", "gate_positive", "tokens"))
-                stats = cls(*counts, **about)
-            stats.nats_per_token()  # raises if these are no numbers
-            return stats
-        except (
-            SafetensorError,
-            OSError,
-            KeyError,
-            TypeError,
-            ValueError,
-            AttributeError,
-        ) as error:
-            raise TurboSparseError(
-                f"{path} is no statistics file ({error}); make one with `turbosparse analyse`"
-            ) from error
-
-    def check(self, config: Any) -> None:
-        """Raise unless these statistics are of a model of this shape."""
-        empty = Stats.empty(config)
-        for name in ("active", "gate_positive", "tokens"):
-            mine, expected = getattr(self, name), getattr(empty, name)
-            if (mine.shape, mine.dtype) != (expected.shape, expected.dtype):
-                raise TurboSparseError(
-                    f"the statistics are of another model: {name} is {list(mine.shape)} "
-                    f"{mine.dtype}, this model ([layers, experts, neurons]) needs "
-                    f"{list(expected.shape)} {expected.dtype}; run `turbosparse analyse` on it"
-                )
 
 
 @dataclass(frozen=True)

@@ -26,13 +26,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from turbosparse import _core, native, ops
-from turbosparse.engine import Engine, Mode, threads_to_use
-from turbosparse.folders import TurboSparseError
-from turbosparse.format import Packed
-from turbosparse.hf import names
-from turbosparse.quant import row_bytes
-from turbosparse.synthetic import Wanted, make_synthetic
+from turbosparse import _core, ops
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.machine import threads_to_use
+from turbosparse.engine import native
+from turbosparse.engine.cost import bytes_per_step, experts_in_use
+from turbosparse.engine.engine import Engine, Mode
+from turbosparse.packed.format import Packed
+from turbosparse.packed.synthetic import Wanted, make_synthetic
 
 READS = 4  # of the memory, before and after a decode: some 50 ms
 
@@ -218,7 +219,7 @@ def _peer(name: str | None, packed: Packed, threads: int, prompt: int) -> Iterat
     if name is None:
         yield None
         return
-    from turbosparse.peers import LlamaCpp
+    from turbosparse.benchmark.peers import LlamaCpp
 
     with LlamaCpp.like(packed, threads=threads, prompt=prompt) as peer:
         yield peer
@@ -312,7 +313,7 @@ def _card(
     peer: str | None,
 ) -> Benchmark:
     counts = torch.stack(ours.counts).double()  # [steps, layers, batch, 3]
-    used = engine.config.intermediate_size * _experts_in_use(engine.config)
+    used = engine.config.intermediate_size * experts_in_use(engine.config)
     candidates, gate, active = (counts.mean((0, 1, 2)) / used).tolist()
     sizes = bytes_per_step(engine, counts, ours.prompt + len(ours.counts) / len(decode[0]) / 2)
     speed, bandwidth = Spread.of(decode[0]), Spread.of(bandwidths)
@@ -347,55 +348,3 @@ def _card(
         peer_prefill_tokens_per_second=Spread.of(prefills[1]) if prefills[1] else None,
         ratio=Spread.of(ratios) if ratios else None,
     )
-
-
-def _experts_in_use(config: Any) -> int:
-    return int(config.num_experts_per_tok) if names.experts(config) else 1
-
-
-def bytes_per_step(engine: Engine, counts: torch.Tensor, positions: float) -> dict[str, float]:
-    """Bytes that a step of B sequences has to read, by part.
-
-    Args:
-        engine: the model and its mode.
-        counts: candidates, neurons with positive gate and active ones, ``[steps, layers, B, 3]``.
-        positions: in each sequence's cache, on average.
-
-    A row that several sequences need is counted once. How far their neurons overlap is not
-    measured: the count takes them as independent, 1 − Π (1 − share) of the rows. Nor is it counted
-    how many rows pass the gate's sign bits: it takes gate and up to pass independently and alike.
-    """
-    config, plan = engine.config, engine.packed.plan
-    batch, experts = counts.shape[2], names.experts(config) or 1
-    # the share of all rows of a layer, of all its experts, that one sequence needs
-    share = counts / (config.intermediate_size * experts)
-    candidate, gate, active = (1 - (1 - share).prod(2).mean((0, 1))).tolist()
-    every = 1 - (1 - _experts_in_use(config) / experts) ** batch
-    row = row_bytes(engine.packed.quant, config.hidden_size)
-    rows = config.intermediate_size * experts * config.num_hidden_layers * row
-    if engine.mode == "dense":
-        gate = active = every
-    head = names.config_head_dim(config)
-    kept = 2 * 2 * config.num_key_value_heads * head * config.num_hidden_layers
-    vocabulary = names.EMBEDDING if config.tie_word_embeddings else names.HEAD
-    predictors = 0.0
-    if engine.mode == "predicted":
-        whole = sum(spec.nbytes for name, spec in plan.items() if ".predictor." in name)
-        predictors = whole * every * _share_of_predictor(engine.packed, candidate / every)
-    return {
-        "attention": sum(spec.nbytes for name, spec in plan.items() if "self_attn" in name),
-        "head": plan[vocabulary].nbytes,
-        "predictors": predictors,
-        "gates": rows * candidate,
-        "ups": rows * gate,
-        "downs": rows * active,
-        "keys and values": batch * positions * kept,
-    }
-
-
-def _share_of_predictor(packed: Packed, candidates: float) -> float:
-    """How much of a predictor one pass reads: of dReLU's sign bits the up's half only in part."""
-    predictor = packed.header.ffn.predictor
-    if predictor is None or predictor.kind == "low_rank":
-        return 1.0
-    return (1 + candidates**0.5) / 2 if packed.activation == "drelu" else 0.5

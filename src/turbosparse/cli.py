@@ -15,7 +15,7 @@ from typing import Annotated, NoReturn
 from cyclopts import App, CycloptsError, Parameter
 
 from turbosparse import __version__
-from turbosparse.folders import TurboSparseError
+from turbosparse.base.errors import TurboSparseError
 
 VERBS = {
     "demo": (

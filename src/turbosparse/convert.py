@@ -17,10 +17,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from turbosparse.folders import (
-    TurboSparseError,
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import (
     check_free,
     copy_companions,
     model_folder,
@@ -28,9 +28,8 @@ from turbosparse.folders import (
     read_config,
     write_json,
 )
-from turbosparse.hf import names
-
-Activation = Literal["drelu", "geglu", "reglu", "relu", "swiglu"]
+from turbosparse.hf import families
+from turbosparse.hf.activations import Activation
 
 
 @dataclass(frozen=True)
@@ -99,7 +98,6 @@ def convert(
     """
     from math import prod
 
-    from turbosparse.data import documents
     from turbosparse.hf.checkpoint import INDEX, Checkpoint
     from turbosparse.hf.load import (
         check_activation,
@@ -110,6 +108,7 @@ def convert(
         quiet,
         sparse_keys,
     )
+    from turbosparse.training.readers import documents
 
     check_activation(activation)
     _check_calibration(activation, link=link, data=data, tokens=tokens, widen=widen)
@@ -117,7 +116,7 @@ def convert(
     folder = model_folder(source)
     raw = read_config(folder)
     base = check_supported(raw, folder)
-    if raw["model_type"].startswith(names.PREFIX):
+    if raw["model_type"].startswith(families.PREFIX):
         raise TurboSparseError(
             f"{folder} is already sparse (ffn_activation {raw.get('ffn_activation', 'drelu')!r}); "
             "convert the dense model it came from"
@@ -153,7 +152,7 @@ def convert(
         if activation != "swiglu":
             copy_code(work)
         write_json(work / "config.json", raw)
-    parameters = sum(prod(shape) for shape in names.tensor_shapes(config).values())
+    parameters = sum(prod(shape) for shape in families.tensor_shapes(config).values())
     shards = len(list(out.glob("*.safetensors")))
     return Converted(str(out), raw["model_type"], activation, parameters, shards, explained)
 
@@ -184,9 +183,9 @@ def _calibrated(
 ) -> tuple[Any, list[list[float | None]]]:
     import torch
 
-    from turbosparse.calibrate import calibrate
-    from turbosparse.data import packed_sequences
     from turbosparse.hf.load import load_model, load_tokenizer
+    from turbosparse.hf.surgery import calibrate
+    from turbosparse.training.mixture import packed_sequences
 
     model, tokenizer = load_model(folder, activation="drelu"), load_tokenizer(folder)
     length = min(tokens, model.config.max_position_embeddings, 1024)

@@ -17,8 +17,9 @@ import torch
 from cyclopts import Parameter
 from torch import Tensor
 
-from turbosparse.engine import Engine, Mode, Road
-from turbosparse.folders import TurboSparseError, read_config
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import read_config
+from turbosparse.engine.engine import Engine, Mode, Road
 from turbosparse.hf.load import load_tokenizer
 
 

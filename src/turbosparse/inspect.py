@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from turbosparse.count import RULE, count_parameters
-from turbosparse.format import Packed, Predictor
+from turbosparse.hf.count import RULE, count_parameters
+from turbosparse.packed.format import Packed, Predictor
 
 
 @dataclass(frozen=True)

@@ -14,17 +14,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
 from torch import Tensor
 
 from turbosparse import __version__
-from turbosparse.analyse import FILE as STATS_FILE
-from turbosparse.analyse import Stats
-from turbosparse.folders import (
-    TurboSparseError,
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import (
     check_free,
     copy_companions,
     model_folder,
@@ -32,7 +29,19 @@ from turbosparse.folders import (
     read_config,
     write_json,
 )
-from turbosparse.format import (
+from turbosparse.base.progress import track
+from turbosparse.hf import families
+from turbosparse.hf.activations import WITHOUT_ZEROS
+from turbosparse.hf.checkpoint import Checkpoint
+from turbosparse.hf.load import activation_of, load_config
+from turbosparse.ops.quant import (
+    ffn_rows,
+    quantise,
+    row_bytes,
+    signs,
+    split_ffn,
+)
+from turbosparse.packed.format import (
     FFN,
     VERSION,
     Header,
@@ -43,11 +52,8 @@ from turbosparse.format import (
     layout,
     write_weights,
 )
-from turbosparse.hf import names
-from turbosparse.hf.checkpoint import Checkpoint
-from turbosparse.hf.load import activation_of, load_config
-from turbosparse.progress import track
-from turbosparse.quant import dequantise, ffn_rows, quantise, row_bytes, sign_bits, split_ffn
+from turbosparse.packed.stats import FILE as STATS_FILE
+from turbosparse.packed.stats import Stats
 
 
 @dataclass(frozen=True)
@@ -149,7 +155,7 @@ def _predictor(config: Any, checkpoint: Checkpoint, choice: str, quant: str) -> 
     ranks = None if choice == "sign" else checkpoint.predictor_ranks(config)
     if choice == "none" or (choice == "auto" and ranks is None):
         return None
-    if (activation := activation_of(config)) in names.WITHOUT_ZEROS:
+    if (activation := activation_of(config)) in WITHOUT_ZEROS:
         raise TurboSparseError(
             f"{checkpoint.folder} is a {activation} model: it has no zeros to predict; "
             "use --predictor none"
@@ -197,7 +203,7 @@ def _tensors(
     ffn: FFN,
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Every tensor of `plan`, in its order."""
-    ffns = {ffn_prefix(*slot): slot for slot in names.ffns(config)}
+    ffns = {ffn_prefix(*slot): slot for slot in families.ffns(config)}
     for name, spec in plan.items():
         prefix, _, last = name.rpartition(".")
         if last == "ffn":
@@ -212,7 +218,7 @@ def _tensors(
                     signs(*split_ffn(rows)[:2], quant, config.hidden_size),
                 )
             elif ffn.predictor:
-                fc1, fc2 = names.predictor(layer, expert)
+                fc1, fc2 = families.predictor(layer, expert)
                 own = str(ffn.predictor.quant)
                 yield f"{prefix}.predictor.fc1", _quantised(checkpoint, fc1, own).numpy()
                 yield f"{prefix}.predictor.fc2", _quantised(checkpoint, fc2, own, order).numpy()
@@ -238,18 +244,12 @@ def _ffn(
     order: Tensor,
     quant: str,
 ) -> Tensor:
-    gate, up, down = names.ffn(layer, expert)
+    gate, up, down = families.ffn(layer, expert)
     return ffn_rows(
         _quantised(checkpoint, gate, quant, order),
         _quantised(checkpoint, up, quant, order),
         _quantised(checkpoint, down, quant, order, transpose=True),
     )
-
-
-def signs(gate: Tensor, up: Tensor, quant: str, hidden: int) -> NDArray[np.uint8]:
-    """Which weights of packed gate and up rows are negative: packed bits."""
-    bits = [sign_bits(dequantise(rows, quant, hidden)) for rows in (gate, up)]
-    return torch.cat(bits, 1).numpy()
 
 
 def _quantised(

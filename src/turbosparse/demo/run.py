@@ -16,19 +16,21 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from turbosparse.analyse import FILE as STATS_FILE
-from turbosparse.analyse import Stats, measure
+from turbosparse.analyse import measure
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import new_folder, read_config, write_json
 from turbosparse.convert import convert
-from turbosparse.count import RULE, count_parameters
-from turbosparse.data import documents
 from turbosparse.demo.corpus import make_corpus
 from turbosparse.demo.tokenizer import train_tokenizer
-from turbosparse.engine import Engine, Mode, Road
-from turbosparse.folders import TurboSparseError, new_folder, read_config, write_json
+from turbosparse.engine.engine import Engine, Mode, Road
 from turbosparse.generate import stream, summarise
+from turbosparse.hf.count import RULE, count_parameters
 from turbosparse.hf.load import load_config, load_model, load_tokenizer
 from turbosparse.pack import pack
+from turbosparse.packed.stats import FILE as STATS_FILE
+from turbosparse.packed.stats import Stats
 from turbosparse.train import train
+from turbosparse.training.readers import documents
 
 DOMAINS = ("code", "docs", "math", "qa")
 CONTEXT = 256

@@ -1,1 +1,4 @@
-"""Everything that knows Hugging Face: our model classes, checkpoint names, loading and export."""
+"""Everything that knows Hugging Face: families, checkpoints, model classes, loading, surgery.
+
+Imports `base`. Anything above may import it.
+"""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from turbosparse.folders import TurboSparseError
-from turbosparse.hf import names
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.hf import families
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +56,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         Raises:
             TurboSparseError: names the first few tensors that are missing or have another shape.
         """
-        self._check_shapes(names.tensor_shapes(config))
+        self._check_shapes(families.tensor_shapes(config))
 
     def predictor_ranks(self, config: Any) -> list[list[int]] | None:
         """Ranks of the merged predictor, ``[layers][experts]``; None if there is none.
@@ -64,7 +64,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         Raises:
             TurboSparseError: it is not whole: every FFN has an fc1 ``[R, H]`` and fc2 ``[I, R]``.
         """
-        matrices = [names.predictor(*slot) for slot in names.ffns(config)]
+        matrices = [families.predictor(*slot) for slot in families.ffns(config)]
         if not any(name in self for pair in matrices for name in pair):
             return None
         ranks = [self.shape(fc1)[0] if fc1 in self else 0 for fc1, _ in matrices]
@@ -75,7 +75,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
                 (config.intermediate_size, rank),
             )
         self._check_shapes(expected)
-        width = max(1, names.experts(config))
+        width = max(1, families.experts(config))
         return [ranks[at : at + width] for at in range(0, len(ranks), width)]
 
     def _check_shapes(self, expected: dict[str, tuple[int, ...]]) -> None:

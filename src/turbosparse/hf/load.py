@@ -9,9 +9,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from turbosparse.folders import TurboSparseError, model_folder, read_config
-from turbosparse.hf import names
-from turbosparse.hf.ffn_activation import ACTIVATIONS
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import model_folder, read_config
+from turbosparse.hf import families
+from turbosparse.hf.activations import ACTIVATIONS
 
 _STOCK_ACTIVATION = {"silu": "swiglu", "swish": "swiglu", "relu": "reglu"}
 # Far beyond any model: a damaged config.json must not ask for memory without end.
@@ -42,7 +43,7 @@ def register() -> None:
     """Make ``AutoConfig`` and ``AutoModelForCausalLM`` know our classes; it may be called again."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    for base in names.FAMILIES:
+    for base in families.FAMILIES:
         module, name = _classes(base)
         config, model = getattr(module, f"{name}Config"), getattr(module, f"{name}ForCausalLM")
         AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -52,9 +53,11 @@ def register() -> None:
 def check_supported(raw: dict[str, Any], folder: Path) -> str:
     """Return the family of a ``config.json``, or say which are supported."""
     model_type = str(raw.get("model_type"))
-    base = names.family(model_type)
+    base = families.family(model_type)
     if base is None:
-        supported = ", ".join([*names.FAMILIES, *(names.PREFIX + f for f in names.FAMILIES)])
+        supported = ", ".join(
+            [*families.FAMILIES, *(families.PREFIX + f for f in families.FAMILIES)]
+        )
         raise TurboSparseError(
             f"{folder}: model_type {model_type!r} is not supported; supported are {supported}"
         )
@@ -105,7 +108,7 @@ def check_activation(activation: str) -> None:
 
 def activation_of(config: Any) -> str:
     """The FFN activation of a config; for stock classes it follows from ``hidden_act``."""
-    if config.model_type.startswith(names.PREFIX):
+    if config.model_type.startswith(families.PREFIX):
         activation = str(config.ffn_activation)
         check_activation(activation)
         return activation
@@ -124,13 +127,13 @@ def with_activation(config: Any, activation: str) -> Any:
 
     check_activation(activation)
     register()
-    base = names.family(config.model_type)
+    base = families.family(config.model_type)
     own = {"model_type", "architectures", "auto_map", "ffn_activation", "hidden_act"}
     fields = {key: value for key, value in config.to_dict().items() if key not in own}
     if activation == "swiglu":
         return AutoConfig.for_model(base, **fields, hidden_act="silu")
     return AutoConfig.for_model(
-        names.PREFIX + str(base),
+        families.PREFIX + str(base),
         **fields,
         hidden_act=hidden_act(activation),
         ffn_activation=activation,
@@ -139,7 +142,7 @@ def with_activation(config: Any, activation: str) -> Any:
 
 def hidden_act(activation: str) -> str:
     """What config.json tells a foreign reader who does not know ``ffn_activation``."""
-    return {"swiglu": "silu", "geglu": "gelu"}.get(activation, "relu")
+    return ACTIVATIONS[activation].hidden_act
 
 
 @contextmanager
@@ -208,7 +211,7 @@ def new_config(fields: dict[str, Any], *, activation: str) -> Any:
     from transformers import AutoConfig
 
     fields = dict(fields)
-    base = check_supported(fields, Path("the recipe's model")).removeprefix(names.PREFIX)
+    base = check_supported(fields, Path("the recipe's model")).removeprefix(families.PREFIX)
     del fields["model_type"]
     return with_activation(AutoConfig.for_model(base, **fields), activation)
 
@@ -226,7 +229,7 @@ def load_tokenizer(source: str | Path) -> Any:
     """Load the tokenizer of a model folder."""
     from transformers import AutoTokenizer
 
-    from turbosparse.folders import TOKENIZER_FILES
+    from turbosparse.base.folders import TOKENIZER_FILES
 
     folder = model_folder(source)
     if not any((folder / name).is_file() for name in TOKENIZER_FILES):
@@ -249,7 +252,7 @@ def sparse_keys(base: str) -> dict[str, Any]:
     module, name = _classes(base)
     file = module.__name__.rpartition(".")[2]
     return {
-        "model_type": names.PREFIX + base,
+        "model_type": families.PREFIX + base,
         "architectures": [f"{name}ForCausalLM"],
         "auto_map": {
             "AutoConfig": f"{file}.{name}Config",
@@ -276,9 +279,9 @@ def save_model(
     with quiet():
         model.save_pretrained(out, state_dict=weights)
     tokenizer.save_pretrained(out)
-    if config.model_type.startswith(names.PREFIX):
-        from turbosparse.folders import write_json
+    if config.model_type.startswith(families.PREFIX):
+        from turbosparse.base.folders import write_json
 
-        base = str(names.family(config.model_type))
+        base = str(families.family(config.model_type))
         write_json(out / "config.json", read_config(out) | sparse_keys(base))
         copy_code(out)

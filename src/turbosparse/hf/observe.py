@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
-from turbosparse.hf.names import PREFIX
+from turbosparse.hf.families import PREFIX
 
 # (layer, expert or None, gate [N, I], Combined [N, I], rows [N]: which of the batch's B·T tokens)
 See = Callable[[int, int | None, torch.Tensor, torch.Tensor, torch.Tensor], None]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from types import ModuleType
 from typing import Literal
 
-from turbosparse.folders import TurboSparseError
+from turbosparse.base.errors import TurboSparseError
 
 ROADS = ("torch", "cpu")
 # which rows of a feed-forward are read; see `reference.sparse_ffn`

@@ -10,8 +10,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turbosparse import _core
-from turbosparse.format import PackedPredictor
 from turbosparse.ops import Mode
+from turbosparse.packed.format import PackedPredictor
 
 
 class Matrix:

@@ -13,11 +13,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import relu
 
-from turbosparse.format import PackedPredictor
+from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.hf.ffn_activation import combined
-from turbosparse.hf.names import WITHOUT_ZEROS
 from turbosparse.ops import Mode
-from turbosparse.quant import dequantise, negative, split_ffn
+from turbosparse.ops.quant import dequantise, negative, split_ffn
+from turbosparse.packed.format import PackedPredictor
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x [T, H], residual [T, H] → candidates [T, I]
 

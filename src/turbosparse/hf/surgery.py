@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import linear
 
+from turbosparse.base.progress import track
 from turbosparse.hf.ffn_activation import combined
-from turbosparse.progress import track
 
 _ROWS = 4096  # tokens at a time, for their Combined vectors are wide
 _RIDGE = 0.01  # weight of the old down projection, in mean squares of Combined

@@ -19,14 +19,14 @@ import torch
 from numpy.typing import NDArray
 
 from turbosparse import __version__
-from turbosparse.folders import TurboSparseError, new_folder, write_json
-from turbosparse.format import FFN, VERSION, Header, Predictor, Spec, layout, write_weights
-from turbosparse.hf import names
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import new_folder, write_json
+from turbosparse.base.progress import track
+from turbosparse.hf import families
 from turbosparse.hf.load import with_activation
+from turbosparse.ops.quant import BLOCK, TILE, ffn_rows, negative, quantise, row_bytes, signs
 from turbosparse.ops.reference import sign_scores
-from turbosparse.pack import signs
-from turbosparse.progress import track
-from turbosparse.quant import BLOCK, TILE, ffn_rows, negative, quantise, row_bytes
+from turbosparse.packed.format import FFN, VERSION, Header, Predictor, Spec, layout, write_weights
 
 # the architectures that people ask about; `layers` may be cut to fit a machine
 SHAPES: dict[str, dict[str, Any]] = {
@@ -208,7 +208,7 @@ def _low_rank_ffn(
         quant=quant,  # type: ignore[arg-type]
         input="post_norm",
         threshold=threshold,
-        ranks=[[wanted.rank] * max(1, names.experts(config))] * config.num_hidden_layers,
+        ranks=[[wanted.rank] * max(1, families.experts(config))] * config.num_hidden_layers,
     )
     return predictor, {
         "gate": parts[0],
@@ -279,10 +279,10 @@ class _Weights:
             gate, up = parts or self.gates_and_ups(rows // 3, hidden)
             return ffn_rows(*map(torch.from_numpy, (gate, up, down))).numpy()
         if name.endswith("o_proj.weight"):
-            heads = config.num_attention_heads * names.config_head_dim(config)
+            heads = config.num_attention_heads * families.config_head_dim(config)
             return self._rows(rows, heads, stride, QUIET)
         matrix = self._rows(rows, hidden, stride)
-        if name == names.EMBEDDING:
+        if name == families.EMBEDDING:
             self._first_block(matrix, hidden, CONSTANT * SPREAD)
         return matrix
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol, get_args
 
 from torch import Tensor
 
-from turbosparse import model, native, ops
-from turbosparse.folders import TurboSparseError
-from turbosparse.format import Packed
-from turbosparse.hf.names import WITHOUT_ZEROS
+from turbosparse import ops
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.machine import threads_to_use
+from turbosparse.engine import model, native
+from turbosparse.hf.activations import WITHOUT_ZEROS
+from turbosparse.packed.format import Packed
 
 Road = Literal["auto", "torch", "cpu"]
 Mode = Literal["auto", "dense", "exact", "predicted"]
@@ -162,32 +163,3 @@ def _mode(packed: Packed, asked: Mode) -> ops.Mode:
     if predictor and (predictor.recall or 0) >= TRUSTED_RECALL:
         return "predicted"
     return "exact" if sparse else "dense"
-
-
-def threads_to_use(asked: int | None) -> int:
-    """The number of threads, checked against the processors that this process may use.
-
-    The default is also no more than what a container's quota of processor time is worth.
-    """
-    cores = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    if asked is None:
-        return min(cores, _processor_quota() or cores)
-    if not 1 <= asked <= cores:
-        raise TurboSparseError(f"--threads {asked}: this process may use 1 to {cores}")
-    return asked
-
-
-def _processor_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """The processors that the control group's quota pays for, rounded up; None without one."""
-    v1 = ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
-    for files in (("cpu.max",), v1):
-        try:
-            quota, period = " ".join((cgroup / name).read_text() for name in files).split()
-            quota_us, period_us = int(quota), int(period)
-        except (OSError, ValueError):  # another version, or "max": no quota
-            continue
-        if quota_us > 0 and period_us > 0:  # version 1 says -1 for none
-            return -(-quota_us // period_us)
-    return None

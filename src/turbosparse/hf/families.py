@@ -9,7 +9,6 @@ from typing import Any, NamedTuple
 
 FAMILIES = ("mistral", "llama", "qwen2", "mixtral")
 PREFIX = "drelu_"  # of the model_type of our classes
-WITHOUT_ZEROS = ("geglu", "swiglu")  # activations that leave nothing to skip
 
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"

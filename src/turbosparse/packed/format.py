@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError, model_validator
 
-from turbosparse.folders import TurboSparseError, new_file, read_config
-from turbosparse.hf import names
-from turbosparse.quant import BLOCK, row_bytes, sign_bytes
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import new_file, read_config
+from turbosparse.hf import families
+from turbosparse.hf.activations import WITHOUT_ZEROS, Activation
+from turbosparse.ops.quant import BLOCK, row_bytes, sign_bytes
 
 VERSION = 1
 PAGE = 4096
@@ -92,12 +94,12 @@ class FFN(BaseModel):
     """The record that describes a model's feed-forward."""
 
     model_config = ConfigDict(extra="forbid")
-    activation: Literal["drelu", "geglu", "reglu", "relu", "swiglu"]
+    activation: Activation
     predictor: Predictor | None = None
 
     @model_validator(mode="after")
     def _has_zeros_to_predict(self) -> Self:
-        if self.predictor and self.activation in names.WITHOUT_ZEROS:
+        if self.predictor and self.activation in WITHOUT_ZEROS:
             raise ValueError(f"{self.activation} has no zeros to predict")
         return self
 
@@ -173,13 +175,13 @@ def layout(config: Any, quant: str, predictor: Predictor | None = None) -> dict[
             else Spec("F32", shape)
         )
 
-    plan = {names.EMBEDDING: spec((config.vocab_size, config.hidden_size))}
-    slots: list[int | None] = list(range(names.experts(config))) or [None]
+    plan = {families.EMBEDDING: spec((config.vocab_size, config.hidden_size))}
+    slots: list[int | None] = list(range(families.experts(config))) or [None]
     for layer in range(config.num_hidden_layers):
-        small = names.norms(config, layer) | names.attention(config, layer)
+        small = families.norms(config, layer) | families.attention(config, layer)
         plan |= {name: spec(shape) for name, shape in small.items()}
-        if names.experts(config):
-            plan[names.router(layer)] = Spec("F32", (len(slots), config.hidden_size))
+        if families.experts(config):
+            plan[families.router(layer)] = Spec("F32", (len(slots), config.hidden_size))
         for expert in slots:
             prefix = ffn_prefix(layer, expert)
             plan[f"{prefix}ffn"] = spec((3 * neurons, config.hidden_size))
@@ -187,9 +189,9 @@ def layout(config: Any, quant: str, predictor: Predictor | None = None) -> dict[
             if predictor:
                 own = _predictor_layout(config, predictor, layer, expert or 0)
                 plan |= {f"{prefix}predictor.{part}": spec for part, spec in own.items()}
-    plan[names.FINAL_NORM] = spec((config.hidden_size,))
+    plan[families.FINAL_NORM] = spec((config.hidden_size,))
     if not config.tie_word_embeddings:
-        plan[names.HEAD] = spec((config.vocab_size, config.hidden_size))
+        plan[families.HEAD] = spec((config.vocab_size, config.hidden_size))
     return plan
 
 
@@ -323,7 +325,7 @@ def _read_header(folder: Path, raw: dict[str, Any]) -> Header:
 def _check_ranks(folder: Path, predictor: Predictor | None, config: Any) -> None:
     if predictor is None or predictor.ranks is None:
         return
-    shape = [max(1, names.experts(config))] * config.num_hidden_layers
+    shape = [max(1, families.experts(config))] * config.num_hidden_layers
     step = 1 if predictor.quant == "f16" else BLOCK
     sound = all(rank > 0 and rank % step == 0 for layer in predictor.ranks for rank in layer)
     if not sound or [len(layer) for layer in predictor.ranks] != shape:

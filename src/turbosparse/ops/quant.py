@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from turbosparse.folders import TurboSparseError
+from turbosparse.base.errors import TurboSparseError
 
 QUANTS = ("f16", "q8", "q4")
 BLOCK = 32
@@ -100,6 +101,12 @@ def split_ffn(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Gate, up and down of packed `ffn_rows`."""
     neurons = len(rows) // 3
     return rows[:neurons], rows[neurons::2], rows[neurons + 1 :: 2]
+
+
+def signs(gate: Tensor, up: Tensor, quant: str, hidden: int) -> NDArray[np.uint8]:
+    """Which weights of packed gate and up rows are negative: packed bits."""
+    bits = [sign_bits(dequantise(rows, quant, hidden)) for rows in (gate, up)]
+    return torch.cat(bits, 1).numpy()
 
 
 def sqnr(reference: Tensor, approximation: Tensor) -> float:

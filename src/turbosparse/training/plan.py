@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from turbosparse.count import count_parameters
-from turbosparse.folders import TurboSparseError, model_folder
-from turbosparse.hf import names
-
-if TYPE_CHECKING:
-    from turbosparse.train import Recipe
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import model_folder
+from turbosparse.hf import families
+from turbosparse.hf.count import count_parameters
+from turbosparse.training.recipe import Recipe, micro_batch
 
 FLOPS_RULE = (
     "6 FLOPs per active parameter and token; active = every weight outside the FFN (of the input "
@@ -90,8 +89,8 @@ def plan_training(recipe: Recipe, *, processes: int = 1, tflops: float | None = 
     Args:
         tflops: what each process sustains, in 10¹² FLOP/s; for the time.
     """
+    from turbosparse.base.machine import uses_bf16
     from turbosparse.hf.load import activation_of
-    from turbosparse.train import micro_batch, uses_bf16
 
     if recipe.deepspeed is not None:
         raise TurboSparseError(
@@ -155,15 +154,15 @@ def activation_bytes(config: Any, *, tokens: int, compute: int, stream: int) -> 
         stream: bytes of a number of the residual stream.
     """
     hidden, neurons = config.hidden_size, config.intermediate_size
-    head = names.config_head_dim(config)
+    head = families.config_head_dim(config)
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     # Each norm: its input in float32, what its weight multiplies, what the projections read.
     norm = (_FLOAT + stream + compute) * hidden
     attention = compute * (3 * queries + 2 * keys)
     # Of a neuron: relu(gate), relu(up), Combined; silu and gelu keep their input as well.
     kept = {"geglu": 4, "swiglu": 4, "relu": 1}.get(_activation(config), 3)
-    used = config.num_experts_per_tok if names.experts(config) else 1
-    ffn = used * compute * (kept * neurons + (2 * hidden if names.experts(config) else 0))
+    used = config.num_experts_per_tok if families.experts(config) else 1
+    ffn = used * compute * (kept * neurons + (2 * hidden if families.experts(config) else 0))
     layer = 2 * norm + attention + ffn
     # logits, in float32 too, their log-softmax
     logits = _FLOAT if compute == _FLOAT else compute + _FLOAT
@@ -181,10 +180,12 @@ def _activation(config: Any) -> str:
 
 def _working_copies(config: Any, recipe: Recipe, processes: int, compute: int, trained: int) -> int:
     """Weights in the type of the products, gradients on their way to other processes."""
-    shapes = names.tensor_shapes(config)
+    shapes = families.tensor_shapes(config)
     total = sum(map(prod, shapes.values()))
     if recipe.shard == "full":
-        ends = sum(prod(shapes[name]) for name in (names.EMBEDDING, names.HEAD) if name in shapes)
+        ends = sum(
+            prod(shapes[name]) for name in (families.EMBEDDING, families.HEAD) if name in shapes
+        )
         layer = (total - ends) // int(config.num_hidden_layers)
         # two layers gathered, the gradient of one in both types
         return compute * (2 * layer + ends) + (compute + _FLOAT) * layer
@@ -197,7 +198,7 @@ def _adapter_parameters(config: Any, recipe: Recipe) -> int:
     assert recipe.lora
     return sum(
         recipe.lora.rank * sum(shape)
-        for name, shape in names.tensor_shapes(config).items()
+        for name, shape in families.tensor_shapes(config).items()
         if name.endswith(".weight") and name.split(".")[-2] in recipe.lora.targets
     )
 

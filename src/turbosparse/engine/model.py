@@ -14,10 +14,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from turbosparse import ops
-from turbosparse.folders import TurboSparseError
-from turbosparse.format import Packed, ffn_prefix
-from turbosparse.hf import names
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.hf import families
 from turbosparse.ops import Mode
+from turbosparse.packed.format import Packed, ffn_prefix
 
 # RoPE whose frequencies do not change with the length of the text
 ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -40,11 +40,11 @@ class Decoder:
         self.config, self.quant = config, packed.quant
         self._packed, self._tensors = packed, packed.tensors
         self._threads, self._kernels = threads, ops.road(road)
-        self.embedding = self._matrix(names.EMBEDDING, config.hidden_size)
+        self.embedding = self._matrix(families.EMBEDDING, config.hidden_size)
         self.layers = [Layer(self, index) for index in range(config.num_hidden_layers)]
-        self.norm = self._norm(names.FINAL_NORM)
+        self.norm = self._norm(families.FINAL_NORM)
         tied = config.tie_word_embeddings
-        self.head = self.embedding if tied else self._matrix(names.HEAD, config.hidden_size)
+        self.head = self.embedding if tied else self._matrix(families.HEAD, config.hidden_size)
         self.rope = Rope(config)
 
     def new_cache(self, context: int) -> Cache:
@@ -104,7 +104,7 @@ class Layer:
         self.attention = Attention(decoder, index)
         self.input_norm = decoder._norm(f"{prefix}input_layernorm.weight")
         self.post_norm = decoder._norm(f"{prefix}post_attention_layernorm.weight")
-        if names.experts(config):
+        if families.experts(config):
             self.ffn: Any = Mixture(decoder, index)
         else:
             self.ffn = decoder._neurons(index, None).forward
@@ -122,9 +122,9 @@ class Attention:
 
     def __init__(self, decoder: Decoder, index: int):
         config = decoder.config
-        self.index, self.head = index, names.config_head_dim(config)
+        self.index, self.head = index, families.config_head_dim(config)
         self.projections = {}
-        for name, shape in names.attention(config, index).items():
+        for name, shape in families.attention(config, index).items():
             kind = name.split(".")[-2][0]  # q, k, v or o
             if name.endswith(".weight"):
                 bias_name = name.removesuffix("weight") + "bias"
@@ -154,10 +154,10 @@ class Mixture:
     """Mixtral's experts: softmax over all, the top k of them renormalised (Turbo Sparse §4)."""
 
     def __init__(self, decoder: Decoder, index: int):
-        self.router = decoder._vector(names.router(index))
+        self.router = decoder._vector(families.router(index))
         self.top_k = decoder.config.num_experts_per_tok
         self.experts = [
-            decoder._neurons(index, expert) for expert in range(names.experts(decoder.config))
+            decoder._neurons(index, expert) for expert in range(families.experts(decoder.config))
         ]
 
     def __call__(self, x: Tensor, residual: Tensor, *, mode: Mode) -> tuple[Tensor, Tensor]:
@@ -218,7 +218,7 @@ class Cache:
     """Keys and values of one sequence in half precision, ``[K, S, D]`` per layer."""
 
     def __init__(self, config: Any, context: int):
-        heads, head = config.num_key_value_heads, names.config_head_dim(config)
+        heads, head = config.num_key_value_heads, families.config_head_dim(config)
         self.context, self.length = context, 0
         self._store = torch.empty(config.num_hidden_layers, 2, heads, 0, head, dtype=torch.half)
 

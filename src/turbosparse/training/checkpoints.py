@@ -9,7 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from turbosparse.folders import TurboSparseError, new_file, write_json
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import new_file, write_json
 
 SEAL = "seal.json"  # {file: CRC-32}, written when all the others are on disk
 _CHUNK = 1 << 24

@@ -21,10 +21,11 @@ from torch import Tensor
 from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
-from turbosparse.checkpoints import seal, step_of
-from turbosparse.folders import TurboSparseError, named_disk_errors, new_file
-from turbosparse.l1 import L1Penalty
-from turbosparse.meter import Meter
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import named_disk_errors, new_file
+from turbosparse.training.checkpoints import seal, step_of
+from turbosparse.training.l1 import L1Penalty
+from turbosparse.training.meter import Meter
 
 
 class SparseTrainer(Trainer):

@@ -11,9 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from turbosparse.folders import TurboSparseError
-from turbosparse.format import Packed
-from turbosparse.hf import names
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.hf import families
+from turbosparse.packed.format import Packed
 
 
 class LlamaCpp:
@@ -77,7 +77,7 @@ def write_random_gguf(path: Path, config: Any, quant: str) -> None:
         "q8": gguf.GGMLQuantizationType.Q8_0,
         "q4": gguf.GGMLQuantizationType.Q4_0,
     }[quant]
-    experts = names.experts(config)
+    experts = families.experts(config)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(4096)
     writer.add_embedding_length(config.hidden_size)
@@ -85,7 +85,7 @@ def write_random_gguf(path: Path, config: Any, quant: str) -> None:
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(names.config_head_dim(config))
+    writer.add_rope_dimension_count(families.config_head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
     writer.add_tokenizer_model("no_vocab")
@@ -128,7 +128,7 @@ def quantised(name: str) -> bool:
 
 def _gguf_shapes(config: Any, experts: int) -> dict[str, tuple[int, ...]]:
     hidden, neurons = config.hidden_size, config.intermediate_size
-    head = names.config_head_dim(config)
+    head = families.config_head_dim(config)
     queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
     stack = (experts,) if experts else ()
     suffix = "_exps" if experts else ""

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from turbosparse.base.errors import TurboSparseError
+
 # What travels with a model besides config and weights.
 COMPANIONS = (
     "tokenizer.json",
@@ -27,10 +29,6 @@ COMPANIONS = (
 # How the system and the libraries that write for us say it.
 _DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
-
-class TurboSparseError(ValueError):
-    """A mistake in the input: the message says what is wrong, which value, and what to do."""
 
 
 # What is fetched of a model on the hub.

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbosparse.hf import names
+from turbosparse.hf import families
 from turbosparse.hf.observe import observe_ffn, observe_routers
 
 _ZEROS, _ENTRIES, _ROUTED, _ENTROPY, _TOKENS = range(5)
@@ -24,7 +24,7 @@ class Meter:
 
     def __init__(self, model: Any):
         self._model = model
-        self._experts = names.experts(model.config)
+        self._experts = families.experts(model.config)
         shape = (5, model.config.num_hidden_layers, max(1, self._experts))
         self._counts = torch.zeros(shape, dtype=torch.float64)
 

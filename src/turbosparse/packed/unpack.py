@@ -5,21 +5,21 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from turbosparse.format import Packed, ffn_prefix
-from turbosparse.hf import names
-from turbosparse.quant import dequantise, split_ffn
+from turbosparse.hf import families
+from turbosparse.ops.quant import dequantise, split_ffn
+from turbosparse.packed.format import Packed, ffn_prefix
 
 
 def state_dict(packed: Packed) -> dict[str, Tensor]:
     """Float32 tensors by their names on disk, neurons in the model's own order."""
-    shapes = names.tensor_shapes(packed.config)
+    shapes = families.tensor_shapes(packed.config)
     tensors: dict[str, Tensor] = {}
     for name, spec in packed.plan.items():
         if name in shapes:
             data = torch.tensor(packed.tensors[name])
             quantised = spec.dtype == "U8"
             tensors[name] = dequantise(data, packed.quant, shapes[name][1]) if quantised else data
-    for layer, expert in names.ffns(packed.config):
+    for layer, expert in families.ffns(packed.config):
         prefix = ffn_prefix(layer, expert)
         order = torch.tensor(packed.tensors[f"{prefix}neuron_order"]).argsort()
         rows = torch.tensor(packed.tensors[f"{prefix}ffn"])
@@ -27,6 +27,6 @@ def state_dict(packed: Packed) -> dict[str, Tensor]:
             dequantise(part[order], packed.quant, packed.config.hidden_size)
             for part in split_ffn(rows)
         )
-        own = names.ffn(layer, expert)
+        own = families.ffn(layer, expert)
         tensors |= {own.gate: gate, own.up: up, own.down: down.T}
     return tensors

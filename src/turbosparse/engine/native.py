@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 
 from turbosparse import _core
-from turbosparse.folders import TurboSparseError
-from turbosparse.format import Packed, ffn_prefix
-from turbosparse.hf import names
-from turbosparse.model import Rope, sliding_window
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.engine.model import Rope, sliding_window
+from turbosparse.hf import families
 from turbosparse.ops import Mode
 from turbosparse.ops.cpu import neurons
-from turbosparse.quant import row_bytes
+from turbosparse.ops.quant import row_bytes
+from turbosparse.packed.format import Packed, ffn_prefix
 
 PAGE = 64  # positions, as in csrc/decoder.h
 
@@ -46,21 +46,21 @@ class Decoder:
         self.config, self.threads = config, threads
         rope = Rope(config)
         hidden = config.hidden_size
-        embedding = _matrix(packed, names.EMBEDDING, hidden)
-        head = embedding if config.tie_word_embeddings else _matrix(packed, names.HEAD, hidden)
+        embedding = _matrix(packed, families.EMBEDDING, hidden)
+        head = embedding if config.tie_word_embeddings else _matrix(packed, families.HEAD, hidden)
         self.vocabulary = embedding.rows
         heads = config.num_hidden_layers * config.num_key_value_heads
         self._position_bytes = 2 * heads * row_bytes("f16", 2 * len(rope.frequencies))
         self._native = _core.Decoder(
             embedding,
             head,
-            packed.tensors[names.FINAL_NORM],
+            packed.tensors[families.FINAL_NORM],
             [_layer(packed, index) for index in range(config.num_hidden_layers)],
             rope.frequencies.numpy(),
             rope.scale,
             config.num_attention_heads,
             config.num_key_value_heads,
-            config.num_experts_per_tok if names.experts(config) else 1,
+            config.num_experts_per_tok if families.experts(config) else 1,
             config.rms_norm_eps,
         )
 
@@ -125,16 +125,16 @@ def _matrix(packed: Packed, name: str, cols: int) -> _core.Matrix:
 
 def _layer(packed: Packed, index: int) -> _core.Layer:
     config, tensors = packed.config, packed.tensors
-    shapes = names.attention(config, index)
+    shapes = families.attention(config, index)
     weights = [name for name in shapes if name.endswith(".weight")]  # q, k, v, o
-    experts: list[int | None] = list(range(names.experts(config))) or [None]
+    experts: list[int | None] = list(range(families.experts(config))) or [None]
     prefix = f"model.layers.{index}."
     return _core.Layer(
         [_matrix(packed, name, shapes[name][1]) for name in weights],
         [tensors.get(name.removesuffix("weight") + "bias") for name in weights],
         tensors[f"{prefix}input_layernorm.weight"],
         tensors[f"{prefix}post_attention_layernorm.weight"],
-        tensors[names.router(index)] if names.experts(config) else None,
+        tensors[families.router(index)] if families.experts(config) else None,
         [
             neurons(
                 tensors[f"{ffn}ffn"],

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from turbosparse.hf import names
+from turbosparse.hf import families
 
 RULE = (
     "activated = every weight outside the FFN (attention, norms, router, LM head; of the input "
@@ -37,13 +37,15 @@ def count_parameters(config: Any, *, active: float = 1.0, gate_positive: float =
             model.
         gate_positive: share of neurons whose gate is positive, which is what exact mode goes by.
     """
-    shapes = names.tensor_shapes(config)
+    shapes = families.tensor_shapes(config)
     total = sum(prod(shape) for shape in shapes.values())
     per_ffn = 3 * config.hidden_size * config.intermediate_size
-    outside = total - per_ffn * len(names.ffns(config))
+    outside = total - per_ffn * len(families.ffns(config))
     if not config.tie_word_embeddings:
-        outside -= prod(shapes[names.EMBEDDING]) - config.hidden_size
-    in_use = config.num_hidden_layers * (config.num_experts_per_tok if names.experts(config) else 1)
+        outside -= prod(shapes[families.EMBEDDING]) - config.hidden_size
+    in_use = config.num_hidden_layers * (
+        config.num_experts_per_tok if families.experts(config) else 1
+    )
     return Parameters(
         total=total,
         activated=round(outside + in_use * per_ffn * active),

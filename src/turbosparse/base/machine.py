@@ -1,0 +1,59 @@
+"""What this process may use: processors, accelerators, and the other processes of its run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from turbosparse.base.errors import TurboSparseError
+
+
+def threads_to_use(asked: int | None) -> int:
+    """The number of threads, checked against the processors that this process may use.
+
+    The default is also no more than what a container's quota of processor time is worth.
+    """
+    cores = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    if asked is None:
+        return min(cores, _processor_quota() or cores)
+    if not 1 <= asked <= cores:
+        raise TurboSparseError(f"--threads {asked}: this process may use 1 to {cores}")
+    return asked
+
+
+def _processor_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """The processors that the control group's quota pays for, rounded up; None without one."""
+    v1 = ("cpu/cpu.cfs_quota_us", "cpu/cpu.cfs_period_us")
+    for files in (("cpu.max",), v1):
+        try:
+            quota, period = " ".join((cgroup / name).read_text() for name in files).split()
+            quota_us, period_us = int(quota), int(period)
+        except (OSError, ValueError):  # another version, or "max": no quota
+            continue
+        if quota_us > 0 and period_us > 0:  # version 1 says -1 for none
+            return -(-quota_us // period_us)
+    return None
+
+
+def has_accelerator() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def world_size() -> int:
+    """The processes of this run, by torchrun's word."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def uses_bf16(precision: str) -> bool:
+    import torch
+
+    if precision != "auto":
+        return precision == "bf16"
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported())
+    machine = torch.cpu.get_capabilities()
+    return bool(machine.get("amx_bf16") or machine.get("avx512_bf16"))

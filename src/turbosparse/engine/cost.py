@@ -1,0 +1,64 @@
+"""What one decoding step has to read: the byte model behind `bench` and every plan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from turbosparse.engine.engine import Engine
+from turbosparse.hf import families
+from turbosparse.ops.quant import row_bytes
+from turbosparse.packed.format import Packed
+
+
+def experts_in_use(config: Any) -> int:
+    return int(config.num_experts_per_tok) if families.experts(config) else 1
+
+
+def bytes_per_step(engine: Engine, counts: torch.Tensor, positions: float) -> dict[str, float]:
+    """Bytes that a step of B sequences has to read, by part.
+
+    Args:
+        engine: the model and its mode.
+        counts: candidates, neurons with positive gate and active ones, ``[steps, layers, B, 3]``.
+        positions: in each sequence's cache, on average.
+
+    A row that several sequences need is counted once. How far their neurons overlap is not
+    measured: the count takes them as independent, 1 − Π (1 − share) of the rows. Nor is it counted
+    how many rows pass the gate's sign bits: it takes gate and up to pass independently and alike.
+    """
+    config, plan = engine.config, engine.packed.plan
+    batch, experts = counts.shape[2], families.experts(config) or 1
+    # the share of all rows of a layer, of all its experts, that one sequence needs
+    share = counts / (config.intermediate_size * experts)
+    candidate, gate, active = (1 - (1 - share).prod(2).mean((0, 1))).tolist()
+    every = 1 - (1 - experts_in_use(config) / experts) ** batch
+    row = row_bytes(engine.packed.quant, config.hidden_size)
+    rows = config.intermediate_size * experts * config.num_hidden_layers * row
+    if engine.mode == "dense":
+        gate = active = every
+    head = families.config_head_dim(config)
+    kept = 2 * 2 * config.num_key_value_heads * head * config.num_hidden_layers
+    vocabulary = families.EMBEDDING if config.tie_word_embeddings else families.HEAD
+    predictors = 0.0
+    if engine.mode == "predicted":
+        whole = sum(spec.nbytes for name, spec in plan.items() if ".predictor." in name)
+        predictors = whole * every * _share_of_predictor(engine.packed, candidate / every)
+    return {
+        "attention": sum(spec.nbytes for name, spec in plan.items() if "self_attn" in name),
+        "head": plan[vocabulary].nbytes,
+        "predictors": predictors,
+        "gates": rows * candidate,
+        "ups": rows * gate,
+        "downs": rows * active,
+        "keys and values": batch * positions * kept,
+    }
+
+
+def _share_of_predictor(packed: Packed, candidates: float) -> float:
+    """How much of a predictor one pass reads: of dReLU's sign bits the up's half only in part."""
+    predictor = packed.header.ffn.predictor
+    if predictor is None or predictor.kind == "low_rank":
+        return 1.0
+    return (1 + candidates**0.5) / 2 if packed.activation == "drelu" else 0.5
