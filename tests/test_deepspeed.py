@@ -33,8 +33,8 @@ DEEPSPEED = """
 import torch, transformers.training_args
 from accelerate import PartialState
 from accelerate.utils import DistributedType
-import turbosparse.train as stage
-stage._has_accelerator = transformers.training_args.is_torch_bf16_gpu_available = lambda: True
+import turbosparse.training.arguments as stage
+stage.has_accelerator = transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_XPU)
 PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
 def is_part(weight):
@@ -111,13 +111,13 @@ def test_a_deepspeed_run_whose_model_could_not_be_written_only_writes_it_again(
 def test_deepspeed_that_would_not_happen_is_refused(
     recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import turbosparse.train as stage
+    import turbosparse.training.arguments as stage
 
     settings = {"deepspeed": {"zero_optimization": {"stage": 2}}}
-    monkeypatch.setattr(stage, "_has_accelerator", lambda: False)
+    monkeypatch.setattr(stage, "has_accelerator", lambda: False)
     with pytest.raises(TurboSparseError, match="deepspeed needs GPUs, and this machine has none"):
         train(recipe(**settings), out=tmp_path / "out")
-    monkeypatch.setattr(stage, "_has_accelerator", lambda: True)
+    monkeypatch.setattr(stage, "has_accelerator", lambda: True)
     monkeypatch.setattr(stage, "find_spec", lambda _: None)
     with pytest.raises(TurboSparseError, match="pip install deepspeed"):
         train(recipe(**settings), out=tmp_path / "out")

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from conftest import make_model
 
+from turbosparse.base import machine
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.machine import threads_to_use
 from turbosparse.convert import convert
-from turbosparse.engine import engine
 from turbosparse.pack import pack
 
 QUOTAS = [
@@ -34,13 +34,13 @@ def test_the_quota_of_a_container(tmp_path: Path, files: dict[str, str], expecte
     for name, text in files.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text(text)
-    assert engine._processor_quota(tmp_path) == expected
+    assert machine._processor_quota(tmp_path) == expected
 
 
 @pytest.mark.parametrize(("quota", "expected"), [(None, 4), (2, 2), (9, 4)])
 def test_threads_by_default(monkeypatch: pytest.MonkeyPatch, quota: int | None, expected: int):
-    monkeypatch.setattr(engine.os, "sched_getaffinity", lambda _: range(4))
-    monkeypatch.setattr(engine, "_processor_quota", lambda: quota)
+    monkeypatch.setattr(machine.os, "sched_getaffinity", lambda _: range(4))
+    monkeypatch.setattr(machine, "_processor_quota", lambda: quota)
     assert threads_to_use(None) == expected
     assert threads_to_use(4) == 4  # who asks may have more than the quota
     with pytest.raises(TurboSparseError, match="--threads 5: this process may use 1 to 4"):

@@ -14,13 +14,13 @@ import torch
 from conftest import CONTEXT, FAMILIES, VOCABULARY, make_model, merge_predictor
 from safetensors.torch import load_file, save_file
 
+from turbosparse import pack as packing
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.count import RULE
 from turbosparse.hf.load import load_config
 from turbosparse.inspect import inspect, validate
 from turbosparse.ops.quant import dequantise, negative, split_ffn
 from turbosparse.pack import pack
-from turbosparse.pack import pack as packing
 from turbosparse.packed.format import Packed
 from turbosparse.packed.stats import Stats
 from turbosparse.packed.unpack import state_dict

@@ -23,7 +23,6 @@ from turbosparse import cli
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.load import load_tokenizer
 from turbosparse.prepare import Prepared, prepare
-from turbosparse.prepare import prepare as module
 from turbosparse.train import train
 from turbosparse.training.mixture import Skips, packed_sequences
 from turbosparse.training.prepared import MANIFEST, found_mixture, training_data
@@ -172,7 +171,8 @@ def test_a_killed_preparation_goes_on_with_what_is_whole(
     code = f"""
 import os, signal, sys
 from pathlib import Path
-from turbosparse.prepare import prepare as module
+from turbosparse import prepare as module
+from turbosparse.training import prepared
 if __name__ == "__main__":
     save, count = module._save, 0
     def kill(*arguments, **named):
@@ -327,7 +327,7 @@ def test_a_broken_shard_is_named_and_written_anew(
     if damage == "head":
         raw[:64] = b"\xff" * 64
     elif damage == "one bit":
-        rows = module._File(file, len(raw)).rows.data.column("input_ids").combine_chunks()
+        rows = prepared._File(file, len(raw)).rows.data.column("input_ids").combine_chunks()
         first = rows.flatten().to_numpy()[:LENGTH].tobytes()
         raw[raw.index(first) + 5] ^= 1
     file.write_bytes(raw[:1000] if damage == "cut" else raw)

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from turbosparse.hf.count import RULE, count_parameters
-from turbosparse.packed.format import Packed, Predictor
+from turbosparse.ops.predictor import Predictor
+from turbosparse.packed.format import Packed
 
 
 @dataclass(frozen=True)

@@ -34,6 +34,7 @@ from turbosparse.hf import families
 from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.hf.checkpoint import Checkpoint
 from turbosparse.hf.load import activation_of, load_config
+from turbosparse.ops.predictor import Predictor
 from turbosparse.ops.quant import (
     ffn_rows,
     quantise,
@@ -45,7 +46,6 @@ from turbosparse.packed.format import (
     FFN,
     VERSION,
     Header,
-    Predictor,
     Profile,
     Spec,
     ffn_prefix,

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from turbosparse import _core
 from turbosparse.ops import Mode
-from turbosparse.packed.format import PackedPredictor
+from turbosparse.ops.predictor import PackedPredictor
 
 
 class Matrix:

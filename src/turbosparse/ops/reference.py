@@ -16,8 +16,8 @@ from torch.nn.functional import relu
 from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.hf.ffn_activation import combined
 from turbosparse.ops import Mode
+from turbosparse.ops.predictor import PackedPredictor
 from turbosparse.ops.quant import dequantise, negative, split_ffn
-from turbosparse.packed.format import PackedPredictor
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x [T, H], residual [T, H] → candidates [T, I]
 
