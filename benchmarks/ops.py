@@ -28,7 +28,7 @@ from base import compare
 
 from turbosparse import _core
 from turbosparse.base.machine import threads_to_use
-from turbosparse.ops import road
+from turbosparse.ops import backend
 from turbosparse.ops.quant import QUANTS, ffn_rows, quantise, row_bytes
 
 RELATIVE_RMS = 1e-4  # of a kernel against the reference, before it is timed
@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument(
         "--isa",
         default=_core.isa(),
-        help="instruction sets to compare, with commas; `torch` is the reference road",
+        help="instruction sets to compare, with commas; `torch` is the reference backend",
     )
     base = parser.add_argument_group("comparing with another commit")
     base.add_argument("--base", metavar="REV", help="a commit; the other flags are for both")
@@ -94,7 +94,7 @@ def main() -> None:
 
     stored, x = make_ffn(args.hidden, args.neurons, args.quant, args.sparsity)
     truth, counts = (
-        road("torch")
+        backend("torch")
         .Neurons(stored, args.hidden, args.quant, "drelu", 1)
         .forward(x, x, mode="dense")
     )
@@ -108,9 +108,9 @@ def main() -> None:
     for name in {"torch" if isa == "torch" else "cpu" for isa in args.isa.split(",")}:
         copies = [stored.copy() for _ in range(args.copies)]
         layers[name] = (
-            [road(name).Neurons(c, args.hidden, args.quant, "drelu", threads) for c in copies],
+            [backend(name).Neurons(c, args.hidden, args.quant, "drelu", threads) for c in copies],
             [
-                road(name).Matrix(c.reshape(-1, stride), args.hidden, args.quant, threads)
+                backend(name).Matrix(c.reshape(-1, stride), args.hidden, args.quant, threads)
                 for c in copies
             ],
         )

@@ -39,7 +39,7 @@ def test_a_synthetic_model_computes_the_asked_sparsity(
     tmp_path: Path, shape: str, quant: str
 ) -> None:
     make_synthetic(tmp_path / "model", Wanted(shape), quant=quant)
-    engine = Engine(tmp_path / "model", road="torch")  # the truth, not the kernels
+    engine = Engine(tmp_path / "model", backend="torch")  # the truth, not the kernels
     step = engine.step(list(range(3, 99)), engine.new_cache())
     assert step.gate_positive == pytest.approx(0.1**0.5, abs=0.03)
     assert step.active == pytest.approx(0.1, abs=0.02)
@@ -95,7 +95,7 @@ def test_a_synthetic_predictor_knows_its_neurons(tmp_path: Path, shape: str, qua
     assert card.recall > (0.9 if quant == "q4" else 0.97)
     assert card.candidates == pytest.approx(0.11, abs=0.03)
     assert card.activation_sparsity == pytest.approx(0.9, abs=0.03)
-    engine = Engine(tmp_path / "kept", mode="exact", road="torch")
+    engine = Engine(tmp_path / "kept", mode="exact", backend="torch")
     step = engine.step(list(range(3, 99)), engine.new_cache())
     assert step.gate_positive == pytest.approx(0.1**0.5, abs=0.04)
     assert step.active == pytest.approx(0.1, abs=0.02)

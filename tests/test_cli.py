@@ -167,7 +167,7 @@ def test_generate_keeps_text_and_figures_apart(run: Run, model: Path) -> None:
     assert done.code == 0
     assert "tokens/s" not in done.out
     assert done.err.count("\n") == 1
-    assert "[model: drelu q8, road cpu (" in done.err
+    assert "[model: drelu q8, backend cpu (" in done.err
     assert "), mode exact, 1 thread] prompt" in done.err
     assert "stopped by length" in done.err
 

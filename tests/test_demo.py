@@ -18,11 +18,11 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_table_shows_four_models_and_all_roads_agree(made: Path) -> None:
+def test_table_shows_four_models_and_all_backends_agree(made: Path) -> None:
     result = json.loads((made / "result.json").read_text())
     rows = {row["model"]: row for row in result["rows"]}
     assert list(rows) == [name for name, _, _ in MODELS]
-    assert result["roads_agree"]
+    assert result["backends_agree"]
     assert rows["dense"]["activation_sparsity"] == rows["dense control"]["activation_sparsity"] == 0
     assert rows["recovered"]["activation_sparsity"] > 0.5
     assert rows["recovered"]["tokens_seen"] == rows["dense control"]["tokens_seen"]

@@ -275,7 +275,7 @@ def test_generate_prints_the_text_and_returns_the_figures(
     assert done.prompt_tokens == len(prompt_ids(load_tokenizer(model), PROMPT))
     assert (done.tokens, done.finish) == (12, "length")
     assert 0.5 < done.activation_sparsity < 0.95  # dReLU of random weights: three of four
-    assert f"road cpu ({_core.isa()}), mode exact, 1 thread" in done.ran
+    assert f"backend cpu ({_core.isa()}), mode exact, 1 thread" in done.ran
 
 
 def test_predicted_mode_says_what_its_predictor_lets_through(merged: Path, tmp_path: Path) -> None:
@@ -323,8 +323,8 @@ def test_generate_reads_the_prompt_from_standard_input(
     assert (piped.text, piped.prompt_tokens) == (given_prompt.text, given_prompt.prompt_tokens)
 
 
-@pytest.mark.parametrize("setting", [{"mode": "sparse"}, {"road": "gpu"}])
-def test_an_unknown_mode_or_road_is_refused(model: Path, setting: dict[str, str]) -> None:
+@pytest.mark.parametrize("setting", [{"mode": "sparse"}, {"backend": "gpu"}])
+def test_an_unknown_mode_or_backend_is_refused(model: Path, setting: dict[str, str]) -> None:
     ((name, value),) = setting.items()
     with pytest.raises(TurboSparseError, match=f"{name} '{value}' is unknown; use"):
         generate(model, prompt=PROMPT, **setting)

@@ -1,4 +1,4 @@
-"""One toy model of each family, the same tokens from every road, mode and quantisation."""
+"""One toy model of each family, the same tokens from every backend, mode and quantisation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from turbosparse.engine.engine import Engine
 from turbosparse.engine.model import Cache, causal_mask
 from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.hf.load import load_config, load_model, with_activation
-from turbosparse.ops import ROADS
+from turbosparse.ops import BACKENDS
 from turbosparse.ops.quant import dequantise
 from turbosparse.pack import pack
 from turbosparse.packed.format import Packed
@@ -28,7 +28,9 @@ from turbosparse.packed.unpack import state_dict
 
 TOKENS = 100
 PROMPT = list(range(20, 20 + WINDOW + 6))  # already beyond the sliding window
-SAME_LOGITS = 5e-4  # relative RMS between roads: sums in another order, and what rounds to a half
+SAME_LOGITS = (
+    5e-4  # relative RMS between backends: sums in another order, and what rounds to a half
+)
 CLEAR = 5e-3  # logits: a greedy text is compared if no choice in it was closer than this
 
 Make = Callable[..., Path]
@@ -189,16 +191,16 @@ def test_every_instruction_set_prints_the_tokens_of_transformers(
 
 @pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_road_and_mode_prints_the_tokens_of_transformers(
+def test_every_backend_and_mode_prints_the_tokens_of_transformers(
     packed: Make, family: str, quant: str
 ) -> None:
     folder = packed(family, quant)
     prompt, truth = hf_greedy(dequantised_hf_model(folder))
     assert len(set(truth)) > 5, "a text that repeats one token would prove little"
-    for road in ROADS:
+    for backend in BACKENDS:
         for mode in ("dense", "exact"):
-            engine = Engine(folder, road=road, mode=mode)
-            assert engine_greedy(engine, prompt) == truth, (road, mode)
+            engine = Engine(folder, backend=backend, mode=mode)
+            assert engine_greedy(engine, prompt) == truth, (backend, mode)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "reglu", "relu"])
@@ -209,21 +211,21 @@ def test_the_other_activations_print_the_tokens_of_transformers(
     folder = packed(family, "q8", activation)
     prompt, truth = hf_greedy(dequantised_hf_model(folder))
     modes = ("dense",) if activation in WITHOUT_ZEROS else ("dense", "exact")
-    for road in ROADS:
+    for backend in BACKENDS:
         for mode in modes:
-            engine = Engine(folder, road=road, mode=mode)
-            assert engine_greedy(engine, prompt) == truth, (road, mode)
+            engine = Engine(folder, backend=backend, mode=mode)
+            assert engine_greedy(engine, prompt) == truth, (backend, mode)
 
 
 @pytest.mark.parametrize("kind", ["pre_norm", "post_norm", "sign"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_predicted_mode_prints_the_same_tokens_on_every_road(
+def test_predicted_mode_prints_the_same_tokens_on_every_backend(
     predicted: Make, family: str, kind: str
 ) -> None:
     folder = predicted(family, kind)
-    prompt, truth = reference_greedy(Engine(folder, road="torch", mode="predicted"))
+    prompt, truth = reference_greedy(Engine(folder, backend="torch", mode="predicted"))
     assert len(set(truth)) > 5, "a text that repeats one token would prove little"
-    engine = Engine(folder, road="cpu", mode="predicted")
+    engine = Engine(folder, backend="cpu", mode="predicted")
     assert engine_greedy(engine, prompt) == truth
     assert engine_greedy(engine, prompt, chunk=7) == truth
     assert engine_greedy(Engine(folder, mode="exact"), prompt) != truth, "it must matter"
@@ -253,8 +255,8 @@ def test_a_predictor_reads_the_input_that_it_was_made_for(predicted: Make, where
         )
     with torch.inference_mode():
         truth = model(torch.tensor([PROMPT])).logits[0]
-    for road in ROADS:
-        engine = Engine(folder, road=road, mode="predicted")
+    for backend in BACKENDS:
+        engine = Engine(folder, backend=backend, mode="predicted")
         logits, _ = engine.decoder(PROMPT, engine.new_cache(), mode="predicted", every=True)
         assert relative_rms(logits, truth) < 3e-3
 
@@ -265,17 +267,17 @@ def test_f16_logits_are_those_of_the_source_model(packed: Make, sparse: Make, fa
     source = load_model(sparse(family)).eval()
     with torch.inference_mode():
         truth = source(torch.tensor([PROMPT])).logits[0]
-    engine = Engine(packed(family, "f16"), road="torch", mode="dense")
+    engine = Engine(packed(family, "f16"), backend="torch", mode="dense")
     logits, _ = engine.decoder(PROMPT, engine.new_cache(), mode="dense", every=True)
     assert relative_rms(logits, truth) < 3e-3
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_exact_mode_equals_dense_mode(packed: Make, family: str, road: str) -> None:
+def test_exact_mode_equals_dense_mode(packed: Make, family: str, backend: str) -> None:
     results = {}
     for mode in ("dense", "exact"):
-        engine = Engine(packed(family, "q4"), road=road, mode=mode)
+        engine = Engine(packed(family, "q4"), backend=backend, mode=mode)
         results[mode] = engine.decoder(PROMPT, engine.new_cache(), mode=mode, every=True)
     (dense_logits, dense_counts), (exact_logits, exact_counts) = results["dense"], results["exact"]
     assert relative_rms(exact_logits, dense_logits) < SAME_LOGITS
@@ -330,10 +332,10 @@ def test_a_full_context_of_one_sequence_changes_nothing(packed: Make) -> None:
     assert [cache.length for cache in caches] == [1, 4]
 
 
-@pytest.mark.parametrize("road", ROADS)
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_prompt_in_chunks_equals_token_by_token(packed: Make, family: str, road: str) -> None:
-    engine = Engine(packed(family, "q8"), road=road)
+def test_a_prompt_in_chunks_equals_token_by_token(packed: Make, family: str, backend: str) -> None:
+    engine = Engine(packed(family, "q8"), backend=backend)
     whole = engine.prefill(PROMPT, engine.new_cache()).logits
     for chunk in (1, 7):
         logits = engine.prefill(PROMPT, engine.new_cache(), chunk=chunk).logits
@@ -350,7 +352,7 @@ def test_counts_are_those_of_the_analysis(packed: Make, corpus: Path) -> None:
     text = corpus.read_text()[:150]
     stats = measure(model, tokenizer, {"one": [text]})
     tokens = tokenizer(text)["input_ids"][:-1]  # the last token predicts nothing
-    engine = Engine(folder, road="cpu")
+    engine = Engine(folder, backend="cpu")
     _, counts = engine.decoder(tokens, engine.new_cache(), mode="exact")
     expected = torch.stack((stats.gate_positive.sum((1, 2)), stats.active.sum((1, 2))), 1)
     counts = counts[:, :, 1:]
@@ -388,9 +390,9 @@ def test_what_has_no_zeros_has_no_exact_mode(packed: Make, activation: str) -> N
             Engine(folder, mode=mode)
 
 
-@pytest.mark.parametrize("road", ROADS)
-def test_a_decoder_without_predictor_refuses_predicted_mode(packed: Make, road: str) -> None:
-    engine = Engine(packed("llama", "q8"), road=road)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_decoder_without_predictor_refuses_predicted_mode(packed: Make, backend: str) -> None:
+    engine = Engine(packed("llama", "q8"), backend=backend)
     cache = engine.new_cache()
     with pytest.raises(ValueError, match="predicted mode needs a predictor"):
         engine.decoder([5], cache, mode="predicted")

@@ -1,4 +1,4 @@
-"""Every road against the formula, on awkward shapes and at every sparsity."""
+"""Every backend against the formula, on awkward shapes and at every sparsity."""
 
 from __future__ import annotations
 
@@ -48,14 +48,14 @@ def relative_rms(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value - truth).norm() / truth.norm().clamp(min=1e-30))
 
 
-@pytest.mark.parametrize("road", ops.ROADS)
+@pytest.mark.parametrize("backend", ops.BACKENDS)
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize(
     ("neurons", "hidden", "tokens"), [(1, 32, 1), (7, 96, 3), (63, 544, 2), (1023, 64, 5)]
 )
 @pytest.mark.parametrize("lean", [3.0, 0.0, -1.0, -50.0])
 def test_ffn_is_the_formula(
-    road: str, quant: str, neurons: int, hidden: int, tokens: int, lean: float
+    backend: str, quant: str, neurons: int, hidden: int, tokens: int, lean: float
 ) -> None:
     stored, (gate, up, down) = make_ffn(neurons, hidden, quant, lean)
     x = inputs(tokens, hidden)
@@ -63,7 +63,7 @@ def test_ffn_is_the_formula(
         g, u = (x.double() @ gate.double().T), (x.double() @ up.double().T)
         combined = formula(g, u)
         truth = (combined @ down.double()).float()
-        ffn = ops.road(road).Neurons(stored, hidden, quant, activation, 2)
+        ffn = ops.backend(backend).Neurons(stored, hidden, quant, activation, 2)
         first = combined if activation == "relu" else g
         expected = [torch.full((tokens,), neurons), (first > 0).sum(1), (combined != 0).sum(1)]
         for mode in ("dense",) if activation in WITHOUT_ZEROS else ("dense", "exact"):
@@ -72,8 +72,8 @@ def test_ffn_is_the_formula(
             assert counts.tolist() == torch.stack(expected, 1).tolist()
 
 
-@pytest.mark.parametrize("road", ops.ROADS)
-def test_a_single_active_neuron(road: str) -> None:
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+def test_a_single_active_neuron(backend: str) -> None:
     neurons, hidden = 63, 64
     gate, up, down = (
         -torch.ones(neurons, hidden),
@@ -83,32 +83,32 @@ def test_a_single_active_neuron(road: str) -> None:
     gate[41] = 1.0
     stored = ffn_rows(*(quantise(part, "f16") for part in (gate, up, down))).numpy()
     x = torch.rand(1, hidden)
-    ffn = ops.road(road).Neurons(stored, hidden, "f16", "drelu", 2)
+    ffn = ops.backend(backend).Neurons(stored, hidden, "f16", "drelu", 2)
     y, counts = ffn.forward(x, x, mode="exact")
     assert counts.tolist() == [[neurons, 1, 1]]
     assert relative_rms(y, x.sum() ** 2 * down[41].half().float()[None]) < SAME_SUM
 
 
 @pytest.mark.parametrize("activation", WITHOUT_ZEROS)
-@pytest.mark.parametrize("road", ops.ROADS)
-def test_what_has_no_zeros_refuses_exact_mode(road: str, activation: str) -> None:
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+def test_what_has_no_zeros_refuses_exact_mode(backend: str, activation: str) -> None:
     stored, _ = make_ffn(7, 32, "q8", 0.0)
-    ffn = ops.road(road).Neurons(stored, 32, "q8", activation, 1)
+    ffn = ops.backend(backend).Neurons(stored, 32, "q8", activation, 1)
     with pytest.raises(ValueError, match="dense mode"):
         ffn.forward(inputs(1, 32), inputs(1, 32), mode="exact")
 
 
-@pytest.mark.parametrize("road", ops.ROADS)
+@pytest.mark.parametrize("backend", ops.BACKENDS)
 @pytest.mark.parametrize("quant", QUANTS)
-def test_matrix_product_and_rows(road: str, quant: str) -> None:
+def test_matrix_product_and_rows(backend: str, quant: str) -> None:
     packed = quantise(torch.randn(63, 1056), quant)
     weight = dequantise(packed, quant, 1056)
-    matrix = ops.road(road).Matrix(packed.numpy(), 1056, quant, 2)
+    matrix = ops.backend(backend).Matrix(packed.numpy(), 1056, quant, 2)
     x = inputs(3, 1056)
     assert relative_rms(matrix.matmul(x), (x.double() @ weight.double().T).float()) < SAME_SUM
     assert torch.equal(matrix.rows([5, 62, 5]), weight[[5, 62, 5]])
 
 
-def test_an_unknown_road_is_named() -> None:
-    with pytest.raises(TurboSparseError, match="road 'tpu' is unknown; use torch, cpu"):
-        ops.road("tpu")
+def test_an_unknown_backend_is_named() -> None:
+    with pytest.raises(TurboSparseError, match="backend 'tpu' is unknown; use torch, cpu"):
+        ops.backend("tpu")

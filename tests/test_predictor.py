@@ -1,4 +1,4 @@
-"""Predicted mode: what the two kinds of predictor pick, on every road and instruction set."""
+"""Predicted mode: what the two kinds of predictor pick, on every backend and instruction set."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def forward(
-    road: str,
+    backend: str,
     predictor: PackedPredictor | None,
     tokens: int,
     *,
@@ -84,7 +84,7 @@ def forward(
     threads: int = 2,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x, residual = inputs(tokens)
-    ffn = ops.road(road).Neurons(stored(quant), HIDDEN, quant, activation, threads, predictor)
+    ffn = ops.backend(backend).Neurons(stored(quant), HIDDEN, quant, activation, threads, predictor)
     y, counts = ffn.forward(x, residual, mode=mode)
     return y, counts
 
@@ -107,28 +107,28 @@ def relative_rms(value: torch.Tensor, truth: torch.Tensor) -> float:
 # --- what a threshold means -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("road", ops.ROADS)
+@pytest.mark.parametrize("backend", ops.BACKENDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("kind", ["low_rank", "sign"])
 def test_a_predictor_that_lets_all_through_equals_exact_mode(
-    road: str, activation: str, kind: str
+    backend: str, activation: str, kind: str
 ) -> None:
     predictor = low_rank("q8", 32, -1e30) if kind == "low_rank" else sign(stored("q8"), "q8", -1.0)
-    y, counts = forward(road, predictor, 3, activation=activation)
-    exact, expected = forward(road, None, 3, activation=activation, mode="exact")
+    y, counts = forward(backend, predictor, 3, activation=activation)
+    exact, expected = forward(backend, None, 3, activation=activation, mode="exact")
     assert torch.equal(y, exact)
     assert torch.equal(counts, expected)
     assert (counts[:, 0] == NEURONS).all()
 
 
-@pytest.mark.parametrize("road", ops.ROADS)
+@pytest.mark.parametrize("backend", ops.BACKENDS)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("kind", ["low_rank", "sign"])
 def test_a_predictor_that_lets_none_through_gives_zeros(
-    road: str, activation: str, kind: str
+    backend: str, activation: str, kind: str
 ) -> None:
     predictor = low_rank("q8", 32, 1e30) if kind == "low_rank" else sign(stored("q8"), "q8", 1.01)
-    y, counts = forward(road, predictor, 3, activation=activation)
+    y, counts = forward(backend, predictor, 3, activation=activation)
     assert torch.equal(y, torch.zeros(3, HIDDEN))
     assert torch.equal(counts, torch.zeros(3, 3, dtype=torch.int32))
 
@@ -233,10 +233,10 @@ def test_signs_of_any_width(hidden: int) -> None:
     predictor = sign(data, "f16", 0.0, hidden)
     x = random(5, hidden)
     counts = [
-        ops.road(road)
+        ops.backend(backend)
         .Neurons(data, hidden, "f16", "drelu", 1, predictor)
         .forward(x, x, mode="predicted")[1]
-        for road in ops.ROADS
+        for backend in ops.BACKENDS
     ]
     assert torch.equal(*counts)
     gate, up = (dequantise(p, "f16", hidden) < 0 for p in split_ffn(torch.tensor(data))[:2])
@@ -265,9 +265,11 @@ def test_the_core_fills_every_output(kind: str) -> None:
     assert (counts[:, 1] >= counts[:, 2]).all()
 
 
-@pytest.mark.parametrize("road", ops.ROADS)
-def test_a_broken_input_shows_in_the_output(road: str) -> None:
-    ffn = ops.road(road).Neurons(stored("q8"), HIDDEN, "q8", "drelu", 1, low_rank("q8", 32, 0.3))
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+def test_a_broken_input_shows_in_the_output(backend: str) -> None:
+    ffn = ops.backend(backend).Neurons(
+        stored("q8"), HIDDEN, "q8", "drelu", 1, low_rank("q8", 32, 0.3)
+    )
     x = torch.full((1, HIDDEN), torch.nan)
     assert ffn.forward(x, x, mode="predicted")[0].isnan().all()
 
@@ -275,10 +277,10 @@ def test_a_broken_input_shows_in_the_output(road: str) -> None:
 # --- what goes wrong ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("road", ops.ROADS)
-def test_predicted_mode_needs_a_predictor(road: str) -> None:
+@pytest.mark.parametrize("backend", ops.BACKENDS)
+def test_predicted_mode_needs_a_predictor(backend: str) -> None:
     with pytest.raises(ValueError, match="predicted mode needs a predictor"):
-        forward(road, None, 1)
+        forward(backend, None, 1)
 
 
 def test_the_reference_takes_candidates_in_predicted_mode_only() -> None:

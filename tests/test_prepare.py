@@ -24,6 +24,7 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.load import load_tokenizer
 from turbosparse.prepare import Prepared, prepare
 from turbosparse.train import train
+from turbosparse.training import prepared
 from turbosparse.training.mixture import Skips, packed_sequences
 from turbosparse.training.prepared import MANIFEST, found_mixture, training_data
 from turbosparse.training.recipe import read_recipe, tokenizer_of
@@ -172,7 +173,6 @@ def test_a_killed_preparation_goes_on_with_what_is_whole(
 import os, signal, sys
 from pathlib import Path
 from turbosparse import prepare as module
-from turbosparse.training import prepared
 if __name__ == "__main__":
     save, count = module._save, 0
     def kill(*arguments, **named):

@@ -230,7 +230,7 @@ class _Ours:
 
     def __init__(self, engine: Engine, batch: int, prompt: int):
         if not isinstance(engine.decoder, native.Decoder):
-            raise TurboSparseError("bench measures the cpu road")
+            raise TurboSparseError("bench measures the cpu backend")
         self.engine, self.decoder, self.batch, self.prompt = engine, engine.decoder, batch, prompt
         self.random = np.random.default_rng(0)
         self.mode = engine.mode

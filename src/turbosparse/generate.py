@@ -19,7 +19,7 @@ from torch import Tensor
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import read_config
-from turbosparse.engine.engine import Engine, Mode, Road
+from turbosparse.engine.engine import Backend, Engine, Mode
 from turbosparse.hf.load import load_tokenizer
 
 
@@ -150,7 +150,7 @@ def generate(
     stop_token: list[str] | None = None,
     chat: bool = False,
     mode: Mode = "auto",
-    road: Road = "auto",
+    backend: Backend = "auto",
     threads: int | None = None,
 ) -> Generated:
     """Continue a prompt; the text streams to standard output.
@@ -176,12 +176,12 @@ def generate(
     mode
         exact skips neurons that are exactly zero and loses nothing; predicted also those that the
         folder's predictor does not pick, and may lose some; dense reads all.
-    road
+    backend
         cpu is the C++ core; torch the slow reference.
     threads
         Threads of the C++ core; by default all processors of this process.
     """
-    engine = Engine(model, road=road, mode=mode, threads=threads)
+    engine = Engine(model, backend=backend, mode=mode, threads=threads)
     tokenizer = load_tokenizer(model)
     ids = prompt_ids(tokenizer, _read(prompt), chat=chat)
     stop = stop_ids(model, tokenizer, stop_token or [], chat=chat)

@@ -22,7 +22,7 @@ from turbosparse.base.folders import new_folder, read_config, write_json
 from turbosparse.convert import convert
 from turbosparse.demo.corpus import make_corpus
 from turbosparse.demo.tokenizer import train_tokenizer
-from turbosparse.engine.engine import Engine, Mode, Road
+from turbosparse.engine.engine import Backend, Engine, Mode
 from turbosparse.generate import stream, summarise
 from turbosparse.hf.count import RULE, count_parameters
 from turbosparse.hf.load import load_config, load_model, load_tokenizer
@@ -42,7 +42,7 @@ MODELS = (
     ("after surgery", "surgery", "dReLU put in, nothing trained"),
     ("recovered", "sparse", "dReLU, trained on"),
 )
-ROADS: tuple[tuple[Road, Mode], ...] = (
+BACKENDS: tuple[tuple[Backend, Mode], ...] = (
     ("torch", "dense"),
     ("torch", "exact"),
     ("cpu", "dense"),
@@ -79,7 +79,7 @@ class Row:
     activation_sparsity: float
     parameters: int
     activated_parameters: int
-    tokens_per_second: dict[str, float]  # "road mode" → decode speed of the q8 packing
+    tokens_per_second: dict[str, float]  # "backend mode" → decode speed of the q8 packing
 
 
 @dataclass(frozen=True)
@@ -88,8 +88,8 @@ class Demo:
 
     out: str
     rows: list[Row]
-    texts: dict[str, str]  # "quant road mode" → what the recovered model wrote
-    roads_agree: bool
+    texts: dict[str, str]  # "quant backend mode" → what the recovered model wrote
+    backends_agree: bool
 
     def __rich__(self) -> Any:
         table = Table(title="Sparsity, quality and speed (tokens/s of the q8 packing)")
@@ -104,10 +104,10 @@ class Demo:
             ("parameters", [f"{r.parameters / 1e6:.3f} M" for r in self.rows]),
             ("activated parameters", [f"{r.activated_parameters / 1e6:.3f} M" for r in self.rows]),
         ]
-        for road, mode in ROADS:
-            speeds = [r.tokens_per_second.get(f"{road} {mode}") for r in self.rows]
+        for backend, mode in BACKENDS:
+            speeds = [r.tokens_per_second.get(f"{backend} {mode}") for r in self.rows]
             cells = [f"{speed:.0f}" if speed else "–" for speed in speeds]
-            lines.append((f"tokens/s {road} {mode}", cells))
+            lines.append((f"tokens/s {backend} {mode}", cells))
         for name, cells in lines:
             table.add_row(name, *cells)
         return table
@@ -118,7 +118,7 @@ def demo(*, out: Path = Path("demo"), quick: bool = False) -> Demo:
 
     Makes a corpus from Python's standard library and generated arithmetic, trains a small dense
     model, turns it into a dReLU model, recovers it beside a dense control, measures and packs all,
-    and writes text from every road. Run it again to resume.
+    and writes text from every backend. Run it again to resume.
 
     Parameters
     ----------
@@ -174,7 +174,7 @@ def demo(*, out: Path = Path("demo"), quick: bool = False) -> Demo:
     _stage(
         say,
         9,
-        "Text from every road",
+        "Text from every backend",
         "generate: the PyTorch reference and the C++ core, dense and exact.",
     )
     texts = _texts(out, settings)
@@ -308,16 +308,16 @@ def _generate(engine: Engine, tokenizer: Any, settings: Settings) -> tuple[str, 
 def _texts(out: Path, settings: Settings) -> dict[str, str]:
     tokenizer = load_tokenizer(out / "sparse")
     return {
-        f"{quant} {road} {mode}": _generate(
-            Engine(out / f"sparse-{quant}", road=road, mode=mode), tokenizer, settings
+        f"{quant} {backend} {mode}": _generate(
+            Engine(out / f"sparse-{quant}", backend=backend, mode=mode), tokenizer, settings
         )[0]
         for quant in ("f16", "q8", "q4")
-        for road, mode in ROADS
+        for backend, mode in BACKENDS
     }
 
 
 def _agree(texts: dict[str, str]) -> bool:
-    """Whether all roads and modes of a quantisation wrote the same."""
+    """Whether all backends and modes of a quantisation wrote the same."""
     by_quant: dict[str, set[str]] = {}
     for name, text in texts.items():
         by_quant.setdefault(name.split()[0], set()).add(text)
@@ -338,11 +338,11 @@ def _rows(out: Path, settings: Settings, stats: dict[str, Stats]) -> list[Row]:
 
 
 def _speeds(out: Path, settings: Settings, rounds: int = 3) -> dict[str, dict[str, float]]:
-    """Median decode tokens/s of every model, road and mode; the rounds are interleaved."""
+    """Median decode tokens/s of every model, backend and mode; the rounds are interleaved."""
     engines = {
-        (folder, f"{road} {mode}"): Engine(out / f"{folder}-q8", road=road, mode=mode)
+        (folder, f"{backend} {mode}"): Engine(out / f"{folder}-q8", backend=backend, mode=mode)
         for _, folder, _ in MODELS
-        for road, mode in ROADS
+        for backend, mode in BACKENDS
         if mode == "dense" or folder in ("surgery", "sparse")
     }
     tokenizer = load_tokenizer(out / "sparse")

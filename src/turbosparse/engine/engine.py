@@ -1,4 +1,4 @@
-"""The engine: a packed folder, opened on a road and in a mode."""
+"""The engine: a packed folder, opened on a backend and in a mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from turbosparse.engine import model, native
 from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.packed.format import Packed
 
-Road = Literal["auto", "torch", "cpu"]
+Backend = Literal["auto", "torch", "cpu"]
 Mode = Literal["auto", "dense", "exact", "predicted"]
 
 # Recall, as measured when a predictor was made, from which `auto` trusts it: what a layer misses
@@ -60,7 +60,7 @@ class Engine:
 
     Args:
         folder: packed folder.
-        road: ``cpu`` is the C++ core, ``torch`` the reference on dequantised weights; ``auto``
+        backend: ``cpu`` is the C++ core, ``torch`` the reference on dequantised weights; ``auto``
             takes the core.
         mode: ``exact`` skips neurons that are exactly zero, ``predicted`` also those that the
             folder's predictor does not pick, ``dense`` reads all; ``auto`` takes predicted where
@@ -76,7 +76,7 @@ class Engine:
         self,
         folder: str | Path,
         *,
-        road: Road = "auto",
+        backend: Backend = "auto",
         mode: Mode = "auto",
         threads: int | None = None,
     ):
@@ -84,22 +84,22 @@ class Engine:
             raise TurboSparseError(f"mode {mode!r} is unknown; use {', '.join(get_args(Mode))}")
         self.packed = Packed(folder)
         self.mode = _mode(self.packed, mode)
-        self.road = "cpu" if road == "auto" else road
+        self.backend = "cpu" if backend == "auto" else backend
         self.threads = threads_to_use(threads)
         self.config = self.packed.config
         self.context = int(self.config.max_position_embeddings)
         self.decoder: Decoder
-        if self.road == "cpu":
+        if self.backend == "cpu":
             self.decoder = native.Decoder(self.packed, threads=self.threads)
             self.runs_on = f"cpu ({self.decoder.isa})"
         else:
-            self.decoder = model.Decoder(self.packed, road=self.road, threads=self.threads)
-            self.runs_on = self.road
+            self.decoder = model.Decoder(self.packed, backend=self.backend, threads=self.threads)
+            self.runs_on = self.backend
 
     def describe(self) -> str:
         return (
             f"{self.packed.folder.name}: {self.packed.activation} {self.packed.quant}, "
-            f"road {self.runs_on}, mode {self.mode}{self._predictor()}, "
+            f"backend {self.runs_on}, mode {self.mode}{self._predictor()}, "
             f"{self.threads} thread{'s' * (self.threads != 1)}"
         )
 

@@ -2,7 +2,7 @@
 
 Shapes: T tokens of one sequence, S positions in the cache, H hidden, N query heads, K key-value
 heads, D head. All arithmetic is float32, the cache holds halves; the matrices and the
-feed-forwards are those of a road (`turbosparse.ops`).
+feed-forwards are those of a backend (`turbosparse.ops`).
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ class Decoder:
 
     Args:
         packed: an open packed folder.
-        road: kernels to run on, one of `ops.ROADS`.
+        backend: kernels to run on, one of `ops.BACKENDS`.
         threads: of the C++ core.
 
     Raises:
         TurboSparseError: a RoPE variant that is not supported.
     """
 
-    def __init__(self, packed: Packed, *, road: str, threads: int):
+    def __init__(self, packed: Packed, *, backend: str, threads: int):
         config = packed.config
         self.config, self.quant = config, packed.quant
         self._packed, self._tensors = packed, packed.tensors
-        self._threads, self._kernels = threads, ops.road(road)
+        self._threads, self._kernels = threads, ops.backend(backend)
         self.embedding = self._matrix(families.EMBEDDING, config.hidden_size)
         self.layers = [Layer(self, index) for index in range(config.num_hidden_layers)]
         self.norm = self._norm(families.FINAL_NORM)

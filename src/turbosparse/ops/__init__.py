@@ -1,4 +1,4 @@
-"""The kernel seam: one module per road, each with a `Matrix` and a `Neurons` of the same interface.
+"""The kernel seam: one module per backend, each with a `Matrix` and a `Neurons` of the same interface.
 
 ``torch`` is `reference`, pure PyTorch on dequantised weights: the truth. ``cpu`` is the C++ core.
 """
@@ -10,13 +10,13 @@ from typing import Literal
 
 from turbosparse.base.errors import TurboSparseError
 
-ROADS = ("torch", "cpu")
+BACKENDS = ("torch", "cpu")
 # which rows of a feed-forward are read; see `reference.sparse_ffn`
 Mode = Literal["dense", "exact", "predicted"]
 
 
-def road(name: str) -> ModuleType:
-    """The kernels of a road."""
+def backend(name: str) -> ModuleType:
+    """The kernels of a backend."""
     if name == "torch":
         from turbosparse.ops import reference
 
@@ -25,4 +25,4 @@ def road(name: str) -> ModuleType:
         from turbosparse.ops import cpu
 
         return cpu
-    raise TurboSparseError(f"road {name!r} is unknown; use {', '.join(ROADS)}")
+    raise TurboSparseError(f"backend {name!r} is unknown; use {', '.join(BACKENDS)}")
