@@ -1,4 +1,4 @@
-"""The kernel seam: one module per backend, each with a `Matrix` and a `Neurons` of the same interface.
+"""The kernel seam: one module per backend, each with a `Matrix` and a `Neurons` of one interface.
 
 ``torch`` is `reference`, pure PyTorch on dequantised weights: the truth. ``cpu`` is the C++ core.
 """
