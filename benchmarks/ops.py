@@ -29,7 +29,8 @@ from base import compare
 from turbosparse import _core
 from turbosparse.base.machine import threads_to_use
 from turbosparse.ops import backend
-from turbosparse.ops.quant import QUANTS, ffn_rows, quantise, row_bytes
+from turbosparse.ops.quant import ffn_rows, quantise
+from turbosparse.ops.rows import QUANTS, row_bytes
 
 RELATIVE_RMS = 1e-4  # of a kernel against the reference, before it is timed
 

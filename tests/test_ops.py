@@ -10,7 +10,8 @@ from torch.nn.functional import gelu, relu, silu
 from turbosparse import ops
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.activations import WITHOUT_ZEROS
-from turbosparse.ops.quant import QUANTS, dequantise, ffn_rows, quantise
+from turbosparse.ops.quant import dequantise, ffn_rows, quantise
+from turbosparse.ops.rows import QUANTS
 
 SAME_SUM = 2e-5  # relative RMS of float32 sums against float64, where terms may cancel
 

@@ -12,7 +12,6 @@ import torch
 from turbosparse import _core, ops
 from turbosparse.ops.predictor import PackedPredictor, Predictor
 from turbosparse.ops.quant import (
-    QUANTS,
     dequantise,
     ffn_rows,
     negative,
@@ -21,6 +20,7 @@ from turbosparse.ops.quant import (
     split_ffn,
 )
 from turbosparse.ops.reference import low_rank_candidates, sign_candidates, sparse_ffn
+from turbosparse.ops.rows import QUANTS
 
 SAME_SUM = 5e-5  # relative RMS; the core rounds the features of a q4 predictor to 15 bits
 ACTIVATIONS = ("drelu", "reglu", "relu")

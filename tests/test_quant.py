@@ -10,7 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.ops.quant import ALIGNMENT, QUANTS, dequantise, quantise, row_bytes, sqnr
+from turbosparse.ops.quant import dequantise, quantise, sqnr
+from turbosparse.ops.rows import ALIGNMENT, QUANTS, row_bytes
 
 GGUF = {
     "f16": gguf.GGMLQuantizationType.F16,

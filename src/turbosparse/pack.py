@@ -38,10 +38,10 @@ from turbosparse.ops.predictor import Predictor
 from turbosparse.ops.quant import (
     ffn_rows,
     quantise,
-    row_bytes,
     signs,
     split_ffn,
 )
+from turbosparse.ops.rows import row_bytes
 from turbosparse.packed.format import (
     FFN,
     VERSION,

@@ -8,7 +8,7 @@ import torch
 
 from turbosparse.engine.engine import Engine
 from turbosparse.hf import families
-from turbosparse.ops.quant import row_bytes
+from turbosparse.ops.rows import row_bytes
 from turbosparse.packed.format import Packed
 
 

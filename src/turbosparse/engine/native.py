@@ -12,7 +12,7 @@ from turbosparse.engine.model import Rope, sliding_window
 from turbosparse.hf import families
 from turbosparse.ops import Mode
 from turbosparse.ops.cpu import neurons
-from turbosparse.ops.quant import row_bytes
+from turbosparse.ops.rows import row_bytes
 from turbosparse.packed.format import Packed, ffn_prefix
 
 PAGE = 64  # positions, as in csrc/decoder.h

@@ -12,29 +12,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.ops.rows import BLOCK, TILE, row_bytes, sign_bytes
 
-QUANTS = ("f16", "q8", "q4")
-BLOCK = 32
-TILE = 16  # blocks
-ALIGNMENT = 64  # bytes: a cache line
 F16_MAX = 65504.0
-
-
-def row_bytes(quant: str, cols: int) -> int:
-    """Stride of a row of `cols` weights, in bytes.
-
-    Raises:
-        TurboSparseError: unknown format, or `cols` is no multiple of the block.
-    """
-    if quant not in QUANTS:
-        raise TurboSparseError(f"quant {quant!r} is unknown; use {', '.join(QUANTS)}")
-    if quant != "f16" and cols % BLOCK:
-        raise TurboSparseError(
-            f"{quant} needs rows of a multiple of {BLOCK} weights, not {cols}; use f16"
-        )
-    scales = 2 * cols // BLOCK
-    payload = {"f16": 2 * cols, "q8": cols + scales, "q4": cols // 2 + scales}[quant]
-    return -(-payload // ALIGNMENT) * ALIGNMENT
 
 
 def quantise(weights: Tensor, quant: str) -> Tensor:
@@ -81,11 +61,6 @@ def negative(bits: Tensor, cols: int) -> Tensor:
     """Unpack `sign_bits`: uint8 ``[rows, sign_bytes(cols)]`` → bool ``[rows, cols]``."""
     unpacked = np.unpackbits(bits.numpy(), axis=1, count=cols, bitorder="little")
     return torch.from_numpy(unpacked).bool()
-
-
-def sign_bytes(cols: int) -> int:
-    """Stride of the sign bits of a row of `cols` weights, in bytes."""
-    return -(-cols // (8 * ALIGNMENT)) * ALIGNMENT
 
 
 def ffn_rows(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from turbosparse.base.folders import new_file, read_config
 from turbosparse.hf import families
 from turbosparse.hf.activations import WITHOUT_ZEROS, Activation
 from turbosparse.ops.predictor import PackedPredictor, Predictor
-from turbosparse.ops.quant import BLOCK, row_bytes, sign_bytes
+from turbosparse.ops.rows import BLOCK, row_bytes, sign_bytes
 
 VERSION = 1
 PAGE = 4096

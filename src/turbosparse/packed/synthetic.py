@@ -25,8 +25,9 @@ from turbosparse.base.progress import track
 from turbosparse.hf import families
 from turbosparse.hf.load import with_activation
 from turbosparse.ops.predictor import Predictor
-from turbosparse.ops.quant import BLOCK, TILE, ffn_rows, negative, quantise, row_bytes, signs
+from turbosparse.ops.quant import ffn_rows, negative, quantise, signs
 from turbosparse.ops.reference import sign_scores
+from turbosparse.ops.rows import BLOCK, TILE, row_bytes
 from turbosparse.packed.format import FFN, VERSION, Header, Spec, layout, write_weights
 
 # the architectures that people ask about; `layers` may be cut to fit a machine
