@@ -137,12 +137,12 @@ def test_counts_are_those_of_the_written_out_feed_forward(
             x = inputs[layer]
             chosen = torch.zeros(len(x), 1, dtype=torch.int64)
             if family == "mixtral":
-                router = tensors[families.router(layer)].double()
+                router = tensors[families.table(model.config).name("router", layer)].double()
                 chosen = (x @ router.T).topk(2).indices
             for expert in range(experts):
                 mine = x[(chosen == expert).any(-1)]
-                ffn = families.ffn(layer, expert if family == "mixtral" else None)
-                gate, up = mine @ tensors[ffn.gate].double().T, mine @ tensors[ffn.up].double().T
+                names = families.ffn(model.config, layer, expert if family == "mixtral" else None)
+                gate, up = (mine @ tensors[name].double().T for name in names[:2])
                 fires = {
                     "drelu": (gate > 0) & (up > 0),
                     "geglu": gate != 0,

@@ -12,7 +12,6 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.bench import bench
 from turbosparse.engine.cost import bytes_per_step
 from turbosparse.engine.engine import Engine
-from turbosparse.hf import families
 from turbosparse.ops.quant import dequantise
 from turbosparse.packed.format import Packed
 from turbosparse.packed.synthetic import SHAPES, Wanted, make_synthetic
@@ -165,7 +164,7 @@ def test_bytes_of_one_token_are_those_of_the_rows_it_reads(tmp_path: Path, mode:
         assert sizes["downs"] == pytest.approx(row * active)
     else:
         assert sizes["ups"] == sizes["downs"] == sizes["gates"]
-    assert sizes["head"] == engine.packed.tensors[families.HEAD].nbytes
+    assert sizes["head"] == engine.packed.tensors["lm_head.weight"].nbytes
     assert sizes["keys and values"] == 10 * 2 * 2 * 2 * 64 * layers
 
 

@@ -14,6 +14,15 @@ from turbosparse.hf.count import RULE, count_parameters
 from turbosparse.ops.predictor import Predictor
 from turbosparse.packed.format import Packed
 
+# by role; what is not here is of the attention
+_PARTS = {
+    "ffn": "feed-forward",
+    "neuron_order": "feed-forward",
+    "predictor": "predictors",
+    **dict.fromkeys(("attention_norm", "ffn_norm", "norm", "router"), "norms and router"),
+    **dict.fromkeys(("embedding", "head"), "embedding and head"),
+}
+
 
 @dataclass(frozen=True)
 class Inspection:
@@ -84,10 +93,9 @@ def inspect(folder: Path) -> Inspection:
         active = statistics.fmean(header.profile.per_layer(header.profile.active))
         gate = statistics.fmean(header.profile.per_layer(header.profile.gate_positive))
         sparsity = 1 - active
-    kinds = ("embedding and head", "attention", "feed-forward", "predictors", "norms and router")
-    parts = dict.fromkeys(kinds, 0)
-    for name, spec in packed.plan.items():
-        parts[_part(name)] += spec.nbytes
+    parts = dict.fromkeys(("embedding and head", "attention", *_PARTS.values()), 0)
+    for spec in packed.plan.values():
+        parts[_PARTS.get(spec.role, "attention")] += spec.nbytes
     parameters = count_parameters(
         config,
         active=1.0 if active is None else active,
@@ -122,16 +130,6 @@ def _describe(predictor: Predictor | None) -> str | None:
     ranks = [rank for layer in predictor.ranks or [] for rank in layer]
     rank = f", rank {min(ranks)} to {max(ranks)}" if ranks else ""
     return f"{predictor}{rank}, reads {predictor.input}"
-
-
-def _part(name: str) -> str:
-    if ".predictor." in name:
-        return "predictors"
-    if name.endswith((".ffn", ".neuron_order")):
-        return "feed-forward"
-    if "self_attn" in name:
-        return "attention"
-    return "norms and router" if "norm" in name or "gate" in name else "embedding and head"
 
 
 def validate(folder: Path) -> str:

@@ -205,11 +205,11 @@ def _tensors(
     """Every tensor of `plan`, in its order."""
     ffns = {ffn_prefix(*slot): slot for slot in families.ffns(config)}
     for name, spec in plan.items():
-        prefix, _, last = name.rpartition(".")
-        if last == "ffn":
+        if spec.role == "ffn":
+            prefix = name.removesuffix(".ffn")
             layer, expert = ffns[f"{prefix}."]
             order = _order(stats, layer, expert, config.intermediate_size)
-            rows = _ffn(checkpoint, layer, expert, order, quant)
+            rows = _ffn(config, checkpoint, (layer, expert), order, quant)
             yield name, rows.numpy()
             yield f"{prefix}.neuron_order", order.int().numpy()
             if ffn.predictor and ffn.predictor.kind == "sign":
@@ -218,11 +218,13 @@ def _tensors(
                     signs(*split_ffn(rows)[:2], quant, config.hidden_size),
                 )
             elif ffn.predictor:
-                fc1, fc2 = families.predictor(layer, expert)
+                fc1, fc2 = (
+                    families.table(config).name(part, layer, expert) for part in ("fc1", "fc2")
+                )
                 own = str(ffn.predictor.quant)
                 yield f"{prefix}.predictor.fc1", _quantised(checkpoint, fc1, own).numpy()
                 yield f"{prefix}.predictor.fc2", _quantised(checkpoint, fc2, own, order).numpy()
-        elif last == "neuron_order" or prefix.endswith(".predictor"):
+        elif spec.role in ("neuron_order", "predictor"):
             continue  # came with the rows
         elif spec.dtype == "U8":
             yield name, _quantised(checkpoint, name, quant).numpy()
@@ -238,13 +240,13 @@ def _order(stats: Stats | None, layer: int, expert: int | None, neurons: int) ->
 
 
 def _ffn(
+    config: Any,
     checkpoint: Checkpoint,
-    layer: int,
-    expert: int | None,
+    slot: tuple[int, int | None],
     order: Tensor,
     quant: str,
 ) -> Tensor:
-    gate, up, down = families.ffn(layer, expert)
+    gate, up, down = families.ffn(config, *slot)
     return ffn_rows(
         _quantised(checkpoint, gate, quant, order),
         _quantised(checkpoint, up, quant, order),

@@ -92,16 +92,16 @@ def write_random_gguf(path: Path, config: Any, quant: str) -> None:
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-    shapes = _gguf_shapes(config, experts)
-    for name, shape in shapes.items():
-        if quantised(name):
+    tensors = list(gguf_table(config).tensors(config))
+    for name, row, *_, shape in tensors:
+        if row.packed != "float":
             size = (
                 int(np.prod(shape))
                 // gguf.GGML_QUANT_SIZES[kind][0]
                 * gguf.GGML_QUANT_SIZES[kind][1]
             )
-            row = (*shape[:-1], size // int(np.prod(shape[:-1])))
-            writer.add_tensor_info(name, row, np.dtype(np.uint8), size, raw_dtype=kind)
+            packed = (*shape[:-1], size // int(np.prod(shape[:-1])))
+            writer.add_tensor_info(name, packed, np.dtype(np.uint8), size, raw_dtype=kind)
         else:
             size = 4 * int(np.prod(shape))
             writer.add_tensor_info(name, shape, np.dtype(np.float32), size)
@@ -109,49 +109,31 @@ def write_random_gguf(path: Path, config: Any, quant: str) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     random = np.random.default_rng(0)
-    for name, shape in shapes.items():
-        if quantised(name):
-            writer.write_tensor_data(_random_blocks(random, shape, quant))
+    for tensor in tensors:
+        if tensor.row.packed != "float":
+            writer.write_tensor_data(_random_blocks(random, tensor.shape, quant))
+        elif tensor.role == "router":
+            writer.write_tensor_data(random.standard_normal(tensor.shape, dtype=np.float32))
         else:
-            writer.write_tensor_data(
-                np.ones(shape, np.float32)
-                if "norm" in name
-                else random.standard_normal(shape, dtype=np.float32)
-            )
+            writer.write_tensor_data(np.ones(tensor.shape, np.float32))
     writer.close()
 
 
-def quantised(name: str) -> bool:
-    """Whether a GGUF tensor stands in the block format; norms and routers do not."""
-    return "norm" not in name and "ffn_gate_inp" not in name
-
-
-def _gguf_shapes(config: Any, experts: int) -> dict[str, tuple[int, ...]]:
-    hidden, neurons = config.hidden_size, config.intermediate_size
-    head = families.config_head_dim(config)
-    queries, keys = config.num_attention_heads * head, config.num_key_value_heads * head
-    stack = (experts,) if experts else ()
-    suffix = "_exps" if experts else ""
-    shapes: dict[str, tuple[int, ...]] = {"token_embd.weight": (config.vocab_size, hidden)}
-    for layer in range(config.num_hidden_layers):
-        block = f"blk.{layer}."
-        shapes |= {
-            f"{block}attn_norm.weight": (hidden,),
-            f"{block}attn_q.weight": (queries, hidden),
-            f"{block}attn_k.weight": (keys, hidden),
-            f"{block}attn_v.weight": (keys, hidden),
-            f"{block}attn_output.weight": (hidden, queries),
-            f"{block}ffn_norm.weight": (hidden,),
-            f"{block}ffn_gate{suffix}.weight": (*stack, neurons, hidden),
-            f"{block}ffn_up{suffix}.weight": (*stack, neurons, hidden),
-            f"{block}ffn_down{suffix}.weight": (*stack, hidden, neurons),
-        }
-        if experts:
-            shapes[f"{block}ffn_gate_inp.weight"] = (experts, hidden)
-    shapes["output_norm.weight"] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes["output.weight"] = (config.vocab_size, hidden)
-    return shapes
+def gguf_table(config: Any) -> families.Table:
+    """The weights by their names in a GGUF file; biases are left out."""
+    stacked = "_exps" if families.experts(config) else ""
+    patterns = {
+        "embedding": "token_embd.weight",
+        "attention_norm": "blk.{layer}.attn_norm.weight",
+        "ffn_norm": "blk.{layer}.ffn_norm.weight",
+        "o": "blk.{layer}.attn_output.weight",
+        "router": "blk.{layer}.ffn_gate_inp.weight",
+        "norm": "output_norm.weight",
+        "head": "output.weight",
+    }
+    patterns |= {role: f"blk.{{layer}}.attn_{role}.weight" for role in "qkv"}
+    patterns |= {role: f"blk.{{layer}}.ffn_{role}{stacked}.weight" for role in families.FFN_ROLES}
+    return families.table(config).renamed(patterns)
 
 
 def _random_blocks(random: np.random.Generator, shape: tuple[int, ...], quant: str) -> Any:

@@ -40,14 +40,17 @@ def bytes_per_step(engine: Engine, counts: torch.Tensor, positions: float) -> di
         gate = active = every
     head = families.config_head_dim(config)
     kept = 2 * 2 * config.num_key_value_heads * head * config.num_hidden_layers
-    vocabulary = families.EMBEDDING if config.tie_word_embeddings else families.HEAD
+    by_role = dict[str, int]()
+    for spec in plan.values():
+        by_role[spec.role] = by_role.get(spec.role, 0) + spec.nbytes
     predictors = 0.0
     if engine.mode == "predicted":
-        whole = sum(spec.nbytes for name, spec in plan.items() if ".predictor." in name)
-        predictors = whole * every * _share_of_predictor(engine.packed, candidate / every)
+        predictors = (
+            by_role["predictor"] * every * _share_of_predictor(engine.packed, candidate / every)
+        )
     return {
-        "attention": sum(spec.nbytes for name, spec in plan.items() if "self_attn" in name),
-        "head": plan[vocabulary].nbytes,
+        "attention": sum(by_role.get(role, 0) for role in families.ATTENTION_ROLES),
+        "head": by_role["embedding" if config.tie_word_embeddings else "head"],
         "predictors": predictors,
         "gates": rows * candidate,
         "ups": rows * gate,

@@ -40,11 +40,12 @@ class Decoder:
         self.config, self.quant = config, packed.quant
         self._packed, self._tensors = packed, packed.tensors
         self._threads, self._kernels = threads, ops.backend(backend)
-        self.embedding = self._matrix(families.EMBEDDING, config.hidden_size)
+        name = families.table(config).name
+        self.embedding = self._matrix(name("embedding"), config.hidden_size)
         self.layers = [Layer(self, index) for index in range(config.num_hidden_layers)]
-        self.norm = self._norm(families.FINAL_NORM)
+        self.norm = self._norm(name("norm"))
         tied = config.tie_word_embeddings
-        self.head = self.embedding if tied else self._matrix(families.HEAD, config.hidden_size)
+        self.head = self.embedding if tied else self._matrix(name("head"), config.hidden_size)
         self.rope = Rope(config)
 
     def new_cache(self, context: int) -> Cache:
@@ -100,11 +101,11 @@ class Layer:
     """``x + attention(norm(x))``, then ``x + ffn(norm(x))``."""
 
     def __init__(self, decoder: Decoder, index: int):
-        config, prefix = decoder.config, f"model.layers.{index}."
+        parts = families.layer_tensors(decoder.config, index)
         self.attention = Attention(decoder, index)
-        self.input_norm = decoder._norm(f"{prefix}input_layernorm.weight")
-        self.post_norm = decoder._norm(f"{prefix}post_attention_layernorm.weight")
-        if families.experts(config):
+        self.input_norm = decoder._norm(parts["attention_norm"].name)
+        self.post_norm = decoder._norm(parts["ffn_norm"].name)
+        if families.experts(decoder.config):
             self.ffn: Any = Mixture(decoder, index)
         else:
             self.ffn = decoder._neurons(index, None).forward
@@ -123,13 +124,14 @@ class Attention:
     def __init__(self, decoder: Decoder, index: int):
         config = decoder.config
         self.index, self.head = index, families.config_head_dim(config)
+        parts = families.layer_tensors(config, index)
         self.projections = {}
-        for name, shape in families.attention(config, index).items():
-            kind = name.split(".")[-2][0]  # q, k, v or o
-            if name.endswith(".weight"):
-                bias_name = name.removesuffix("weight") + "bias"
-                bias = decoder._vector(bias_name) if bias_name in decoder._tensors else 0.0
-                self.projections[kind] = decoder._matrix(name, shape[1]), bias
+        for role in "qkvo":
+            bias = parts.get(f"{role}.bias")
+            self.projections[role] = (
+                decoder._matrix(parts[role].name, parts[role].shape[1]),
+                decoder._vector(bias.name) if bias else 0.0,
+            )
         self.window = sliding_window(config, index)
 
     def __call__(self, x: Tensor, rope: Rotation, cache: Cache) -> Tensor:
@@ -154,7 +156,7 @@ class Mixture:
     """Mixtral's experts: softmax over all, the top k of them renormalised (Turbo Sparse §4)."""
 
     def __init__(self, decoder: Decoder, index: int):
-        self.router = decoder._vector(families.router(index))
+        self.router = decoder._vector(families.table(decoder.config).name("router", index))
         self.top_k = decoder.config.num_experts_per_tok
         self.experts = [
             decoder._neurons(index, expert) for expert in range(families.experts(decoder.config))

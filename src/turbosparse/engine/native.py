@@ -46,15 +46,16 @@ class Decoder:
         self.config, self.threads = config, threads
         rope = Rope(config)
         hidden = config.hidden_size
-        embedding = _matrix(packed, families.EMBEDDING, hidden)
-        head = embedding if config.tie_word_embeddings else _matrix(packed, families.HEAD, hidden)
+        name = families.table(config).name
+        embedding = _matrix(packed, name("embedding"), hidden)
+        head = embedding if config.tie_word_embeddings else _matrix(packed, name("head"), hidden)
         self.vocabulary = embedding.rows
         heads = config.num_hidden_layers * config.num_key_value_heads
         self._position_bytes = 2 * heads * row_bytes("f16", 2 * len(rope.frequencies))
         self._native = _core.Decoder(
             embedding,
             head,
-            packed.tensors[families.FINAL_NORM],
+            packed.tensors[name("norm")],
             [_layer(packed, index) for index in range(config.num_hidden_layers)],
             rope.frequencies.numpy(),
             rope.scale,
@@ -125,16 +126,15 @@ def _matrix(packed: Packed, name: str, cols: int) -> _core.Matrix:
 
 def _layer(packed: Packed, index: int) -> _core.Layer:
     config, tensors = packed.config, packed.tensors
-    shapes = families.attention(config, index)
-    weights = [name for name in shapes if name.endswith(".weight")]  # q, k, v, o
+    parts = families.layer_tensors(config, index)
+    vectors = {role: tensors.get(tensor.name) for role, tensor in parts.items()}
     experts: list[int | None] = list(range(families.experts(config))) or [None]
-    prefix = f"model.layers.{index}."
     return _core.Layer(
-        [_matrix(packed, name, shapes[name][1]) for name in weights],
-        [tensors.get(name.removesuffix("weight") + "bias") for name in weights],
-        tensors[f"{prefix}input_layernorm.weight"],
-        tensors[f"{prefix}post_attention_layernorm.weight"],
-        tensors[families.router(index)] if families.experts(config) else None,
+        [_matrix(packed, parts[role].name, parts[role].shape[1]) for role in "qkvo"],
+        [vectors.get(f"{role}.bias") for role in "qkvo"],
+        tensors[parts["attention_norm"].name],
+        tensors[parts["ffn_norm"].name],
+        vectors.get("router"),
         [
             neurons(
                 tensors[f"{ffn}ffn"],

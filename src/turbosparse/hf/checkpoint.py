@@ -64,7 +64,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         Raises:
             TurboSparseError: it is not whole: every FFN has an fc1 ``[R, H]`` and fc2 ``[I, R]``.
         """
-        matrices = [families.predictor(*slot) for slot in families.ffns(config)]
+        name = families.table(config).name
+        matrices = [(name("fc1", *slot), name("fc2", *slot)) for slot in families.ffns(config)]
         if not any(name in self for pair in matrices for name in pair):
             return None
         ranks = [self.shape(fc1)[0] if fc1 in self else 0 for fc1, _ in matrices]

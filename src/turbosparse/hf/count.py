@@ -37,12 +37,11 @@ def count_parameters(config: Any, *, active: float = 1.0, gate_positive: float =
             model.
         gate_positive: share of neurons whose gate is positive, which is what exact mode goes by.
     """
-    shapes = families.tensor_shapes(config)
-    total = sum(prod(shape) for shape in shapes.values())
+    total = sum(prod(shape) for shape in families.tensor_shapes(config).values())
     per_ffn = 3 * config.hidden_size * config.intermediate_size
     outside = total - per_ffn * len(families.ffns(config))
     if not config.tie_word_embeddings:
-        outside -= prod(shapes[families.EMBEDDING]) - config.hidden_size
+        outside -= (config.vocab_size - 1) * config.hidden_size
     in_use = config.num_hidden_layers * (
         config.num_experts_per_tok if families.experts(config) else 1
     )

@@ -1,81 +1,144 @@
-"""The tensors of a checkpoint on disk: names and shapes, for the four families. Loads no torch.
+"""The tensors of a checkpoint on disk, one row each. Loads no torch.
 
-Shapes are ``[out, in]`` as in ``nn.Linear``; H hidden, I neurons (intermediate size), V vocabulary.
+A family is a table of rows. A foreign dialect, which has other names for the same weights, is a
+table made with `Table.renamed`. Shapes are ``[out, in]`` as in ``nn.Linear``.
 """
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
 
-FAMILIES = ("mistral", "llama", "qwen2", "mixtral")
 PREFIX = "drelu_"  # of the model_type of our classes
-
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
-FINAL_NORM = "model.norm.weight"
+When = Literal["always", "untied", "biased", "predictor"]
 
 
-class FFNNames(NamedTuple):
-    """Where the three matrices of one feed-forward (or one expert) stand."""
+class Row(NamedTuple):
+    """A kind of tensor.
 
-    gate: str  # [I, H]
-    up: str  # [I, H]
-    down: str  # [H, I]
+    `shape` is in the symbols of `sizes`. `packed` says how it stands in a packed folder: quantised
+    rows, float32 as it is, a third of a feed-forward's rows, or a matrix of its predictor. `when`
+    is the condition (`_applies`) under which a checkpoint holds it.
+    """
 
-
-def family(model_type: str) -> str | None:
-    """The stock architecture behind a ``model_type``, or None if we do not support it."""
-    base = model_type.removeprefix(PREFIX)
-    return base if base in FAMILIES else None
-
-
-def experts(config: Any) -> int:
-    """Number of experts of a layer; 0 for a dense model."""
-    return config.num_local_experts if family(config.model_type) == "mixtral" else 0
+    role: str
+    pattern: str  # with {layer} and {expert}
+    shape: str
+    packed: Literal["matrix", "float", "ffn", "predictor"] = "matrix"
+    when: When = "always"
 
 
-def ffn(layer: int, expert: int | None = None) -> FFNNames:
-    """Names of the FFN matrices of `layer`, of its `expert` for a MoE model."""
-    if expert is None:
-        mlp = f"model.layers.{layer}.mlp."
-        return FFNNames(*(f"{mlp}{matrix}_proj.weight" for matrix in ("gate", "up", "down")))
-    moe = f"model.layers.{layer}.block_sparse_moe.experts.{expert}."
-    return FFNNames(f"{moe}w1.weight", f"{moe}w3.weight", f"{moe}w2.weight")
+class Tensor(NamedTuple):
+    """One tensor of a model: its row, its place and its shape (0 for a predictor's own rank)."""
+
+    name: str
+    row: Row
+    layer: int | None
+    expert: int | None
+    shape: tuple[int, ...]
+
+    @property
+    def role(self) -> str:
+        return self.row.role
 
 
-def predictor(layer: int, expert: int | None = None) -> tuple[str, str]:
-    """Names of the fc1 and fc2 of a predictor that is merged into the checkpoint."""
-    module = ffn(layer, expert).gate.rsplit(".", 2)[0]
-    return f"{module}.predictor.fc1.weight", f"{module}.predictor.fc2.weight"
+class Table(NamedTuple):
+    """The tensors of a family, in the order in which a decoder reads them."""
+
+    rows: tuple[Row, ...]
+
+    def row(self, role: str) -> Row | None:
+        return next((row for row in self.rows if row.role == role), None)
+
+    def name(self, role: str, layer: int | None = None, expert: int | None = None) -> str:
+        """Of the tensor with this role; KeyError if the family has no such role."""
+        row = self.row(role)
+        if row is None:
+            raise KeyError(role)
+        return row.pattern.format(layer=layer, expert=expert)
+
+    def find(self, name: str) -> tuple[Row, int | None, int | None] | None:
+        """The row, layer and expert of a tensor's name; None if the table does not have it."""
+        for row in self.rows:
+            if found := _regex(row.pattern).fullmatch(name):
+                place = found.groupdict()
+                layer, expert = (
+                    int(place[key]) if key in place else None for key in ("layer", "expert")
+                )
+                return row, layer, expert
+        return None
+
+    def renamed(self, patterns: dict[str, str]) -> Table:
+        """The rows with these roles under other names: a dialect.
+
+        A pattern without ``{expert}`` stacks the experts of a layer in one tensor.
+        """
+        kept = [row for row in self.rows if row.role in patterns]
+        return Table(tuple(_renamed(row, patterns[row.role]) for row in kept))
+
+    def tensors(self, config: Any, layers: Iterable[int] | None = None) -> Iterator[Tensor]:
+        """Every tensor that a checkpoint of this config holds, but for a predictor's.
+
+        Args:
+            config: of the model.
+            layers: only those inside these layers.
+        """
+        known = sizes(config)
+        rows = [row for row in self.rows if _applies(row, config)]
+        inside = [row for row in rows if "{layer}" in row.pattern]
+        first = rows.index(inside[0])
+        for row in rows[:first] if layers is None else ():
+            yield _tensor(row, known, None, None)
+        for layer in range(config.num_hidden_layers) if layers is None else layers:
+            for row in inside:
+                if "{expert}" not in row.pattern:
+                    yield _tensor(row, known, layer, None)
+            for expert in range(known["E"]):
+                for row in inside:
+                    if "{expert}" in row.pattern:
+                        yield _tensor(row, known, layer, expert)
+        for row in rows[first + len(inside) :] if layers is None else ():
+            yield _tensor(row, known, None, None)
 
 
-def ffns(config: Any) -> list[tuple[int, int | None]]:
-    """Every (layer, expert) that holds an FFN; expert is None in a dense model."""
-    slots: list[int | None] = list(range(experts(config))) or [None]
-    return [(layer, expert) for layer in range(config.num_hidden_layers) for expert in slots]
+def _tensor(row: Row, known: dict[str, int], layer: int | None, expert: int | None) -> Tensor:
+    name = row.pattern.format(layer=layer, expert=expert)
+    return Tensor(name, row, layer, expert, tuple(known[symbol] for symbol in row.shape))
 
 
-def router(layer: int) -> str:
-    return f"model.layers.{layer}.block_sparse_moe.gate.weight"
+def _renamed(row: Row, pattern: str) -> Row:
+    stacked = "{expert}" in row.pattern and "{expert}" not in pattern
+    return row._replace(pattern=pattern, shape="E" * stacked + row.shape)
 
 
-def attention(config: Any, layer: int) -> dict[str, tuple[int, ...]]:
-    """The projections of a layer's attention, biases included."""
-    hidden, head = config.hidden_size, config_head_dim(config)
-    sizes = {
-        "q": (config.num_attention_heads * head, hidden),
-        "k": (config.num_key_value_heads * head, hidden),
-        "v": (config.num_key_value_heads * head, hidden),
-        "o": (hidden, config.num_attention_heads * head),
+def _regex(pattern: str) -> re.Pattern[str]:
+    text = re.escape(pattern)
+    for place in ("layer", "expert"):
+        text = text.replace(rf"\{{{place}\}}", rf"(?P<{place}>0|[1-9]\d*)")
+    return re.compile(text, re.ASCII)
+
+
+def _applies(row: Row, config: Any) -> bool:
+    if row.when == "untied":
+        return not config.tie_word_embeddings
+    if row.when == "biased":
+        return bool(getattr(config, "attention_bias", False))
+    return row.when == "always"
+
+
+def sizes(config: Any) -> dict[str, int]:
+    """What the symbols of a shape stand for."""
+    head = config_head_dim(config)
+    return {
+        "V": config.vocab_size,
+        "H": config.hidden_size,
+        "I": config.intermediate_size,
+        "Q": config.num_attention_heads * head,  # of all query heads
+        "K": config.num_key_value_heads * head,
+        "E": experts(config),
+        "R": 0,  # rank of a predictor: its own in each feed-forward
     }
-    biased = {"qwen2": "qkv", "llama": "qkvo" if getattr(config, "attention_bias", False) else ""}
-    shapes: dict[str, tuple[int, ...]] = {}
-    for name, size in sizes.items():
-        prefix = f"model.layers.{layer}.self_attn.{name}_proj"
-        shapes[f"{prefix}.weight"] = size
-        if name in biased.get(family(config.model_type) or "", ""):
-            shapes[f"{prefix}.bias"] = size[:1]
-    return shapes
 
 
 def config_head_dim(config: Any) -> int:
@@ -84,26 +147,97 @@ def config_head_dim(config: Any) -> int:
     )
 
 
-def norms(config: Any, layer: int) -> dict[str, tuple[int, ...]]:
-    prefix = f"model.layers.{layer}."
-    return {
-        f"{prefix}{norm}_layernorm.weight": (config.hidden_size,)
-        for norm in ("input", "post_attention")
-    }
+def _rows(
+    module: str,
+    parts: tuple[str, str, str],
+    *,
+    router: str = "",
+    biases: str = "",
+    when: When = "always",
+) -> Table:
+    """The table of a family.
+
+    Args:
+        module: that holds a feed-forward, with its place.
+        parts: names of gate, up and down in it.
+        router: its name in a layer; "" for a dense family.
+        biases: which of q, k, v and o have one.
+        when: they do.
+    """
+    layer = "model.layers.{layer}."
+    rows = [
+        Row("embedding", "model.embed_tokens.weight", "VH"),
+        Row("attention_norm", f"{layer}input_layernorm.weight", "H", "float"),
+        Row("ffn_norm", f"{layer}post_attention_layernorm.weight", "H", "float"),
+    ]
+    for role, shape in {"q": "QH", "k": "KH", "v": "KH", "o": "HQ"}.items():
+        projection = f"{layer}self_attn.{role}_proj."
+        rows.append(Row(role, f"{projection}weight", shape))
+        if role in biases:
+            rows.append(Row(f"{role}.bias", f"{projection}bias", shape[0], "float", when))
+    if router:
+        rows.append(Row("router", f"{layer}{router}.weight", "EH", "float"))
+    for role, part, shape in zip(FFN_ROLES, parts, ("IH", "IH", "HI"), strict=True):
+        rows.append(Row(role, f"{layer}{module}{part}.weight", shape, "ffn"))
+    for role, shape in {"fc1": "RH", "fc2": "IR"}.items():
+        name = f"{layer}{module}predictor.{role}.weight"
+        rows.append(Row(role, name, shape, "predictor", "predictor"))
+    rows.append(Row("norm", "model.norm.weight", "H", "float"))
+    rows.append(Row("head", "lm_head.weight", "VH", "matrix", "untied"))
+    return Table(tuple(rows))
+
+
+FFN_ROLES = ("gate", "up", "down")
+ATTENTION_ROLES = tuple(f"{role}{kind}" for role in "qkvo" for kind in ("", ".bias"))
+_DENSE = ("mlp.", ("gate_proj", "up_proj", "down_proj"))
+TABLES: dict[str, Table] = {
+    "mistral": _rows(*_DENSE),
+    "llama": _rows(*_DENSE, biases="qkvo", when="biased"),
+    "qwen2": _rows(*_DENSE, biases="qkv"),
+    "mixtral": _rows(
+        "block_sparse_moe.experts.{expert}.", ("w1", "w3", "w2"), router="block_sparse_moe.gate"
+    ),
+}
+FAMILIES = tuple(TABLES)
+
+
+def family(model_type: str) -> str | None:
+    """The stock architecture behind a ``model_type``, or None if we do not support it."""
+    base = model_type.removeprefix(PREFIX)
+    return base if base in TABLES else None
+
+
+def table(config: Any) -> Table:
+    return TABLES[config.model_type.removeprefix(PREFIX)]
+
+
+def experts(config: Any) -> int:
+    """Number of experts of a layer; 0 for a dense model."""
+    moe = "router" in {row.role for row in table(config).rows}
+    return int(config.num_local_experts) if moe else 0
+
+
+def ffns(config: Any) -> list[tuple[int, int | None]]:
+    """Every (layer, expert) that holds an FFN; expert is None in a dense model."""
+    slots: list[int | None] = list(range(experts(config))) or [None]
+    return [(layer, expert) for layer in range(config.num_hidden_layers) for expert in slots]
+
+
+def ffn(config: Any, layer: int, expert: int | None) -> list[str]:
+    """Names of gate, up and down."""
+    return [table(config).name(role, layer, expert) for role in FFN_ROLES]
+
+
+def layer_tensors(config: Any, layer: int) -> dict[str, Tensor]:
+    """The tensors of a layer by role, but for those of experts."""
+    found = table(config).tensors(config, [layer])
+    return {tensor.role: tensor for tensor in found if tensor.expert is None}
+
+
+def tensors(config: Any) -> list[Tensor]:
+    return list(table(config).tensors(config))
 
 
 def tensor_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     """Every tensor that a checkpoint of this config must hold."""
-    hidden, neurons = config.hidden_size, config.intermediate_size
-    shapes: dict[str, tuple[int, ...]] = {EMBEDDING: (config.vocab_size, hidden)}
-    for layer in range(config.num_hidden_layers):
-        shapes |= attention(config, layer) | norms(config, layer)
-        if experts(config):
-            shapes[router(layer)] = (experts(config), hidden)
-    for layer, expert in ffns(config):
-        gate, up, down = ffn(layer, expert)
-        shapes |= {gate: (neurons, hidden), up: (neurons, hidden), down: (hidden, neurons)}
-    shapes[FINAL_NORM] = (hidden,)
-    if not config.tie_word_embeddings:
-        shapes[HEAD] = (config.vocab_size, hidden)
-    return shapes
+    return {tensor.name: tensor.shape for tensor in tensors(config)}

@@ -114,62 +114,54 @@ class Header(BaseModel):
 
 
 class Spec(NamedTuple):
-    """Type and shape of one tensor in a packed folder."""
+    """Type and shape of one tensor in a packed folder, and its role.
+
+    Roles are those of the tables of `families`, and ``ffn``, ``neuron_order``, ``predictor``.
+    """
 
     dtype: str
     shape: tuple[int, ...]
+    role: str
 
     @property
     def nbytes(self) -> int:
         return prod(self.shape) * _DTYPES[self.dtype].itemsize
 
 
-def ffn_prefix(layer: int, expert: int | None) -> str:
+def ffn_prefix(layer: int | None, expert: int | None) -> str:
     return f"model.layers.{layer}." + ("" if expert is None else f"experts.{expert}.")
 
 
 def layout(config: Any, quant: str, predictor: Predictor | None = None) -> dict[str, Spec]:
     """Every tensor of a packed model, in the order in which a decoder reads them."""
-    neurons = config.intermediate_size
-
-    def spec(shape: tuple[int, ...]) -> Spec:
-        return (
-            Spec("U8", (shape[0], row_bytes(quant, shape[1])))
-            if len(shape) == 2
-            else Spec("F32", shape)
-        )
-
-    plan = {families.EMBEDDING: spec((config.vocab_size, config.hidden_size))}
-    slots: list[int | None] = list(range(families.experts(config))) or [None]
-    for layer in range(config.num_hidden_layers):
-        small = families.norms(config, layer) | families.attention(config, layer)
-        plan |= {name: spec(shape) for name, shape in small.items()}
-        if families.experts(config):
-            plan[families.router(layer)] = Spec("F32", (len(slots), config.hidden_size))
-        for expert in slots:
-            prefix = ffn_prefix(layer, expert)
-            plan[f"{prefix}ffn"] = spec((3 * neurons, config.hidden_size))
-            plan[f"{prefix}neuron_order"] = Spec("I32", (neurons,))
+    plan: dict[str, Spec] = {}
+    for name, row, layer, expert, shape in families.tensors(config):
+        if row.packed == "matrix":
+            plan[name] = Spec("U8", (shape[0], row_bytes(quant, shape[1])), row.role)
+        elif row.packed == "float":
+            plan[name] = Spec("F32", shape, row.role)
+        elif row.role == "gate":  # up and down stand in the same rows
+            prefix, neurons = ffn_prefix(layer, expert), config.intermediate_size
+            rows = 3 * neurons, row_bytes(quant, config.hidden_size)
+            plan[f"{prefix}ffn"] = Spec("U8", rows, "ffn")
+            plan[f"{prefix}neuron_order"] = Spec("I32", (neurons,), "neuron_order")
             if predictor:
-                own = _predictor_layout(config, predictor, layer, expert or 0)
-                plan |= {f"{prefix}predictor.{part}": spec for part, spec in own.items()}
-    plan[families.FINAL_NORM] = spec((config.hidden_size,))
-    if not config.tie_word_embeddings:
-        plan[families.HEAD] = spec((config.vocab_size, config.hidden_size))
+                own = _predictor_layout(config, predictor, layer or 0, expert or 0)
+                plan |= {
+                    f"{prefix}predictor.{part}": Spec("U8", shape, "predictor")
+                    for part, shape in own.items()
+                }
     return plan
 
 
 def _predictor_layout(
     config: Any, predictor: Predictor, layer: int, expert: int
-) -> dict[str, Spec]:
+) -> dict[str, tuple[int, int]]:
     hidden, neurons = config.hidden_size, config.intermediate_size
     if predictor.ranks is None:
-        return {"signs": Spec("U8", (neurons, 2 * sign_bytes(hidden)))}
+        return {"signs": (neurons, 2 * sign_bytes(hidden))}
     quant, rank = str(predictor.quant), predictor.ranks[layer][expert]
-    return {
-        "fc1": Spec("U8", (rank, row_bytes(quant, hidden))),
-        "fc2": Spec("U8", (neurons, row_bytes(quant, rank))),
-    }
+    return {"fc1": (rank, row_bytes(quant, hidden)), "fc2": (neurons, row_bytes(quant, rank))}
 
 
 def write_weights(
@@ -245,7 +237,7 @@ class Packed:
         _check_ranks(self.folder, predictor, self.config)
         self.plan = layout(self.config, self.header.quant, predictor)
         self.tensors = _map_files(self.folder, self.header, self.plan)
-        _check_orders(self.folder, self.tensors)
+        _check_orders(self.folder, self.plan, self.tensors)
 
     @property
     def quant(self) -> str:
@@ -315,7 +307,7 @@ def _map_files(folder: Path, header: Header, plan: dict[str, Spec]) -> dict[str,
             spec = plan.get(tensor)
             if spec is None:
                 raise FormatError(folder, Fault.TENSOR_UNKNOWN, tensor)
-            if (dtype, shape) != spec or end - start != spec.nbytes:
+            if (dtype, shape) != spec[:2] or end - start != spec.nbytes:
                 asked = f"{spec.dtype} {list(spec.shape)}"
                 raise FormatError(
                     folder, Fault.TENSOR_SHAPE, f"{tensor}: {dtype} {list(shape)}, not {asked}"
@@ -354,9 +346,9 @@ def _read_entries(
         raise FormatError(folder, Fault.FILE_HEADER, f"{name}: {error!r:.80}") from error
 
 
-def _check_orders(folder: Path, tensors: dict[str, NDArray[Any]]) -> None:
+def _check_orders(folder: Path, plan: dict[str, Spec], tensors: dict[str, NDArray[Any]]) -> None:
     for name, order in tensors.items():
-        if name.endswith("neuron_order"):
+        if plan[name].role == "neuron_order":
             seen = np.zeros(len(order), dtype=bool)
             seen[order[(order >= 0) & (order < len(order))]] = True
             if not seen.all():

@@ -266,13 +266,13 @@ class _Weights:
             self.deviation = 4.32
 
     def make(self, name: str, spec: Spec, config: Any) -> NDArray[Any]:
-        last = name.rpartition(".")[2]
+        last = name.rpartition(".")[2] if spec.role == "predictor" else spec.role
         if last in self.shared:
             return self.shared[last]
         if spec.dtype == "I32":
             return np.arange(spec.shape[0], dtype=np.int32)
         if spec.dtype == "F32":
-            return self._small(name, spec)
+            return self._small(spec)
         rows, stride = spec.shape
         hidden = config.hidden_size
         if last == "ffn":
@@ -280,11 +280,11 @@ class _Weights:
             parts = [self.shared[part] for part in ("gate", "up") if part in self.shared]
             gate, up = parts or self.gates_and_ups(rows // 3, hidden)
             return ffn_rows(*map(torch.from_numpy, (gate, up, down))).numpy()
-        if name.endswith("o_proj.weight"):
+        if last == "o":
             heads = config.num_attention_heads * families.config_head_dim(config)
             return self._rows(rows, heads, stride, QUIET)
         matrix = self._rows(rows, hidden, stride)
-        if name == families.EMBEDDING:
+        if last == "embedding":
             self._first_block(matrix, hidden, CONSTANT * SPREAD)
         return matrix
 
@@ -300,13 +300,11 @@ class _Weights:
                 self._first_block(rows, hidden, lean(share, hidden) * SPREAD)
         return gate, up
 
-    def _small(self, name: str, spec: Spec) -> NDArray[np.float32]:
-        if "norm" in name:
+    def _small(self, spec: Spec) -> NDArray[np.float32]:
+        if spec.role in ("attention_norm", "ffn_norm", "norm"):
             return np.ones(spec.shape, np.float32)
         values = self.random.standard_normal(spec.shape, dtype=np.float32)
-        if (
-            "gate" in name
-        ):  # a router that does not see the constant: tokens choose different experts
+        if spec.role == "router":  # it does not see the constant: tokens choose different experts
             values[:, :BLOCK] = 0
         return values
 

@@ -27,6 +27,6 @@ def state_dict(packed: Packed) -> dict[str, Tensor]:
             dequantise(part[order], packed.quant, packed.config.hidden_size)
             for part in split_ffn(rows)
         )
-        own = families.ffn(layer, expert)
-        tensors |= {own.gate: gate, own.up: up, own.down: down.T}
+        names = families.ffn(packed.config, layer, expert)
+        tensors |= zip(names, (gate, up, down.T), strict=True)
     return tensors

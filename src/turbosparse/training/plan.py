@@ -180,12 +180,10 @@ def _activation(config: Any) -> str:
 
 def _working_copies(config: Any, recipe: Recipe, processes: int, compute: int, trained: int) -> int:
     """Weights in the type of the products, gradients on their way to other processes."""
-    shapes = families.tensor_shapes(config)
-    total = sum(map(prod, shapes.values()))
+    sizes = {tensor.role: prod(tensor.shape) for tensor in families.tensors(config)}
+    total = sum(map(prod, families.tensor_shapes(config).values()))
     if recipe.shard == "full":
-        ends = sum(
-            prod(shapes[name]) for name in (families.EMBEDDING, families.HEAD) if name in shapes
-        )
+        ends = sizes["embedding"] + sizes.get("head", 0)
         layer = (total - ends) // int(config.num_hidden_layers)
         # two layers gathered, the gradient of one in both types
         return compute * (2 * layer + ends) + (compute + _FLOAT) * layer
