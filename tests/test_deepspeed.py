@@ -79,12 +79,12 @@ def test_deepspeed_writes_the_folder_of_a_run_on_one_process(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [2, 3])
+@pytest.mark.parametrize(("stage", "family"), [(2, "mistral"), (3, "mixtral")])
 def test_a_killed_deepspeed_run_goes_on(
-    zero: Callable[..., Path], tmp_path: Path, stage: int
+    zero: Callable[..., Path], tmp_path: Path, stage: int, family: str
 ) -> None:
-    run(zero("whole", stage), 2, **ZERO)
-    script = zero("killed", stage)
+    run(zero("whole", stage, family=family), 2, **ZERO)
+    script = zero("killed", stage, family=family)
     run(script, 2, fails=True, KILL_IN_PASS="14", **ZERO)  # 3 passes are a step: in the fifth
     found = {folder.name for folder in (tmp_path / "killed.training").glob("checkpoint-*")}
     assert found == {"checkpoint-2", "checkpoint-4"}

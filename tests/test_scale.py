@@ -73,12 +73,13 @@ def test_a_sharded_run_whose_model_could_not_be_written_only_writes_it_again(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
 def test_a_killed_sharded_run_goes_on_at_the_same_and_at_another_process_count(
-    recipe: Write, tmp_path: Path
+    recipe: Write, tmp_path: Path, family: str
 ) -> None:
     import shutil
 
-    path = recipe(shard="full")
+    path = recipe(family, shard="full")
     run(write_script(tmp_path / "whole.py", path, tmp_path / "whole"), 2)
     script = write_script(tmp_path / "killed.py", path, tmp_path / "killed")
     run(script, 2, fails=True, KILL_IN_PASS="14")  # 3 passes are a step: in the fifth

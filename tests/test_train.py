@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,8 @@ import pytest
 import torch
 import yaml
 from conftest import CONTEXT, VOCABULARY, drelu_recipe
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
+from transformers import PreTrainedModel
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.load import load_model, load_tokenizer
@@ -329,6 +331,59 @@ def test_a_stopped_run_goes_on_and_ends_like_any_other(
     assert not (tmp_path / "out.training").exists()
 
 
+@pytest.mark.parametrize("sharded", [False, True])
+@pytest.mark.parametrize("family", ["mixtral", "llama"])
+def test_a_checkpoint_holds_all_weights_whatever_their_names_and_files(
+    recipe: Write,
+    dense: Dense,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    family: str,
+    sharded: bool,
+) -> None:
+    """Experts stand in it one by one, a tied head not at all; the weights may fill many files."""
+    path, out = recipe(model=str(dense(family))), tmp_path / "out"
+    train(path, out=tmp_path / "whole")
+    with monkeypatch.context() as patch:
+        if sharded:
+            save = PreTrainedModel.save_pretrained
+            small = partialmethod(save, max_shard_size="50KB")
+            patch.setattr(PreTrainedModel, "save_pretrained", small)
+        stop_at(patch, 10, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(path, out=out)
+    files = list((tmp_path / "out.training" / "checkpoint-4").glob("model*.safetensors"))
+    assert (len(files) > 1) == sharded
+    capfd.readouterr()
+    train(path, out=out)
+    said = capfd.readouterr().err
+    assert "turbosparse: resuming from step 4\n" in said
+    assert "issing" not in said
+    assert_same_run(out, tmp_path / "whole")
+
+
+def test_a_checkpoint_that_lacks_a_tensor_or_has_another_ends_the_run(
+    recipe: Write, dense: Dense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, out = recipe(model=str(dense("mixtral"))), tmp_path / "out"
+    with monkeypatch.context() as patch:
+        stop_at(patch, 10, KeyboardInterrupt())
+        with pytest.raises(KeyboardInterrupt):
+            train(path, out=out)
+    checkpoint = tmp_path / "out.training" / "checkpoint-4"
+    (checkpoint / "seal.json").write_text("{}")
+    file = checkpoint / "model.safetensors"
+    weights = load_file(file)
+    norm = weights.pop("model.norm.weight")
+    more = {"model.norm.weight": norm, "x": norm.clone()}
+    for message, added in (("model.norm.weight is missing", {}), ("x has no place", more)):
+        save_file(weights | added, file, metadata={"format": "pt"})
+        with pytest.raises(TurboSparseError, match=f"checkpoint-4: .*{message}"):
+            train(path, out=out)
+    assert not out.exists()
+
+
 @pytest.mark.parametrize("damage", ["no trainer_state.json", "half a trainer_state.json"])
 def test_a_half_written_checkpoint_is_passed_over(
     recipe: Write, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
@@ -347,14 +402,17 @@ def test_a_half_written_checkpoint_is_passed_over(
     assert_same_run(out, whole)
 
 
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
 def test_a_run_whose_model_could_not_be_written_only_writes_it_again(
     recipe: Write,
-    whole: Path,
+    dense: Dense,
     batches: list[torch.Tensor],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
+    family: str,
 ) -> None:
-    path, out = recipe(), tmp_path / "out"
+    path, out = recipe(model=str(dense(family))), tmp_path / "out"
+    train(path, out=tmp_path / "whole")
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -368,7 +426,7 @@ def test_a_run_whose_model_could_not_be_written_only_writes_it_again(
     trained = train(path, out=out)
     assert not batches, "training was complete"
     assert trained.steps == STEPS
-    assert_same_run(out, whole)
+    assert_same_run(out, tmp_path / "whole")
 
 
 def test_a_killed_process_goes_on_like_any_other(

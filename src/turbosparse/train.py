@@ -130,7 +130,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
     """Train by a recipe object; relative paths in it start from `root`. See `train`."""
     from turbosparse.hf.load import activation_of, quiet, save_model
     from turbosparse.training import chatml
-    from turbosparse.training.checkpoints import newest_whole
+    from turbosparse.training.checkpoints import newest_whole, step_of
     from turbosparse.training.prepared import found_mixture, training_data
     from turbosparse.training.trainer import SparseTrainer
 
@@ -160,6 +160,8 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
             write_json(file, recipe.model_dump(mode="json"))
     with quiet(), named_disk_errors(work), training_config(model, recipe, arguments):
         checkpoint = newest_whole(work, trainer.accelerator, note)
+        if checkpoint:
+            note(f"resuming from step {step_of(checkpoint)}")
         result = trainer.train(resume_from_checkpoint=checkpoint)
         weights = trainer.full_weights()
     skips.report()

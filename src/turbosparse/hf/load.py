@@ -173,8 +173,6 @@ def load_model(
     Raises:
         TurboSparseError: unsupported architecture, or tensors that do not fit the config.
     """
-    from transformers import AutoModelForCausalLM
-
     from turbosparse.hf.checkpoint import Checkpoint
 
     folder = model_folder(source)
@@ -184,10 +182,42 @@ def load_model(
         config = with_activation(config, activation)
     if empty:
         return _empty_model(config, dtype)
+    return read_weights(folder, config, dtype)
+
+
+def read_weights(folder: Path, config: Any, dtype: Any = None) -> Any:
+    """A model of this config with the tensors of a folder, in whatever names they stand there.
+
+    Raises:
+        TurboSparseError: the folder lacks a tensor of the model, holds one that the model has no
+            place for, or one of another shape. Those of a predictor belong to a packed model only.
+    """
+    from transformers import AutoModelForCausalLM
+
     with quiet():
-        return AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=dtype or "auto", trust_remote_code=False
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            config=config,
+            dtype=dtype or "auto",
+            trust_remote_code=False,
+            ignore_mismatched_sizes=True,  # else its own exception names nothing
+            output_loading_info=True,
         )
+    unexpected = [name for name in info["unexpected_keys"] if ".predictor." not in name]
+    faults = {
+        "is missing": info["missing_keys"],
+        "has no place in the model": unexpected,
+        "has another shape": [name for name, *_ in info["mismatched_keys"]],
+        "cannot be converted": info.get("conversion_errors", ()),
+    }
+    found = [f"{name} {what}" for what, names in faults.items() for name in sorted(names)]
+    if found:
+        more = f" (and {len(found) - 3} more)" if len(found) > 3 else ""
+        raise TurboSparseError(
+            f"{folder}: config.json and the tensors disagree: {'; '.join(found[:3])}{more}; "
+            "use the config.json that belongs to these weights"
+        )
+    return model
 
 
 def _empty_model(config: Any, dtype: Any) -> Any:

@@ -11,6 +11,7 @@ from typing import Any
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import new_file, write_json
+from turbosparse.hf.load import read_weights
 
 SEAL = "seal.json"  # {file: CRC-32}, written when all the others are on disk
 _CHUNK = 1 << 24
@@ -64,6 +65,29 @@ def newest_whole(work: Path, accelerator: Any, say: Callable[[str], None]) -> Pa
             "copy of a checkpoint there"
         )
     return None
+
+
+def load_weights(model: Any, checkpoint: Path) -> None:
+    """Put the weights of a checkpoint into a model that is whole on this process, all of them.
+
+    A mixture's experts stand in a checkpoint one by one and in memory as one tensor. Of a model
+    with adapters a checkpoint holds only these.
+
+    Raises:
+        TurboSparseError: the checkpoint holds other tensors than the model.
+    """
+    if not hasattr(model, "peft_config"):
+        model.load_state_dict(read_weights(checkpoint, model.config).state_dict())
+        return
+    from peft import get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+
+    weights = load_peft_weights(str(checkpoint), device="cpu")
+    if differing := sorted(get_peft_model_state_dict(model).keys() ^ weights.keys()):
+        raise TurboSparseError(
+            f"{checkpoint} does not hold the adapters of this run: {', '.join(differing[:3])}; "
+            "remove the checkpoint to resume from the one before it"
+        )
+    set_peft_model_state_dict(model, weights)
 
 
 def step_of(checkpoint: Path) -> int:

@@ -23,7 +23,7 @@ from transformers.trainer_utils import TrainOutput
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import named_disk_errors, new_file
-from turbosparse.training.checkpoints import seal, step_of
+from turbosparse.training.checkpoints import load_weights, seal, step_of
 from turbosparse.training.l1 import L1Penalty
 from turbosparse.training.meter import Meter
 
@@ -59,7 +59,7 @@ class SparseTrainer(Trainer):
             if self.is_fsdp_enabled or self.is_deepspeed_enabled:
                 self._prepare_for_training(self.args.max_steps, None, resume)
             else:
-                self._load_from_checkpoint(resume)
+                self._load_from_checkpoint(str(resume))
             return TrainOutput(self.args.max_steps, 0.0, {"train_runtime": 0.0})
         try:
             return super().train(resume_from_checkpoint=resume, **kwargs)
@@ -108,6 +108,13 @@ class SparseTrainer(Trainer):
             whole = [name for name, p in self.model.named_parameters() if not _is_sharded(p)]
             assert not whole, f"not sharded: {', '.join(whole[:3])}"
         return prepared
+
+    def _load_from_checkpoint(self, checkpoint: str, model: Any = None) -> None:
+        """Load the weights; the library would leave out what it does not find, with a warning."""
+        if self.is_fsdp_enabled:  # strict: it asks for the tensors of the model
+            super()._load_from_checkpoint(checkpoint, model)
+        else:
+            load_weights(model or self.model, Path(checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load them, but with the learning rate of the recipe: it may have been lowered."""
