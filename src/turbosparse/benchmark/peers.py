@@ -13,6 +13,7 @@ import numpy as np
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf import families
+from turbosparse.hf.gguf import gguf_table
 from turbosparse.packed.format import Packed
 
 
@@ -92,7 +93,7 @@ def write_random_gguf(path: Path, config: Any, quant: str) -> None:
     if experts:
         writer.add_expert_count(experts)
         writer.add_expert_used_count(config.num_experts_per_tok)
-    tensors = list(gguf_table(config).tensors(config))
+    tensors = list(gguf_table(config, biases=False).tensors(config))
     for name, row, *_, shape in tensors:
         if row.packed != "float":
             size = (
@@ -117,23 +118,6 @@ def write_random_gguf(path: Path, config: Any, quant: str) -> None:
         else:
             writer.write_tensor_data(np.ones(tensor.shape, np.float32))
     writer.close()
-
-
-def gguf_table(config: Any) -> families.Table:
-    """The weights by their names in a GGUF file; biases are left out."""
-    stacked = "_exps" if families.experts(config) else ""
-    patterns = {
-        "embedding": "token_embd.weight",
-        "attention_norm": "blk.{layer}.attn_norm.weight",
-        "ffn_norm": "blk.{layer}.ffn_norm.weight",
-        "o": "blk.{layer}.attn_output.weight",
-        "router": "blk.{layer}.ffn_gate_inp.weight",
-        "norm": "output_norm.weight",
-        "head": "output.weight",
-    }
-    patterns |= {role: f"blk.{{layer}}.attn_{role}.weight" for role in "qkv"}
-    patterns |= {role: f"blk.{{layer}}.ffn_{role}{stacked}.weight" for role in families.FFN_ROLES}
-    return families.table(config).renamed(patterns)
 
 
 def _random_blocks(random: np.random.Generator, shape: tuple[int, ...], quant: str) -> Any:
