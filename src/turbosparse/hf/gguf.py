@@ -249,7 +249,7 @@ def _tensors(
                 f"{list(wanted.shape)}; download the file again"
             )
         weight = _numbers(source, found).reshape(shape)
-        if permuted and wanted.role[0] in heads and wanted.role[1:] in ("", ".bias"):
+        if permuted and wanted.role.removesuffix(".bias") in heads:
             weight = _rotary_order(weight, heads[wanted.role[0]])
         if wanted.row.packed == "ffn" and families.experts(config):
             for expert, part in enumerate(weight):
