@@ -26,7 +26,9 @@ ON_CPU = """
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
+from torch.distributed.fsdp import CPUOffloadPolicy
 import turbosparse.train as stage
+CPUOffloadPolicy.__init__.__defaults__ = (False,)  # nothing to pin memory for
 make = stage.training_arguments
 def arguments(*given):
     made = make(*given)
@@ -56,6 +58,13 @@ NO_ROOM = """
 def full(*_, **__): raise OSError(28, "No space left on device")
 import turbosparse.hf.load
 turbosparse.hf.load.save_model = full
+"""
+OFFLOADED = """
+prepare = SparseTrainer._prepare_for_training
+def offloaded(self, *given):
+    assert isinstance(self.accelerator.state.fsdp_plugin.cpu_offload, CPUOffloadPolicy)
+    return prepare(self, *given)
+SparseTrainer._prepare_for_training = offloaded
 """
 NO_STEP = "SparseTrainer.training_step = None\n"
 SHARDED = ON_CPU + IN_PASSES

@@ -10,9 +10,11 @@ import pytest
 from conftest import VOCABULARY
 
 from turbosparse.hf.load import load_tokenizer
+from turbosparse.packed.synthetic import SHAPES
 from turbosparse.prepare import prepare
-from turbosparse.train import run_recipe
+from turbosparse.train import run_recipe, train
 from turbosparse.training.mixture import Source
+from turbosparse.training.plan import Plan
 from turbosparse.training.recipe import read_recipe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
@@ -50,6 +52,17 @@ def test_a_recipe_is_the_paper_s_to_the_last_digit(name: str) -> None:
     assert (recipe.warmup_steps, recipe.betas) == (1000, (0.9, 0.95))
 
 
+@pytest.mark.parametrize("name", [*PAPER, *(f"{name}_sft" for name in PAPER)])
+def test_eight_gpus_of_80_gb_hold_a_recipe(tmp_path: Path, name: str) -> None:
+    family = "mixtral-8x7b" if "mixtral" in name else "mistral-7b"
+    fields = SHAPES[family] | {"max_position_embeddings": 32768}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    planned = train(RECIPES / f"{name}.yaml", model=str(tmp_path), plan=True, processes=8)
+    assert isinstance(planned, Plan)
+    assert planned.total < 76e9, "the CUDA context and fragments take the rest"
+    assert (planned.offloaded > 0) == (family == "mixtral-8x7b")
+
+
 @pytest.mark.parametrize("name", PAPER)
 def test_fine_tuning_is_on_conversations(name: str) -> None:
     recipe = read_recipe(RECIPES / f"{name}_sft.yaml")
@@ -78,6 +91,7 @@ def test_two_steps_of_each_recipe(
     family = "mixtral" if "mixtral" in name else "mistral"
     short = {"tokens": 2 * BATCH * LENGTH, "batch_size": BATCH, "model": str(dense(family))}
     recipe = read_recipe(RECIPES / f"{name}.yaml", **short, precision="fp32", log_every=1)
+    recipe = recipe.model_copy(update={"shard": "none", "offload": False, "micro_batch_size": 1})
     recipe.data.sequence_length = LENGTH
     data = tmp_path / "data"
     for source in recipe.data.sources:

@@ -14,6 +14,10 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.machine import has_accelerator, uses_bf16, world_size
 from turbosparse.training.recipe import Lora, Recipe, micro_batch
 
+# Seconds that processes wait for the first one, which reads again what a stopped run has seen of a
+# stream. A prepared folder needs no reading again.
+_WAIT = 24 * 3600
+
 
 def with_adapters(model: Any, lora: Lora, *, seed: int, rows: list[int] | None) -> Any:
     """The model with low-rank adapters beside the matrices of `lora`.
@@ -110,6 +114,7 @@ def training_arguments(recipe: Recipe, work: Path) -> Any:
         use_cpu=not has_accelerator(),
         ddp_find_unused_parameters=False,
         dataloader_pin_memory=torch.cuda.is_available(),
+        ddp_timeout=_WAIT if recipe.data.prepared is None else 1800,
         disable_tqdm=True,  # SparseTrainer has its own bar
         **_scale_arguments(recipe, processes),
     )
@@ -125,6 +130,8 @@ def training_arguments(recipe: Recipe, work: Path) -> Any:
 
 def _scale_arguments(recipe: Recipe, processes: int) -> dict[str, Any]:
     """What the library is told of sharding and gradient checkpointing."""
+    import torch
+
     for name in ("ACCELERATE_USE_DEEPSPEED", "ACCELERATE_USE_FSDP"):
         if os.environ.get(name, "").lower() in ("1", "true"):
             raise TurboSparseError(
@@ -138,6 +145,8 @@ def _scale_arguments(recipe: Recipe, processes: int) -> dict[str, Any]:
     if recipe.deepspeed is not None:
         return {"deepspeed": _deepspeed_config(recipe), **whole}
     if recipe.shard == "none":
+        if recipe.offload:
+            raise TurboSparseError("offload belongs to shard: full; set both, or neither")
         return whole
     if processes == 1:
         raise TurboSparseError(
@@ -146,11 +155,15 @@ def _scale_arguments(recipe: Recipe, processes: int) -> dict[str, Any]:
         )
     if recipe.lora:
         raise TurboSparseError("lora and shard: full do not go together; set shard: none")
+    # what is offloaded is added up on the CPU, which NCCL cannot do
+    backend = {"ddp_backend": "cuda:nccl,cpu:gloo"} if torch.cuda.is_available() else {}
     return {
         "fsdp": True,
+        **(backend if recipe.offload else {}),
         "fsdp_config": {
             "state_dict_type": "SHARDED_STATE_DICT",  # each process writes its part
             "cpu_ram_efficient_loading": True,
+            "cpu_offload": recipe.offload,
             "activation_checkpointing": recipe.gradient_checkpointing,
         },
         # else the gradients of a step would stand whole on every process until its last pass

@@ -45,6 +45,7 @@ class Plan:
     gradients: int
     optimiser: int
     working_copies: int
+    offloaded: int
     activations_whole: int
     activations_checkpointed: int
     total: int
@@ -56,6 +57,8 @@ class Plan:
 
     def __str__(self) -> str:
         states = self.weights + self.gradients + self.optimiser + self.working_copies
+        states -= self.offloaded
+        in_host = f" + {_gib(self.offloaded).strip()} of host memory" if self.offloaded else ""
         chosen = "with" if self.gradient_checkpointing else "without"
         lines = [
             f"{self.model_type}, {self.activation}: {_short(self.parameters)} parameters, "
@@ -72,7 +75,7 @@ class Plan:
             f"{_gib(states + self.activations_whole)} without gradient checkpointing",
             f"                 {_gib(self.activations_checkpointed)}, sum "
             f"{_gib(states + self.activations_checkpointed)} with it",
-            f"  as the recipe has it ({chosen}): {_gib(self.total).strip()}",
+            f"  as the recipe has it ({chosen}): {_gib(self.total).strip()}{in_host}",
             f"{self.flops:.3g} FLOPs",
         ]
         if self.seconds is not None:
@@ -116,6 +119,8 @@ def plan_training(recipe: Recipe, *, processes: int = 1, tflops: float | None = 
         compute=compute,
         stream=compute if recipe.shard == "full" else _FLOAT,
     )
+    offloaded = memory["weights"] + memory["gradients"] + memory["optimiser"]
+    offloaded = offloaded if recipe.offload else 0
     tokens_per_step = recipe.batch_size * recipe.data.sequence_length
     flops = 6.0 * parameters.activated * tokens_per_step * recipe.steps()
     run = flops * (8 / 6 if recipe.gradient_checkpointing else 1)
@@ -135,9 +140,10 @@ def plan_training(recipe: Recipe, *, processes: int = 1, tflops: float | None = 
         steps=recipe.steps(),
         tokens=tokens_per_step * recipe.steps(),
         **memory,
+        offloaded=offloaded,
         activations_whole=activations[0],
         activations_checkpointed=activations[1],
-        total=sum(memory.values()) + activations[recipe.gradient_checkpointing],
+        total=sum(memory.values()) - offloaded + activations[recipe.gradient_checkpointing],
         flops=flops,
         flops_rule=FLOPS_RULE,
         memory_rule=MEMORY_RULE,

@@ -58,6 +58,9 @@ class Recipe(BaseModel):
     shard: Literal["none", "full"] = Field(
         "none", description="full: weights, gradients and optimiser spread over the processes"
     )
+    offload: bool = Field(
+        False, description="with shard: full, keep weights, gradients and moments in host memory"
+    )
     deepspeed: dict[str, Any] | None = Field(None, description="its config, instead of shard")
     gradient_checkpointing: bool = Field(
         False, description="keep only the inputs of layers and compute the rest again"
