@@ -108,10 +108,11 @@ def test_the_forms_of_a_row_give_the_same_conversation(tmp_path: Path, row: dict
     ("row", "message"),
     [
         ({"text": "a"}, r"c\.jsonl:1 holds no conversation; the row has text"),
-        ({"messages": [{"role": "user"}]}, "c.jsonl:1 holds a turn whose content is no text"),
+        ({"messages": [{"role": "user"}]}, "c.jsonl:1 holds a turn whose role or content"),
         ({"messages": ["hello"]}, "c.jsonl:1 holds no conversation"),
         ({"messages": CHAT[:2]}, "c.jsonl:1 holds no turn of the assistant"),
-        ({"messages": [{"role": "assistant", "content": None}]}, "content is no text"),
+        ({"messages": [{"role": "assistant", "content": None}]}, "content is not text"),
+        ({"messages": [{"role": ["user"], "content": "a"}]}, "c.jsonl:1 holds a turn whose role"),
     ],
 )
 def test_a_row_that_is_no_conversation_is_named(

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
+import tracemalloc
 from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, islice
 from math import sqrt
@@ -68,10 +70,16 @@ def mixture(*sources: dict[str, object], **changes: object) -> Mixture:
         ("a.txt", "one\r\ntwo\n", ["one\ntwo\n"]),
         ("a.md", "# é ×\n", ["# é ×\n"]),
         ("a.jsonl", rows("one", "two") + "\n" + rows("three"), ["one", "two", "three"]),
+        ("a.JSONL", rows("one", "two"), ["one", "two"]),
+        ("a.ndjson", rows("one", "two"), ["one", "two"]),
+        ("a.json", rows("one", "two"), ["one", "two"]),
+        ("a.json", json.dumps([{"text": "one"}, {"text": "two"}], indent=1), ["one", "two"]),
+        ("a.txt", codecs.BOM_UTF8 + b"one", ["one"]),
+        ("a.jsonl", codecs.BOM_UTF8 + rows("one").encode(), ["one"]),
     ],
 )
 def test_a_file_gives_its_documents(
-    tmp_path: Path, name: str, content: str, expected: list[str], packing: str
+    tmp_path: Path, name: str, content: str | bytes, expected: list[str], packing: str
 ) -> None:
     assert list(documents(write(tmp_path / (name + packing), content))) == expected
 
@@ -89,6 +97,32 @@ def test_a_folder_gives_the_documents_of_its_files_in_the_order_of_their_names(
 def test_a_separator_cuts_a_text_file_and_empty_documents_are_left_out(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "one\n===\n\n===\n two \n===\n")
     assert list(documents(path, separator="===")) == ["one", "two"]
+
+
+@pytest.mark.parametrize("piece", [2, 5, 1000])
+def test_a_text_file_is_read_in_pieces_that_no_document_shows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, piece: int
+) -> None:
+    monkeypatch.setattr("turbosparse.training.readers._CHUNK", piece)
+    path = write(tmp_path / "a.txt", "é one\r\n===\r\ntwo 🙂===== \rthree==")
+    assert list(documents(path, separator="===")) == ["é one", "two 🙂", "== \nthree=="]
+    with pytest.raises(TurboSparseError, match=r"byte 0xe9 at 10\)"):
+        list(documents(write(tmp_path / "b.txt", b"one two \xc3\xa9\xe9 three")))
+
+
+def test_one_document_at_a_time_of_a_text_file_is_held(tmp_path: Path) -> None:
+    path, size = tmp_path / "a.txt", 1 << 25
+    path.write_text(("some words " * 1000 + "===") * (size // 11003))
+    tracemalloc.start()
+    assert sum(map(len, documents(path, separator="==="))) > 0.99 * size
+    assert tracemalloc.get_traced_memory()[1] < size / 4
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize("name", ["a.csv", "a.parquet", "a.jsonl.zst"])
+def test_a_file_that_is_neither_text_nor_rows_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(TurboSparseError, match="neither text nor JSON lines; convert it"):
+        list(documents(write(tmp_path / name, "a,b\n1,2\n")))
 
 
 def test_a_template_makes_text_of_a_row(tmp_path: Path) -> None:
@@ -127,7 +161,7 @@ def test_a_corpus_that_is_not_there_or_holds_nothing_is_refused(tmp_path: Path) 
             '{"title": "T", "body": "B"}\n',
             r"a\.jsonl:1 does not fit the template '\{text\}': the row has title, body",
         ),
-        ("a.jsonl", "[1, 2]\n", r"a\.jsonl:1 is no row of fields, but a list"),
+        ("a.jsonl", "[1, 2]\n", r"a\.jsonl:1 is not a row of fields, but a list"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named_with_the_place(
@@ -189,6 +223,18 @@ def test_each_document_stands_between_bos_and_eos(tokenizer: Any) -> None:
     assert sequence[0] == BOS
     assert sequence[end + 1] == BOS
     assert tokenizer.decode(sequence[1:end]) == "ab" * 9
+
+
+def test_a_tokenizer_that_ends_a_text_itself_ends_it_once(
+    dense: Callable[[str], Path],
+) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    own = load_tokenizer(dense("mistral"))
+    ends = TemplateProcessing(single="<s> $A </s>", special_tokens=[("<s>", 0), ("</s>", 1)])
+    own.backend_tokenizer.post_processor = ends
+    (sequence,) = packed(["a boat", "c" * 40], own, 32)
+    assert sequence[sequence.index(EOS) + 1] == BOS
 
 
 # --- mixtures
@@ -270,7 +316,9 @@ def test_sources_are_shuffled_and_small_ones_repeat_without_end(
     once = packed(documents(tmp_path / "x.jsonl"), tokenizer, LENGTH)
     drawn = draw(tmp_path, tokenizer, mix, 0, 3 * len(once))
     assert drawn[: len(once)] != once
-    assert sorted(drawn) == sorted(once * 3)
+    passes = [drawn[start:][: len(once)] for start in range(0, len(drawn), len(once))]
+    assert all(sorted(seen) == sorted(once) for seen in passes)
+    assert all(passes[n] != passes[n - 1] for n in range(3)), "each in an order of its own"
 
 
 def test_labels_are_the_tokens_themselves(tmp_path: Path, tokenizer: Any) -> None:
@@ -464,6 +512,8 @@ BROKEN = {
     "broken JSON": ("x.jsonl", rows("a") + '{"text"\n' + rows("b"), 2),
     "other fields": ("x.jsonl", rows("a") + '{"body": 1}\n' + rows("b"), 2),
     "no fields": ("x.jsonl", rows("a") + "3\n" + rows("b"), 2),
+    "half a character": ("x.jsonl", rows("a") + '{"text": "\\ud800"}\n' + rows("b"), 2),
+    "huge number": ("x.jsonl", rows("a") + '{"text": ' + "9" * 5000 + "}\n" + rows("b"), 2),
 }
 
 

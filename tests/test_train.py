@@ -603,6 +603,22 @@ def test_a_tokenizer_of_another_model_is_refused(
         train(path, out=tmp_path / "out")
 
 
+def test_a_model_gets_rows_for_tokens_that_were_added_to_its_tokenizer(
+    recipe: Write, dense: Dense, tmp_path: Path
+) -> None:
+    own = tmp_path / "own"
+    shutil.copytree(dense("mistral"), own)
+    tokenizer = load_tokenizer(own)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(own)
+    (tmp_path / "x.txt").write_text("a boat [PAD] and a gull " * 200)
+    source = {"name": "x", "path": str(tmp_path / "x.txt"), "proportion": 1}
+    path = recipe(model=str(own), data={"sources": [source], "sequence_length": LENGTH})
+    train(path, out=tmp_path / "out")
+    assert load_model(tmp_path / "out").config.vocab_size == VOCABULARY + 1
+    assert len(load_tokenizer(tmp_path / "out")) == VOCABULARY + 1
+
+
 def test_an_existing_model_is_never_written_over(recipe: Write, tmp_path: Path) -> None:
     out = tmp_path / "out"
     out.mkdir()

@@ -244,6 +244,8 @@ def _load(recipe: Recipe, tokenizer: Any, stream: Any) -> Any:
         model = new_model(recipe.model, activation=recipe.activation or "swiglu", seed=recipe.seed)
     if recipe.data.chat:
         chatml.teach_model(model, tokenizer)
+    else:
+        chatml.grow(model, tokenizer)
     context, length = model.config.max_position_embeddings, recipe.data.sequence_length
     if length > context:
         raise TurboSparseError(

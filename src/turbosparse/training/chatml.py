@@ -35,9 +35,9 @@ def messages_of(row: Mapping[str, Any]) -> Messages:
         said = [(t.get("role") or t["from"], t.get("content", t.get("value"))) for t in turns]
     except (TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"holds no conversation; the row has {', '.join(row)}") from error
+    if not all(isinstance(part, str) for turn in said for part in turn):
+        raise ValueError("holds a turn whose role or content is not text")
     found = [{"role": _ROLES.get(role, role), "content": text} for role, text in said]
-    if not all(isinstance(turn["content"], str) for turn in found):
-        raise ValueError("holds a turn whose content is no text")
     if not any(turn["role"] == "assistant" for turn in found):
         raise ValueError("holds no turn of the assistant")
     return found
@@ -91,17 +91,22 @@ def tokens(tokenizer: Any) -> list[int]:
 
 
 def teach_model(model: Any, tokenizer: Any) -> None:
-    """Give a model rows for the new tokens, each the mean of the others, and the EOS.
+    """Give a model rows for the new tokens, and the EOS."""
+    grow(model, tokenizer)
+    for config in (model.config, model.generation_config):
+        config.eos_token_id = tokenizer.eos_token_id
 
-    A tokenizer that lacks rows for anything else belongs to another model, which is left as it is.
+
+def grow(model: Any, tokenizer: Any) -> None:
+    """Give a model rows for tokens that were added to its tokenizer, each the mean of the others.
+
+    A tokenizer whose own vocabulary is larger belongs to another model, which is left as it is.
     """
     import torch
 
-    old, new = model.config.vocab_size, set(tokens(tokenizer))
+    old, new = model.config.vocab_size, set(tokenizer.get_added_vocab().values())
     if len(tokenizer) > old and new.issuperset(range(old, len(tokenizer))):
         model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
         with torch.no_grad():
             for table in (model.get_input_embeddings(), model.get_output_embeddings()):
                 table.weight[old:] = table.weight[:old].mean(0)
-    for config in (model.config, model.generation_config):
-        config.eos_token_id = tokenizer.eos_token_id

@@ -9,8 +9,9 @@ the documents.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from itertools import islice
+from itertools import count
 from pathlib import Path
+from random import Random
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -235,12 +236,14 @@ def packed_sequences(
 
     The rest is dropped, and so is a sequence in which nothing is to be learnt.
     """
-    end = [tokenizer.eos_token_id] if append_eos and tokenizer.eos_token_id is not None else []
+    eos = tokenizer.eos_token_id if append_eos else None
     ids: list[int] = []
     labels: list[int] = []
     for document in found:
         if isinstance(document, str):
-            more = learnt = tokenizer(document, verbose=False)["input_ids"] + end
+            more = learnt = tokenizer(document, verbose=False)["input_ids"]
+            if eos is not None and more[-1:] != [eos]:  # some tokenizers add it themselves
+                more.append(eos)
         else:
             more, learnt = chatml.tokenise(document, tokenizer)
         ids += more
@@ -268,17 +271,36 @@ def too_short(source: Source, length: int) -> TurboSparseError:
     )
 
 
-def _rows(
-    source: Source, root: Path, tokenizer: Any, mixture: Mixture, skips: Skips
+def _passes(
+    source: Source, root: Path, tokenizer: Any, mixture: Mixture, fault: Fault, seed: int
 ) -> Iterator[tuple[int, dict[str, list[int]]]]:
-    fault = skips.fault(source)
-    yield from enumerate(source_sequences(source, root, tokenizer, mixture, fault=fault))
+    """The sequences of a source again and again, in another order each time."""
+    for turn in count():
+        found = source_sequences(source, root, tokenizer, mixture, fault=fault)
+        shuffled = _shuffled(found, mixture.shuffle_buffer, Random(f"{seed} {turn}"))
+        yield from enumerate(shuffled)
+
+
+def _shuffled(items: Iterable[Any], size: int, random: Random) -> Iterator[Any]:
+    """All items; each waits among `size` others until chance takes it out."""
+    waiting: list[Any] = []
+    for item in items:
+        if len(waiting) < size:
+            waiting.append(item)
+            continue
+        at = random.randrange(size)
+        waiting[at], taken = item, waiting[at]
+        yield taken
+    random.shuffle(waiting)
+    yield from waiting
 
 
 def training_stream(
     mixture: Mixture, tokenizer: Any, *, root: Path, seed: int, skips: Skips | None = None
 ) -> datasets.IterableDataset:
     """An endless, reproducible stream of ``{input_ids, labels}`` rows; small sources repeat.
+
+    A source is read from its beginning in each pass and shuffled anew, by the seed and the pass.
 
     Unreadable documents that a source allows to be passed over are noted in `skips`.
 
@@ -292,14 +314,13 @@ def training_stream(
     skips = Skips() if skips is None else skips
     streams = []
     for source in mixture.sources:
-        if not list(islice(_rows(source, root, tokenizer, mixture, skips), 1)):
-            raise too_short(source, mixture.sequence_length)
         arguments = {"source": source, "root": root, "tokenizer": tokenizer, "mixture": mixture}
-        arguments["skips"] = skips
+        arguments["fault"] = skips.fault(source)
+        if next(source_sequences(**arguments), None) is None:
+            raise too_short(source, mixture.sequence_length)
         # what from_generator makes, without the lock file that it leaves in the user's cache
-        stream = datasets.IterableDataset(ExamplesIterable(_rows, arguments))
-        shuffled = stream.shuffle(seed=seed, buffer_size=mixture.shuffle_buffer)
-        streams.append(shuffled.repeat(None))
+        stream = ExamplesIterable(_passes, arguments | {"seed": seed})
+        streams.append(datasets.IterableDataset(stream))
     shares = [source.proportion for source in mixture.sources]
     exact = [share / sum(shares) for share in shares]
     return datasets.interleave_datasets(streams, probabilities=exact, seed=seed)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -15,17 +16,14 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.training import chatml
 
 TEXT_SUFFIXES = (".txt", ".md", ".rst", ".py")
-
-
-SUFFIXES = (*TEXT_SUFFIXES, ".jsonl")
-
+_LINE_SUFFIXES = (".jsonl", ".ndjson")
+SUFFIXES = (*TEXT_SUFFIXES, *_LINE_SUFFIXES)
+# Of one file that is named: no text, though they may be decoded as such.
+_TABLES = (".csv", ".tsv", ".parquet", ".arrow", ".zst", ".zip", ".bz2", ".xz", ".tar")
+_CHUNK = 1 << 20
 
 Document = str | chatml.Messages
-
-
 Row = str | dict[str, Any]  # a text, or fields
-
-
 Fault = Callable[[str, Exception | None], None]
 
 
@@ -45,7 +43,8 @@ def documents(
 
     Args:
         path: ``.txt``, ``.md``, ``.py`` (a file is one document unless `separator` is given),
-            ``.jsonl`` (a row is one document), each also as ``.gz``.
+            ``.jsonl`` or ``.ndjson`` (a row is one document), each also as ``.gz``; or a ``.json``
+            file of such lines or of one list.
         template: how a row becomes text, for example ``"{question}\\n{answer}"``.
         separator: text between two documents of a text file.
 
@@ -61,6 +60,11 @@ def corpus_files(path: Path) -> list[Path]:
     """The readable files at or below `path`."""
     path = path.expanduser()
     if path.is_file():
+        if _suffix(path) in _TABLES:
+            raise MissingSource(
+                f"{path} is neither text nor JSON lines; convert it to .jsonl, or give its folder "
+                "as `dataset` in a recipe"
+            )
         return [path]
     if not path.is_dir():
         raise MissingSource(f"no such file or folder: {path}")
@@ -73,7 +77,11 @@ def corpus_files(path: Path) -> list[Path]:
 
 
 def _suffix(path: Path) -> str:
-    return (path.with_suffix("") if path.suffix == ".gz" else path).suffix
+    return (path.with_suffix("") if _is_gzip(path) else path).suffix.lower()
+
+
+def _is_gzip(path: Path) -> bool:
+    return path.suffix.lower() == ".gz"
 
 
 def some(items: Iterable[Any], what: str) -> Iterator[Any]:
@@ -87,15 +95,30 @@ def some(items: Iterable[Any], what: str) -> Iterator[Any]:
 def read_rows(
     rows: Iterable[tuple[str, Row]], make: Callable[[Row], Any], fault: Fault
 ) -> Iterator[Any]:
-    """Documents of rows; empty ones are left out."""
+    """Documents of rows; empty ones are left out. A fault is reported with its place."""
     for where, row in rows:
         try:
             document = make(row)
+            _check_text(document)
         except ValueError as error:
             fault(f"{where} {error}", error)
             continue
+        except Exception as error:  # whatever a row can cause that nobody thought of
+            fault(f"{where} cannot be read ({type(error).__name__}: {error})", error)
+            continue
         if not isinstance(document, str) or document.strip():
             yield document
+
+
+def _check_text(document: Document) -> None:
+    texts = [document] if isinstance(document, str) else [m["content"] for m in document]
+    for text in texts:
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise ValueError(
+                f"holds half a surrogate pair ({text[error.start]!a}), which is not text"
+            ) from error
 
 
 def text_of(row: Row, template: str) -> str:
@@ -111,42 +134,85 @@ def text_of(row: Row, template: str) -> str:
 
 
 def file_rows(files: list[Path], separator: str | None, fault: Fault) -> Iterator[tuple[str, Row]]:
-    """The rows of ``.jsonl`` files and the texts of the others, each with its place."""
+    """The rows of JSON files and the texts of the others, each with its place."""
     for file in files:
-        where = end = str(file)
+        where = name = str(file)
+        read = _text_rows if _suffix(file) not in (*_LINE_SUFFIXES, ".json") else _json_rows
         try:
-            with gzip.open(file) if file.suffix == ".gz" else file.open("rb") as raw:
-                if _suffix(file) != ".jsonl":
-                    text = io.StringIO(raw.read().decode(), newline=None).read()  # \r\n too
-                    for part in text.split(separator) if separator else [text]:
-                        yield where, part.strip() if separator else part
-                    continue
-                for number, line in enumerate(raw, 1):
-                    where, end = f"{file}:{number}", f"{file} after line {number}"
-                    if line.strip() and (row := _json_row(line, where, fault)) is not None:
-                        yield where, row
-        except UnicodeDecodeError as error:
-            fault(_not_utf8(where, error), error)
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            fault(f"{end} is a broken gzip file ({error}); fetch it again", error)
+            with gzip.open(file) if _is_gzip(file) else file.open("rb") as raw:
+                for where, row in read(raw, name, separator, fault):
+                    yield where, row
+        except (OSError, EOFError, zlib.error) as error:
+            end = where.replace(f"{name}:", f"{name} after line ")
+            what = "is a broken gzip file" if _is_gzip(file) else "cannot be read"
+            fault(f"{end} {what} ({error}); fetch it again", error)
 
 
-def _not_utf8(where: str, error: UnicodeDecodeError) -> str:
+def _text_rows(
+    raw: Any, where: str, separator: str | None, fault: Fault
+) -> Iterator[tuple[str, Row]]:
+    """The documents of a text file; no more of it is held than the document that is being read."""
+    held: list[str] = []
+    try:
+        for piece in _decoded(raw):
+            held.append(piece)
+            if separator and separator in (text := "".join(held[-2:])):
+                # a separator may lie across two pieces
+                held[-2:] = [text]
+                *whole, rest = "".join(held).split(separator)
+                held = [rest]
+                yield from ((where, part.strip()) for part in whole)
+    except UnicodeDecodeError as error:
+        at = raw.tell() - len(error.object) + error.start
+        fault(_not_utf8(where, error, at), error)
+        return
+    text = "".join(held)
+    held.clear()
+    yield where, text.strip() if separator else text
+
+
+def _decoded(raw: Any) -> Iterator[str]:
+    """A UTF-8 file in pieces, with ``\\n`` as line ends and without a byte-order mark."""
+    utf8 = codecs.getincrementaldecoder("utf-8-sig")()
+    decoder = io.IncrementalNewlineDecoder(utf8, translate=True)
+    while chunk := raw.read(_CHUNK):
+        yield decoder.decode(chunk)
+    yield decoder.decode(b"", final=True)
+
+
+def _json_rows(raw: Any, where: str, _: str | None, fault: Fault) -> Iterator[tuple[str, Row]]:
+    """The rows of JSON lines, or of a ``.json`` file that holds one list."""
+    may_be_list = where.lower().endswith((".json", ".json.gz"))
+    for number, line in enumerate(raw, 1):
+        if may_be_list and number == 1 and line.removeprefix(codecs.BOM_UTF8).startswith(b"["):
+            if (rows := _json(line + raw.read(), where, fault)) is not None:
+                for number, row in enumerate(rows, 1):
+                    yield from _fields(row, f"{where}:{number}", fault)
+            return
+        if line.strip() and (row := _json(line, f"{where}:{number}", fault)) is not None:
+            yield from _fields(row, f"{where}:{number}", fault)
+
+
+def _fields(row: Any, where: str, fault: Fault) -> Iterator[tuple[str, Row]]:
+    if isinstance(row, dict):
+        yield where, row
+    else:
+        fault(f"{where} is not a row of fields, but a {type(row).__name__}", None)
+
+
+def _not_utf8(where: str, error: UnicodeDecodeError, at: int) -> str:
     return (
-        f"{where} is not UTF-8 text (byte {error.object[error.start]:#04x} at {error.start}); "
+        f"{where} is not UTF-8 text (byte {error.object[error.start]:#04x} at {at}); "
         "remove it from the corpus or convert it"
     )
 
 
-def _json_row(line: bytes, where: str, fault: Fault) -> Row | None:
+def _json(line: bytes, where: str, fault: Fault) -> Any:
     try:
-        row = json.loads(line.decode())
-        if isinstance(row, dict):
-            return row
-        fault(f"{where} is no row of fields, but a {type(row).__name__}", None)
+        return json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
-        fault(_not_utf8(where, error), error)
-    except (json.JSONDecodeError, RecursionError) as error:
+        fault(_not_utf8(where, error, error.start), error)
+    except (ValueError, RecursionError) as error:  # bad syntax, a number of 5,000 digits, too deep
         fault(f"{where} is not valid JSON: {error}", error)
     return None
 
