@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import model_folder
 from turbosparse.base.progress import track
+from turbosparse.hf.hub import model_folder
 from turbosparse.hf.load import activation_of, load_model, load_tokenizer
 from turbosparse.hf.observe import observe_ffn
 from turbosparse.packed.stats import FILE, Stats

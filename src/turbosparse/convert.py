@@ -23,13 +23,13 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import (
     check_free,
     copy_companions,
-    model_folder,
     new_folder,
     read_config,
     write_json,
 )
 from turbosparse.hf import families
 from turbosparse.hf.activations import Activation
+from turbosparse.hf.hub import model_folder
 
 
 @dataclass(frozen=True)
@@ -101,10 +101,10 @@ def convert(
     from turbosparse.hf.checkpoint import INDEX, Checkpoint
     from turbosparse.hf.load import (
         check_activation,
-        check_supported,
         copy_code,
         hidden_act,
         load_config,
+        load_tokenizer,
         quiet,
         sparse_keys,
     )
@@ -115,7 +115,7 @@ def convert(
     check_free(out)
     folder = model_folder(source)
     raw = read_config(folder)
-    base = check_supported(raw, folder)
+    config = load_config(folder)
     if raw["model_type"].startswith(families.PREFIX):
         raise TurboSparseError(
             f"{folder} is already sparse (ffn_activation {raw.get('ffn_activation', 'drelu')!r}); "
@@ -126,12 +126,12 @@ def convert(
             f"{folder}: hidden_act is {raw['hidden_act']!r}, not 'silu': this is no SwiGLU model; "
             "convert works on dense SwiGLU models"
         )
-    config = load_config(folder)
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
+    load_tokenizer(folder)
 
     if activation != "swiglu":
-        raw |= sparse_keys(base)
+        raw |= sparse_keys(raw["model_type"])
         raw |= {"hidden_act": hidden_act(activation), "ffn_activation": activation}
     raw["turbosparse"] = {"converted_from": str(source), "activation": activation}
 

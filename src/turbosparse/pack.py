@@ -24,7 +24,6 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import (
     check_free,
     copy_companions,
-    model_folder,
     new_folder,
     read_config,
     write_json,
@@ -33,7 +32,8 @@ from turbosparse.base.progress import track
 from turbosparse.hf import families
 from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.hf.checkpoint import Checkpoint
-from turbosparse.hf.load import activation_of, load_config
+from turbosparse.hf.hub import model_folder
+from turbosparse.hf.load import activation_of, load_config, load_tokenizer
 from turbosparse.ops.predictor import Predictor
 from turbosparse.ops.quant import (
     ffn_rows,
@@ -110,6 +110,7 @@ def pack(
     config = load_config(folder)
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
+    tokenizer = load_tokenizer(folder)
     ffn = FFN(
         activation=activation_of(config),  # type: ignore[arg-type]
         predictor=_predictor(config, checkpoint, predictor, predictor_quant),
@@ -121,6 +122,8 @@ def pack(
 
     with new_folder(out) as work:
         copy_companions(folder, work)
+        if not (work / "tokenizer.json").is_file():  # the form that the engine reads
+            tokenizer.backend_tokenizer.save(str(work / "tokenizer.json"))
         tensors = track(
             _tensors(config, checkpoint, plan, quant, profile, ffn), "packing", total=len(plan)
         )

@@ -24,7 +24,6 @@ from typing import Any
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import (
     check_free,
-    model_folder,
     named_disk_errors,
     new_file,
     new_folder,
@@ -33,6 +32,7 @@ from turbosparse.base.folders import (
 from turbosparse.base.machine import world_size
 from turbosparse.base.progress import note
 from turbosparse.hf.activations import Activation
+from turbosparse.hf.hub import model_folder
 from turbosparse.training.arguments import (
     penalty_of,
     training_arguments,

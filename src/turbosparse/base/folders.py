@@ -1,4 +1,4 @@
-"""Folders that hold models: found and read with clear errors, written whole or not at all."""
+"""Folders that hold models: read with clear errors, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,37 +28,8 @@ COMPANIONS = (
 )
 # How the system and the libraries that write for us say it.
 _DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
+_POINTER = b"version https://git-lfs"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
-
-
-# What is fetched of a model on the hub.
-_HUB_FILES = ("*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt")
-
-
-def model_folder(source: str | Path, files: Sequence[str] = _HUB_FILES) -> Path:
-    """The local folder of a model; the `files` of a hub id such as ``org/name`` are downloaded."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise TurboSparseError(f"{source} is a file; give the folder that holds config.json")
-    if not _looks_like_hub_id(str(source)):
-        raise TurboSparseError(
-            f"no such folder: {source}; give a model folder or a hub id org/name"
-        )
-    from huggingface_hub import snapshot_download
-
-    try:
-        return Path(snapshot_download(str(source), allow_patterns=list(files)))
-    except Exception as error:  # the hub client raises many unrelated types
-        raise TurboSparseError(
-            f"{source} is no local folder, and downloading it from the hub failed "
-            f"({type(error).__name__}); check the name, the network and your access to the model"
-        ) from error
-
-
-def _looks_like_hub_id(source: str) -> bool:
-    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and " " not in source
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -83,14 +54,46 @@ def write_json(path: Path, value: Any) -> None:
 
 def copy_companions(source: Path, out: Path) -> None:
     """Carry tokenizer, generation config and chat template over; without tokenizer it raises."""
-    if not any((source / name).is_file() for name in TOKENIZER_FILES):
+    for name in companions(source):
+        shutil.copyfile(source / name, out / name)
+
+
+def companions(folder: Path) -> list[str]:
+    """The companion files that a model folder has.
+
+    Raises:
+        TurboSparseError: none of them is a tokenizer, or one is not really there.
+    """
+    found = [name for name in COMPANIONS if (folder / name).is_file()]
+    if not set(TOKENIZER_FILES) & set(found):
         raise TurboSparseError(
-            f"{source} has no tokenizer ({', '.join(TOKENIZER_FILES)}); "
+            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); "
             "copy the tokenizer files of the original model into it"
         )
-    for name in COMPANIONS:
-        if (source / name).is_file():
-            shutil.copyfile(source / name, out / name)
+    for name in found:
+        refuse_pointer(folder / name)
+        _refuse_outside(folder, folder / name)
+    return found
+
+
+def refuse_pointer(path: Path) -> None:
+    """Raise if a file is what git leaves in place of one in its large file storage."""
+    with path.open("rb") as file:
+        if file.read(len(_POINTER)) == _POINTER:
+            raise TurboSparseError(
+                f"{path} is a pointer of Git LFS, not the file itself; run `git lfs pull` there, "
+                "or download the file"
+            )
+
+
+def _refuse_outside(folder: Path, path: Path) -> None:
+    """Raise if a link leads out of the folder; those of the hub's cache lead to its own blobs."""
+    real, home = path.resolve(), folder.resolve()
+    blobs = home.parent.parent / "blobs" if home.parent.name == "snapshots" else home
+    if not (real.is_relative_to(home) or real.is_relative_to(blobs)):
+        raise TurboSparseError(
+            f"{path} is a link to {real}, outside the model; put the file itself there"
+        )
 
 
 @contextmanager

@@ -1,19 +1,38 @@
-"""A checkpoint on disk: its safetensors shards, checked against the config without loading them."""
+"""A checkpoint on disk: its safetensors shards, checked against the config without loading them.
+
+Every verb reads weights by the same rule: each tensor that the config calls for is there in its
+shape, and each tensor that is there is read, or known to be harmless, or an error that names it.
+"""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import read_config, refuse_pointer
 from turbosparse.hf import families
 
 if TYPE_CHECKING:
     import torch
 
+SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
+_FLOATS = ("F64", "F32", "F16", "BF16")
+# buffers that older versions of transformers saved, computed anew by every reader
+_HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", re.ASCII)
+_ROWS = 4096  # of two tables to compare at a time
+# what a folder without safetensors weights may hold, and what its user should do
+_OTHERS = {
+    "model-*-of-*.safetensors": f"it has shards but not their {INDEX}; copy that file too",
+    "adapter_model.*": "it is a LoRA adapter; merge it into its base model first",
+    "pytorch_model*.bin": "it holds pickled .bin weights; save it as safetensors first",
+    "consolidated*": "it has weights in Mistral's own form; get those in Hugging Face form",
+    "*.gguf": "it holds GGUF weights; get the model in Hugging Face form",
+    "*.safetensors": f"its weights have other names; save the model so that they are {SINGLE}",
+}
 
 
 class Checkpoint(Mapping[str, "torch.Tensor"]):
@@ -24,39 +43,83 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 
         self.folder = folder
         self.shards = shard_files(folder)
-        self._home: dict[str, Any] = {}
+        self._home: dict[str, tuple[str, Any]] = {}
         for path in self.shards:
+            refuse_pointer(path)
             try:
                 shard = safe_open(path, framework="pt")
             except (SafetensorError, OSError) as error:
                 raise TurboSparseError(
                     f"{path} cannot be read as safetensors ({error}); download or export it again"
                 ) from error
-            self._home |= dict.fromkeys(shard.keys(), shard)
+            for name in shard.keys():  # noqa: SIM118 (it is no mapping)
+                if name in self._home:
+                    raise TurboSparseError(
+                        f"{folder}: {name} stands in {self._home[name][0]} and in {path.name}; "
+                        "download or export the model again"
+                    )
+                self._home[name] = path.name, shard
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._home[name].get_tensor(name)
+        tensor: torch.Tensor = self._home[name][1].get_tensor(name)
         return tensor
 
     def __contains__(self, name: object) -> bool:
         return name in self._home
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._home)
 
     def __len__(self) -> int:
         return len(self._home)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._home[name].get_slice(name).get_shape())
+        return tuple(self._home[name][1].get_slice(name).get_shape())
 
     def check(self, config: Any) -> None:
-        """Raise unless every tensor that `config` calls for is here in its shape.
+        """Raise unless these are the weights of `config`, all of them and no others.
 
         Raises:
-            TurboSparseError: names the first few tensors that are missing or have another shape.
+            TurboSparseError: names the first few tensors that are missing, of another shape, of a
+                type that is not a floating point number, or that nobody would read.
         """
-        self._check_shapes(families.tensor_shapes(config))
+        expected = families.tensor_shapes(config)
+        self._check_shapes(expected)
+        for name, (file, shard) in self._home.items():
+            dtype = shard.get_slice(name).get_dtype()
+            if dtype not in _FLOATS:
+                raise TurboSparseError(
+                    f"{self.folder / file}: {name} is of type {dtype}, as in a quantised model; "
+                    f"use the weights in {', '.join(_FLOATS)}"
+                )
+        if left := [
+            name for name in self if name not in expected and not self._known(name, config)
+        ]:
+            raise TurboSparseError(
+                f"{self.folder}: config.json does not call for {_few(left)}; without them the "
+                "model would be another one: use the config.json that belongs to these weights"
+            )
+
+    def _known(self, name: str, config: Any) -> bool:
+        """Whether a tensor that the config does not call for may be there."""
+        found = families.table(config).find(name)
+        if found is None:
+            return bool(_HARMLESS.fullmatch(name))
+        if found[0].role != "head":
+            return found[0].when == "predictor"
+        if not self._equal(name, families.table(config).name("embedding")):
+            raise TurboSparseError(
+                f"{self.folder}: config.json says tie_word_embeddings, but {name} differs from the "
+                f"embedding; set tie_word_embeddings to false, or remove {name}"
+            )
+        return True
+
+    def _equal(self, one: str, other: str) -> bool:
+        if self.shape(one) != self.shape(other):
+            return False
+        first, second = (self._home[name][1].get_slice(name) for name in (one, other))
+        starts = range(0, self.shape(one)[0], _ROWS)
+        return all(bool((first[at : at + _ROWS] == second[at : at + _ROWS]).all()) for at in starts)
 
     def predictor_ranks(self, config: Any) -> list[list[int]] | None:
         """Ranks of the merged predictor, ``[layers][experts]``; None if there is none.
@@ -80,36 +143,71 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return [ranks[at : at + width] for at in range(0, len(ranks), width)]
 
     def _check_shapes(self, expected: dict[str, tuple[int, ...]]) -> None:
-        missing = [name for name in expected if name not in self._home]
+        missing = [f"{name} is missing" for name in expected if name not in self]
         wrong = [
             f"{name} is {list(self.shape(name))}, config.json asks for {list(shape)}"
             for name, shape in expected.items()
-            if name in self._home and self.shape(name) != shape
+            if name in self and self.shape(name) != shape
         ]
-        faults = [f"{name} is missing" for name in missing] + wrong
-        if faults:
-            more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
+        if missing or wrong:
             raise TurboSparseError(
                 f"{self.folder}: config.json and the tensors disagree: "
-                f"{'; '.join(faults[:3])}{more}; use the config.json that belongs to these weights"
+                f"{_few(missing + wrong)}; use the config.json that belongs to these weights"
             )
 
 
+def _few(items: list[str]) -> str:
+    more = f" (and {len(items) - 3} more)" if len(items) > 3 else ""
+    return "; ".join(items[:3]) + more
+
+
+def shard_names(folder: Path) -> list[str]:
+    """Names of the weight files of a model folder: those of the index, or the one file.
+
+    Raises:
+        TurboSparseError: the index is damaged, or names files outside the folder.
+    """
+    if not (folder / INDEX).is_file():
+        return [SINGLE]
+    homes = read_config(folder, INDEX).get("weight_map")
+    if not isinstance(homes, dict) or not homes:
+        raise TurboSparseError(f"{folder / INDEX} is not a safetensors index: it has no weight_map")
+    for name in homes.values():
+        # a separator of any system would lead out of the folder
+        if not (isinstance(name, str) and re.fullmatch(r"[^/\\:\0]+\.safetensors", name)):
+            raise TurboSparseError(
+                f"{folder / INDEX} names {name!r:.80}, which is not a safetensors file beside it; "
+                "download it again"
+            )
+    return sorted(set(homes.values()))
+
+
 def shard_files(folder: Path) -> list[Path]:
-    """The weight files of a model folder, in the order of the index."""
-    index = folder / INDEX
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-            paths = [folder / shard for shard in shards]
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise TurboSparseError(f"{index} is not a safetensors index: {error!r}") from error
-    else:
-        paths = [folder / "model.safetensors"]
-    for path in paths:
-        if not path.is_file():
-            hint = "download it again"
-            if any(folder.glob("pytorch_model*.bin")):
-                hint = "this folder holds pickled .bin weights; save it as safetensors first"
-            raise TurboSparseError(f"{path} is missing; {hint}")
-    return paths
+    """The weight files of a model folder, all there.
+
+    Raises:
+        TurboSparseError: a file is missing, or it is not clear which files are the model.
+    """
+    names = shard_names(folder)
+    if (folder / "adapter_config.json").exists() and (folder / names[0]).exists():
+        raise TurboSparseError(
+            f"{folder} holds weights and an adapter to them (adapter_config.json); merge the two, "
+            "or remove the adapter"
+        )
+    if SINGLE not in names and (folder / SINGLE).exists():
+        raise TurboSparseError(
+            f"{folder} holds both {SINGLE} and {INDEX}, which names other files; "
+            "remove the one that is not the model"
+        )
+    for name in names:
+        if not (folder / name).is_file():
+            raise TurboSparseError(_missing(folder, name))
+    return [folder / name for name in names]
+
+
+def _missing(folder: Path, name: str) -> str:
+    if name == SINGLE:
+        for pattern, hint in _OTHERS.items():
+            if any(folder.glob(pattern)):
+                return f"{folder} has no {SINGLE}: {hint}"
+    return f"{folder / name} is missing; download it again"

@@ -110,7 +110,7 @@ class ModelConfig(BaseModel):
     rms_norm_eps: Positive
     tie_word_embeddings: bool = False
     attention_bias: bool = False
-    mlp_bias: Literal[False] = False
+    mlp_bias: bool = False
     hidden_act: str = "silu"
     ffn_activation: Activation | None = None
     rope_parameters: dict[str, Any]
@@ -133,6 +133,12 @@ class ModelConfig(BaseModel):
                 f"model_type {raw.get('model_type')!r} is not supported; supported are "
                 + ", ".join([*families.FAMILIES, *(families.PREFIX + f for f in families.FAMILIES)])
             )
+        quantised = raw.get("quantization_config") or raw.get("compression_config")
+        if quantised:
+            kind = quantised.get("quant_method") if isinstance(quantised, dict) else quantised
+            raise ValueError(
+                f"the weights are quantised ({kind!s:.40}); use the model in 16 or 32 bits"
+            )
         fields = _COMMON | _DEFAULTS[base] | raw
         fields |= _attention(base, fields)
         fields["rope_parameters"] = _rope(base, fields)
@@ -149,6 +155,10 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 f"num_attention_heads {self.num_attention_heads} is not a multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
+            )
+        if self.mlp_bias:
+            raise ValueError(
+                "mlp_bias=true is not supported: a packed feed-forward has no room for biases"
             )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, an odd number: it cannot be rotated")

@@ -10,25 +10,13 @@ from types import ModuleType
 from typing import Any
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import model_folder, read_config
+from turbosparse.base.folders import companions, read_config
 from turbosparse.hf import families
 from turbosparse.hf.activations import ACTIVATIONS
+from turbosparse.hf.config import parse
+from turbosparse.hf.hub import model_folder
 
 _STOCK_ACTIVATION = {"silu": "swiglu", "swish": "swiglu", "relu": "reglu"}
-# Far beyond any model: a damaged config.json must not ask for memory without end.
-_LARGEST = dict.fromkeys(("num_hidden_layers", "num_local_experts", "num_experts_per_tok"), 1000)
-_LARGEST |= dict.fromkeys(
-    (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_attention_heads",
-        "num_key_value_heads",
-        "head_dim",
-        "max_position_embeddings",
-    ),
-    2**31 - 1,
-)
 _CODE = ("ffn_activation.py", "modeling_drelu.py", "modeling_drelu_moe.py")
 
 
@@ -50,53 +38,20 @@ def register() -> None:
         AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
-def check_supported(raw: dict[str, Any], folder: Path) -> str:
-    """Return the family of a ``config.json``, or say which are supported."""
-    model_type = str(raw.get("model_type"))
-    base = families.family(model_type)
-    if base is None:
-        supported = ", ".join(
-            [*families.FAMILIES, *(families.PREFIX + f for f in families.FAMILIES)]
-        )
-        raise TurboSparseError(
-            f"{folder}: model_type {model_type!r} is not supported; supported are {supported}"
-        )
-    return base
-
-
 def load_config(folder: Path) -> Any:
     """Read the config of a supported model folder into its transformers class."""
-    from transformers import AutoConfig
+    from transformers import CONFIG_MAPPING
 
+    where = folder / "config.json"
     raw = read_config(folder)
-    check_supported(raw, folder)
-    _check_sizes(raw, folder)
+    parse(raw, where)
     register()
+    # an implementation that a config names may be code on the hub
+    raw = {key: value for key, value in raw.items() if "_implementation" not in key}
     try:
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except Exception as error:  # transformers validates with several unrelated exception types
-        raise TurboSparseError(f"{folder / 'config.json'} is not valid: {error}") from error
-    if getattr(config, "mlp_bias", False):
-        raise TurboSparseError(
-            f"{folder}: mlp_bias=true is not supported: a neuron's record has no room for biases"
-        )
-    return config
-
-
-def _check_sizes(raw: dict[str, Any], folder: Path) -> None:
-    for key, largest in _LARGEST.items():
-        size = raw.get(key)
-        if size is not None and not (type(size) is int and 1 <= size <= largest):
-            raise TurboSparseError(
-                f"{folder / 'config.json'} is not valid: {key} is {size!r}, "
-                f"not a whole number from 1 to {largest}"
-            )
-    used, experts = raw.get("num_experts_per_tok") or 1, raw.get("num_local_experts") or 8
-    if used > experts:
-        raise TurboSparseError(
-            f"{folder / 'config.json'} is not valid: num_experts_per_tok {used} is more than "
-            f"num_local_experts {experts}"
-        )
+        raise TurboSparseError(f"{where} is not valid: {error}") from error
 
 
 def check_activation(activation: str) -> None:
@@ -194,15 +149,20 @@ def read_weights(folder: Path, config: Any, dtype: Any = None) -> Any:
     """
     from transformers import AutoModelForCausalLM
 
-    with quiet():
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            config=config,
-            dtype=dtype or "auto",
-            trust_remote_code=False,
-            ignore_mismatched_sizes=True,  # else its own exception names nothing
-            output_loading_info=True,
-        )
+    try:
+        with quiet():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                config=config,
+                dtype=dtype or "auto",
+                trust_remote_code=False,
+                ignore_mismatched_sizes=True,  # else its own exception names nothing
+                output_loading_info=True,
+            )
+    except (ValueError, TypeError, AttributeError, KeyError, ImportError) as error:
+        raise TurboSparseError(
+            f"{folder} cannot be loaded ({type(error).__name__}: {error})"
+        ) from error
     unexpected = [name for name in info["unexpected_keys"] if ".predictor." not in name]
     faults = {
         "is missing": info["missing_keys"],
@@ -240,9 +200,9 @@ def new_config(fields: dict[str, Any], *, activation: str) -> Any:
     """The config of a model that is described by `fields`; ``model_type`` is a family."""
     from transformers import AutoConfig
 
-    fields = dict(fields)
-    base = check_supported(fields, Path("the recipe's model")).removeprefix(families.PREFIX)
-    del fields["model_type"]
+    parse(fields, "the recipe's model")
+    base = families.family(fields["model_type"])
+    fields = {key: value for key, value in fields.items() if key != "model_type"}
     return with_activation(AutoConfig.for_model(base, **fields), activation)
 
 
@@ -259,22 +219,34 @@ def load_tokenizer(source: str | Path) -> Any:
     """Load the tokenizer of a model folder."""
     from transformers import AutoTokenizer
 
-    from turbosparse.base.folders import TOKENIZER_FILES
-
-    folder = model_folder(source)
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
-        raise TurboSparseError(
-            f"{folder} has no tokenizer ({', '.join(TOKENIZER_FILES)}); "
-            "copy the original model's into it"
-        )
+    folder = model_folder(source, weights=False)
+    companions(folder)
     register()  # or it asks to run the code inside a converted folder
     try:
-        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        int(tokenizer.model_max_length)
+        return tokenizer
     except Exception as error:  # the libraries below raise many unrelated types
         raise TurboSparseError(
             f"{folder}: the tokenizer cannot be loaded ({type(error).__name__}: {error}); "
-            "copy the original model's tokenizer files into it"
+            "check its files, or copy those of the original model"
         ) from error
+
+
+def check_ids(ids: list[int], tokenizer: Any, vocabulary: int) -> list[int]:
+    """The `ids` of a text, all inside a model's embedding of `vocabulary` rows.
+
+    Raises:
+        TurboSparseError: names the first token that the model does not have.
+    """
+    if ids and max(ids) >= vocabulary:
+        found = next(token for token in ids if token >= vocabulary)
+        raise TurboSparseError(
+            f"the text holds the token {tokenizer.convert_ids_to_tokens(found)!r} with id {found}, "
+            f"but the model has only {vocabulary}; take it out of the text, or use the tokenizer "
+            "that belongs to the model"
+        )
+    return ids
 
 
 def sparse_keys(base: str) -> dict[str, Any]:
@@ -305,6 +277,8 @@ def save_model(
 
     `weights` stand in for the model's own where these are shards.
     """
+    from turbosparse.hf.checkpoint import Checkpoint
+
     config = model.config
     with quiet():
         model.save_pretrained(out, state_dict=weights)
@@ -315,3 +289,4 @@ def save_model(
         base = str(families.family(config.model_type))
         write_json(out / "config.json", read_config(out) | sparse_keys(base))
         copy_code(out)
+    Checkpoint(out).check(config)

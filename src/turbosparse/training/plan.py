@@ -7,9 +7,9 @@ from math import prod
 from typing import Any
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import model_folder
 from turbosparse.hf import families
 from turbosparse.hf.count import count_parameters
+from turbosparse.hf.hub import model_folder
 from turbosparse.training.recipe import Recipe, micro_batch
 
 FLOPS_RULE = (
@@ -212,7 +212,7 @@ def _config(recipe: Recipe) -> Any:
 
     if not isinstance(recipe.model, str):
         return new_config(recipe.model, activation=recipe.activation or "swiglu")
-    config = load_config(model_folder(recipe.model, files=["config.json"]))
+    config = load_config(model_folder(recipe.model, weights=False))
     return with_activation(config, recipe.activation) if recipe.activation else config
 
 

@@ -1,0 +1,51 @@
+"""Where a model is: a folder, or a repository of the hub that is downloaded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import COMPANIONS
+from turbosparse.hf.checkpoint import INDEX, shard_names
+
+
+def model_folder(source: str | Path, *, weights: bool = True) -> Path:
+    """The local folder of a model.
+
+    Args:
+        source: folder, or hub id such as ``org/name``, or ``org/name@revision`` with a branch, tag
+            or commit.
+        weights: whether they are downloaded too.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return path
+    if path.exists():
+        raise TurboSparseError(f"{source} is a file; give the folder that holds config.json")
+    repository, _, revision = str(source).partition("@")
+    if not _looks_like_hub_id(repository):
+        raise TurboSparseError(
+            f"no such folder: {source}; give a model folder or a hub id org/name"
+        )
+    folder = _download(repository, revision or None, ["config.json", INDEX, *COMPANIONS])
+    if not weights:
+        return folder
+    # the folder bears the name of the commit: both calls see the same one
+    return _download(repository, folder.name, shard_names(folder))
+
+
+def _looks_like_hub_id(source: str) -> bool:
+    return source.count("/") == 1 and not source.startswith((".", "/", "~")) and " " not in source
+
+
+def _download(repository: str, revision: str | None, files: list[str]) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repository, revision=revision, allow_patterns=files))
+    except Exception as error:  # the hub client raises many unrelated types
+        at = f"@{revision}" if revision else ""
+        raise TurboSparseError(
+            f"{repository}{at} is not a local folder, and downloading it from the hub failed "
+            f"({type(error).__name__}); check the name, the network and your access to the model"
+        ) from error
