@@ -39,14 +39,24 @@ Enum parse(const char* what, const std::string& name, const char* const (&names)
   fail(std::string(what) + " is '" + name + "', expected one of " + known);
 }
 
-template <typename T>
-void check_shape(const char* what, const Array<T, 2>& array, size_t rows, size_t cols) {
-  const auto text = [](size_t a, size_t b) {
-    return "(" + std::to_string(a) + ", " + std::to_string(b) + ")";
+inline void check_equal(const std::string& what, int64_t value, int64_t expected) {
+  if (value == expected) return;
+  fail(what + ": " + std::to_string(value) + ", expected " + std::to_string(expected));
+}
+
+template <typename AnyArray, typename... Sizes>
+void check_shape(const char* what, const AnyArray& array, Sizes... expected) {
+  size_t axis = 0;
+  std::string given, wanted;
+  bool same = true;
+  const auto compare = [&](size_t size) {
+    const char* separator = axis ? ", " : "";
+    given += separator + std::to_string(array.shape(axis));
+    wanted += separator + std::to_string(size);
+    same &= array.shape(axis++) == size;
   };
-  if (array.shape(0) == rows && array.shape(1) == cols) return;
-  fail(std::string(what) + " has shape " + text(array.shape(0), array.shape(1)) + ", expected " +
-       text(rows, cols));
+  (compare(expected), ...);
+  if (!same) fail(std::string(what) + " has shape (" + given + "), expected (" + wanted + ")");
 }
 
 void check_threads(int threads);

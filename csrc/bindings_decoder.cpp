@@ -1,8 +1,8 @@
 // Python's view of the decoder: checks what comes in, releases the GIL, calls.
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
-#include <mutex>
 #include <optional>
 
 #include "bandwidth.h"
@@ -18,7 +18,7 @@ using Vector = Array<const float, 1>;
 using Table = Array<const float, 2>;
 using Tokens = Array<const int32_t, 1>;
 
-// A layer with the arrays that it points into.
+// A layer with what it points into.
 struct OwningLayer : Layer {
   std::vector<nb::object> owners;
 };
@@ -27,106 +27,129 @@ struct OwningDecoder : Decoder {
   using Decoder::Decoder;
   std::vector<nb::object> owners;
   std::vector<Neurons> ffns;  // of all layers
-  std::mutex turn;            // one step at a time: the scratch memory is the decoder's own
 };
 
 const float* checked(const char* what, const Vector& vector, int64_t size) {
-  if (static_cast<int64_t>(vector.shape(0)) != size) {
-    fail(std::string(what) + " has " + std::to_string(vector.shape(0)) + " values, expected " +
-         std::to_string(size));
-  }
+  check_equal(std::string("the values of ") + what, vector.shape(0), size);
   return vector.data();
 }
 
+// Of one item of a list, which must not be None. The owner keeps it, for lists may change.
+template <typename T>
+const T& owned(const char* what, const T* item, std::vector<nb::object>& owners) {
+  if (!item) fail(std::string(what) + " is None");
+  owners.push_back(nb::find(*item));
+  return *item;
+}
+
 // q, k, v, o as matrices; their biases, or None.
-void init_layer(OwningLayer* self, nb::list matrices, nb::list biases, Vector attention_norm,
-                Vector ffn_norm, std::optional<Table> router, nb::list ffns, int window) {
-  if (nb::len(matrices) != 4 || nb::len(biases) != 4) fail("a layer has 4 matrices and 4 biases");
-  new (self) OwningLayer;
-  Projection* projections[] = {&self->q, &self->k, &self->v, &self->o};
+void init_layer(OwningLayer* self, const std::vector<const OwningMatrix*>& matrices,
+                const std::vector<std::optional<Vector>>& biases, Vector attention_norm,
+                Vector ffn_norm, std::optional<Table> router,
+                const std::vector<const OwningNeurons*>& ffns, int window) {
+  check_equal("the matrices of a layer", matrices.size(), 4);
+  check_equal("the biases of a layer", biases.size(), 4);
+  if (window < 0) fail("window is " + std::to_string(window) + ", expected at least 0");
+  OwningLayer layer;
+  Projection* projections[] = {&layer.q, &layer.k, &layer.v, &layer.o};
   for (size_t i = 0; i < 4; ++i) {
-    projections[i]->matrix = nb::cast<const OwningMatrix&>(matrices[i]);
+    projections[i]->matrix = owned("a matrix", matrices[i], layer.owners);
     projections[i]->bias = nullptr;
-    if (!biases[i].is_none()) {
-      const auto bias = nb::cast<Vector>(biases[i]);
-      projections[i]->bias = checked("bias", bias, projections[i]->matrix.rows);
-    }
+    if (!biases[i]) continue;
+    projections[i]->bias = checked("a bias", *biases[i], projections[i]->matrix.rows);
+    layer.owners.push_back(nb::cast(*biases[i]));
   }
-  const int64_t hidden = self->q.matrix.cols;
-  self->attention_norm = checked("attention_norm", attention_norm, hidden);
-  self->ffn_norm = checked("ffn_norm", ffn_norm, hidden);
-  self->router = router ? router->data() : nullptr;
-  self->window = window;
-  for (nb::handle ffn : ffns) self->ffns.push_back(nb::cast<const OwningNeurons&>(ffn));
-  if (self->ffns.size() != (router ? router->shape(0) : 1)) fail("the router fits no experts");
-  self->owners = {matrices, biases, nb::cast(attention_norm), nb::cast(ffn_norm), ffns};
-  if (router) self->owners.push_back(nb::cast(*router));
+  const int hidden = layer.q.matrix.cols;
+  layer.attention_norm = checked("attention_norm", attention_norm, hidden);
+  layer.ffn_norm = checked("ffn_norm", ffn_norm, hidden);
+  for (const OwningNeurons* ffn : ffns) {
+    layer.ffns.push_back(owned("a feed-forward", ffn, layer.owners));
+    check_equal("the hidden size of a feed-forward", ffn->hidden, hidden);
+  }
+  if (router) check_shape("router", *router, ffns.size(), hidden);
+  if (!router || ffns.empty()) check_equal("the feed-forwards without a router", ffns.size(), 1);
+  layer.router = router ? router->data() : nullptr;
+  layer.window = window;
+  layer.owners.insert(layer.owners.end(), {nb::cast(attention_norm), nb::cast(ffn_norm)});
+  if (router) layer.owners.push_back(nb::cast(*router));
+  new (self) OwningLayer(std::move(layer));
+}
+
+void check_layer(const Layer& layer, const Shape& shape) {
+  const int64_t queries = int64_t{shape.heads} * shape.head;
+  const int64_t keys = int64_t{shape.kv_heads} * shape.head;
+  check_equal("the rows of q", layer.q.matrix.rows, queries);
+  check_equal("the rows of k", layer.k.matrix.rows, keys);
+  check_equal("the rows of v", layer.v.matrix.rows, keys);
+  check_equal("the rows of o", layer.o.matrix.rows, shape.hidden);
+  check_equal("the columns of q", layer.q.matrix.cols, shape.hidden);
+  check_equal("the columns of k", layer.k.matrix.cols, shape.hidden);
+  check_equal("the columns of v", layer.v.matrix.cols, shape.hidden);
+  check_equal("the columns of o", layer.o.matrix.cols, queries);
+  const int experts = static_cast<int>(layer.ffns.size());
+  if (shape.experts_used >= 1 && shape.experts_used <= experts) return;
+  fail("experts_used is " + std::to_string(shape.experts_used) + ", expected 1 to " +
+       std::to_string(experts));
 }
 
 void init_decoder(OwningDecoder* self, const OwningMatrix& embedding, const OwningMatrix& head,
-                  Vector norm, nb::list layers, Vector frequencies, float rope_scale, int heads,
-                  int kv_heads, int experts_used, float norm_eps) {
+                  Vector norm, const std::vector<const OwningLayer*>& layers, Vector frequencies,
+                  float rope_scale, int heads, int kv_heads, int experts_used, float norm_eps) {
   const int size = 2 * static_cast<int>(frequencies.shape(0));
   const Shape shape{embedding.cols, heads, kv_heads, size, experts_used, norm_eps};
-  if (kv_heads < 1 || heads % kv_heads) fail("heads must be a multiple of kv_heads");
+  if (size < 1) fail("frequencies is empty");
+  if (kv_heads < 1 || heads < kv_heads || heads % kv_heads) {
+    fail("heads is " + std::to_string(heads) + ", expected a multiple of kv_heads, which is " +
+         std::to_string(kv_heads));
+  }
+  if (!(norm_eps >= 0)) fail("norm_eps is " + std::to_string(norm_eps) + ", expected at least 0");
+  check_equal("the columns of head", head.cols, shape.hidden);
+  check_equal("the rows of head", head.rows, embedding.rows);
   checked("norm", norm, shape.hidden);
+  std::vector<nb::object> owners{nb::find(embedding), nb::find(head), nb::cast(norm)};
   std::vector<Layer> views;
   std::vector<Neurons> ffns;
-  for (nb::handle handle : layers) {
-    const auto& layer = nb::cast<const OwningLayer&>(handle);
-    if (layer.q.matrix.rows != heads * size || layer.k.matrix.rows != kv_heads * size ||
-        layer.v.matrix.rows != kv_heads * size || layer.o.matrix.cols != heads * size ||
-        layer.o.matrix.rows != shape.hidden || layer.q.matrix.cols != shape.hidden) {
-      fail("the projections of a layer do not fit its heads");
-    }
-    if (experts_used < 1 || experts_used > static_cast<int>(layer.ffns.size())) {
-      fail("experts_used is " + std::to_string(experts_used) + ", expected 1 to " +
-           std::to_string(layer.ffns.size()));
-    }
-    views.push_back(layer);
-    ffns.insert(ffns.end(), layer.ffns.begin(), layer.ffns.end());
+  for (const OwningLayer* layer : layers) {
+    views.push_back(owned("a layer", layer, owners));
+    check_layer(*layer, shape);
+    ffns.insert(ffns.end(), layer->ffns.begin(), layer->ffns.end());
   }
   new (self) OwningDecoder(
       shape, embedding, head, norm.data(), std::move(views),
       std::vector<float>(frequencies.data(), frequencies.data() + frequencies.shape(0)),
       rope_scale);
   self->ffns = std::move(ffns);
-  self->owners = {nb::find(embedding), nb::find(head), nb::cast(norm), layers};
+  self->owners = std::move(owners);
 }
 
-void step(OwningDecoder& self, std::vector<Cache*> caches, std::vector<Tokens> tokens, bool every,
-          const char* mode_name, int threads, Array<float, 2> logits, Array<int32_t, 3> counts) {
+std::unique_ptr<Cache> new_cache(const OwningDecoder& self, int context) {
+  if (context < 1) fail("context is " + std::to_string(context) + ", expected at least 1");
+  return self.new_cache(context);
+}
+
+// The arguments are read and kept here: another thread may change the lists and the arrays.
+void step(OwningDecoder& self, const std::vector<nb::object>& caches,
+          const std::vector<Tokens>& tokens, bool every, const char* mode_name, int threads,
+          Array<float, 2> logits, Array<int32_t, 3> counts, const Cancel* cancel) {
   check_threads(threads);
   const auto mode = parse<Mode>("mode", mode_name, kModes);
   for (const Neurons& ffn : self.ffns) check_mode(mode, ffn);
-  if (caches.size() != tokens.size()) fail("as many caches as token lists are needed");
+  check_equal("the token lists", tokens.size(), caches.size());
+  std::vector<std::vector<int32_t>> kept;
   std::vector<Sequence> sequences;
   size_t total = 0;
   for (size_t i = 0; i < caches.size(); ++i) {
-    const int count = static_cast<int>(tokens[i].shape(0));
-    if (count < 1) fail("a sequence has no token");
-    for (int t = 0; t < count; ++t) {
-      const int32_t token = tokens[i].data()[t];
-      if (token < 0 || token >= self.vocabulary()) {
-        fail("token " + std::to_string(token) + " is outside the vocabulary of " +
-             std::to_string(self.vocabulary()));
-      }
-    }
-    sequences.push_back({caches[i], tokens[i].data(), count});
+    if (!nb::isinstance<Cache>(caches[i])) fail("caches[" + std::to_string(i) + "] is not a Cache");
+    const int32_t* data = tokens[i].data();
+    kept.emplace_back(data, data + tokens[i].shape(0));
+    const int count = static_cast<int>(kept.back().size());
+    sequences.push_back({nb::cast<Cache*>(caches[i]), kept.back().data(), count});
     total += count;
   }
-  const size_t rows = every ? total : caches.size();
-  if (logits.shape(0) != rows || logits.shape(1) != static_cast<size_t>(self.vocabulary())) {
-    fail("logits must be [" + std::to_string(rows) + ", " + std::to_string(self.vocabulary()) +
-         "]");
-  }
-  if (counts.shape(0) != static_cast<size_t>(self.layers()) || counts.shape(1) != total ||
-      counts.shape(2) != 3) {
-    fail("counts must be [layers, tokens, 2]");
-  }
+  check_shape("logits", logits, every ? total : caches.size(), self.vocabulary());
+  check_shape("counts", counts, self.layers(), total, 3);
   nb::gil_scoped_release release;
-  std::lock_guard<std::mutex> lock(self.turn);
-  self.step(sequences, every, mode, threads, logits.data(), counts.data());
+  self.step(sequences, every, mode, threads, logits.data(), counts.data(), cancel);
 }
 
 }  // namespace
@@ -140,20 +163,33 @@ void bind_decoder(nb::module_& m) {
         return read_all(words.data(), words.shape(0), threads);
       },
       "words"_a.noconvert(), "threads"_a, "Read an array once, as fast as it goes; its sum.");
+  nb::exception<Cancelled>(m, "Cancelled", PyExc_RuntimeError);
+  nb::class_<Cancel>(m, "Cancel", "Ends a step from another thread.")
+      .def(nb::init<>())
+      .def("set", [](Cancel& self) { self = true; })
+      .def("is_set", [](const Cancel& self) { return self.load(); });
+  m.def("cache_bytes", nb::overload_cast<int64_t, int, int, int>(&Cache::bytes), "positions"_a,
+        "layers"_a, "kv_heads"_a, "head"_a, "Memory of a cache that holds so many positions.");
   nb::class_<Cache>(m, "Cache", "Keys and values of one sequence, in half precision.")
-      .def_prop_ro("length", &Cache::length);
+      .def_prop_ro("length", &Cache::length)
+      .def_prop_ro("context", &Cache::context)
+      .def_prop_ro("nbytes", nb::overload_cast<>(&Cache::bytes, nb::const_))
+      .def("copy", &Cache::copy, nb::call_guard<nb::gil_scoped_release>())
+      .def("truncate", &Cache::truncate, nb::call_guard<nb::gil_scoped_release>(), "length"_a,
+           "Forget all positions from `length` on and give their memory back.")
+      .def("free", [](Cache& self) { self.truncate(0); }, nb::call_guard<nb::gil_scoped_release>());
   nb::class_<OwningLayer>(m, "Layer", "The weights of one layer.")
-      .def("__init__", &init_layer, "matrices"_a, "biases"_a, "attention_norm"_a.noconvert(),
-           "ffn_norm"_a.noconvert(), "router"_a.noconvert().none(), "ffns"_a, "window"_a);
+      .def("__init__", &init_layer, "matrices"_a.noconvert(), "biases"_a.noconvert(),
+           "attention_norm"_a.noconvert(), "ffn_norm"_a.noconvert(), "router"_a.noconvert().none(),
+           "ffns"_a.noconvert(), "window"_a);
   nb::class_<OwningDecoder>(m, "Decoder", "A whole decoding step.")
       .def("__init__", &init_decoder, "embedding"_a, "head"_a, "norm"_a.noconvert(), "layers"_a,
            "frequencies"_a.noconvert(), "rope_scale"_a, "heads"_a, "kv_heads"_a, "experts_used"_a,
            "norm_eps"_a)
-      .def("new_cache",
-           [](const OwningDecoder& self) { return Cache(self.shape(), self.layers()); })
+      .def("new_cache", &new_cache, "context"_a)
       .def(
           "step", &step, "caches"_a, "tokens"_a.noconvert(), "every"_a, "mode"_a, "threads"_a,
-          "logits"_a.noconvert(), "counts"_a.noconvert(),
+          "logits"_a.noconvert(), "counts"_a.noconvert(), "cancel"_a.none() = nb::none(),
           "Append tokens to their caches; fill logits [sequences or tokens, vocabulary] and counts "
           "[layers, tokens, 3].");
 }

@@ -3,10 +3,11 @@
 #include <algorithm>
 #include <cmath>
 #include <numeric>
+#include <set>
+#include <string>
 
 #include "buffer.h"
 #include "half.h"
-#include "threads.h"
 
 namespace {
 
@@ -25,20 +26,57 @@ struct Decoder::Position {
   int place;  // in its sequence
 };
 
+Cache::Cache(std::shared_ptr<ForkMutex> turn, int layers, int kv_heads, int head, int context)
+    : turn_(std::move(turn)),
+      layers_(layers),
+      kv_heads_(kv_heads),
+      head_(head),
+      context_(context) {}
+
+int64_t Cache::bytes(int64_t positions, int layers, int kv_heads, int head) {
+  const int64_t pages = (positions + kPage - 1) / kPage;
+  return pages * kPage * 2 * layers * kv_heads * row_stride(QUANT_F16, head);
+}
+
+std::unique_ptr<Cache> Cache::copy() const {
+  const std::lock_guard<ForkMutex> lock(*turn_);
+  auto other = std::make_unique<Cache>(turn_, layers_, kv_heads_, head_, context_);
+  other->reserve(length_);
+  for (size_t i = 0; i < other->pages_.size(); ++i) {
+    std::copy_n(pages_[i].get(), page_halves(), other->pages_[i].get());
+  }
+  other->length_ = length();
+  return other;
+}
+
+void Cache::truncate(int length) {
+  const std::lock_guard<ForkMutex> lock(*turn_);
+  if (length < 0 || length > length_) {
+    throw std::invalid_argument("length is " + std::to_string(length) + ", expected 0 to the " +
+                                std::to_string(length_) + " positions of the cache");
+  }
+  length_ = length;
+  trim();
+}
+
 void Cache::reserve(int end) {
-  const int64_t page = int64_t{2} * layers_ * shape_.kv_heads * kPage * row_halves();
-  while (static_cast<int>(pages_.size()) * kPage < end) {
+  while (static_cast<int64_t>(pages_.size()) * kPage < end) {
     // zeros: a kernel may read the padding of a row
-    pages_.push_back(std::unique_ptr<uint16_t[]>(new uint16_t[page]()));
+    pages_.push_back(std::unique_ptr<uint16_t[]>(new uint16_t[page_halves()]()));
+    bytes_ = bytes(pages_.size() * kPage, layers_, kv_heads_, head_);
   }
 }
 
-uint16_t* Cache::at(int layer, int part, int kv_head, int position) const {
-  const int64_t row = (int64_t{2} * layer + part) * shape_.kv_heads + kv_head;
-  return pages_[position / kPage].get() + (row * kPage + position % kPage) * row_halves();
+void Cache::trim() {
+  pages_.resize((length_ + kPage - 1) / kPage);
+  bytes_ = bytes(length_, layers_, kv_heads_, head_);
 }
 
-int64_t Cache::row_halves() const { return row_stride(QUANT_F16, shape_.head) / 2; }
+uint16_t* Cache::at(int layer, int part, int kv_head, int position) const {
+  const int64_t row = (int64_t{2} * layer + part) * kv_heads_ + kv_head;
+  const int64_t row_halves = row_stride(QUANT_F16, head_) / 2;
+  return pages_[position / kPage].get() + (row * kPage + position % kPage) * row_halves;
+}
 
 Decoder::Decoder(const Shape& shape, const Matrix& embedding, const Matrix& head, const float* norm,
                  std::vector<Layer> layers, std::vector<float> frequencies, float rope_scale)
@@ -52,17 +90,57 @@ Decoder::Decoder(const Shape& shape, const Matrix& embedding, const Matrix& head
 
 Decoder::~Decoder() = default;
 
+std::unique_ptr<Cache> Decoder::new_cache(int context) const {
+  return std::make_unique<Cache>(turn_, layers(), shape_.kv_heads, shape_.head, context);
+}
+
 void Decoder::step(const std::vector<Sequence>& sequences, bool every, Mode mode, int threads,
-                   float* logits, int32_t* counts) {
-  begin(sequences, threads);
+                   float* logits, int32_t* counts, const Cancel* cancel) {
+  const std::lock_guard<ForkMutex> lock(*turn_);
+  check(sequences);
+  try {
+    begin(sequences, threads);
+    run(every, sequences, mode, logits, counts, cancel);
+  } catch (...) {
+    for (const Sequence& sequence : sequences) sequence.cache->trim();
+    throw;
+  }
+  for (const Sequence& sequence : sequences) sequence.cache->length_ += sequence.count;
+}
+
+void Decoder::check(const std::vector<Sequence>& sequences) const {
+  std::set<const Cache*> caches;
+  for (size_t i = 0; i < sequences.size(); ++i) {
+    const auto& [cache, tokens, count] = sequences[i];
+    const auto refuse = [i](const std::string& why) {
+      throw std::invalid_argument("sequence " + std::to_string(i) + ": " + why);
+    };
+    if (cache->turn_ != turn_) refuse("its cache belongs to another model");
+    if (!caches.insert(cache).second) refuse("its cache is also that of an earlier one");
+    if (count < 1) refuse("it has no new token");
+    for (int t = 0; t < count; ++t) {
+      if (tokens[t] >= 0 && tokens[t] < vocabulary()) continue;
+      refuse("token " + std::to_string(tokens[t]) + " is outside the vocabulary of " +
+             std::to_string(vocabulary()));
+    }
+    const int64_t end = int64_t{cache->length()} + count;
+    if (end > cache->context()) {
+      refuse(std::to_string(end) + " tokens do not fit the context of " +
+             std::to_string(cache->context()));
+    }
+  }
+}
+
+void Decoder::run(bool every, const std::vector<Sequence>& sequences, Mode mode, float* logits,
+                  int32_t* counts, const Cancel* cancel) {
   for (size_t layer = 0; layer < layers_.size(); ++layer) {
+    if (cancel && *cancel) throw Cancelled("the step was cancelled");
     attend(static_cast<int>(layer));
     feed_forward(layers_[layer], mode, counts + layer * tokens_ * 3);
   }
   if (!every) keep_last(sequences);
   normalise(norm_);
   head_.matmul(normed_.data(), logits, tokens_, threads_);
-  for (const Sequence& sequence : sequences) sequence.cache->advance(sequence.count);
 }
 
 // Reads the embeddings, finds the places and their rotations, and makes room in the caches.
@@ -126,14 +204,14 @@ void Decoder::attend(int index) {
   rotate(q_, shape_.heads);
   rotate(k_, shape_.kv_heads);
   parallel_for(threads_, tokens_, [&](int64_t t) {
-    for (int head = 0; head < shape_.kv_heads; ++head) remember(index, t, head);
+    for (int head = 0; head < shape_.kv_heads; ++head) append_kv(index, t, head);
   });
   mixed_.resize(q_.size());
   const int items = tokens_ * shape_.kv_heads;
   const int threads = std::min(threads_, items);
   parallel(threads, [&](int thread) {
     for (int item = thread; item < items; item += threads) {
-      look(index, item / shape_.kv_heads, item % shape_.kv_heads);
+      attend_token(index, item / shape_.kv_heads, item % shape_.kv_heads);
     }
   });
   project(layer.o, mixed_, y_);
@@ -170,7 +248,7 @@ void Decoder::rotate(std::vector<float>& x, int heads) const {
 }
 
 // Puts a token's key and value into its cache.
-void Decoder::remember(int layer, int64_t token, int kv_head) {
+void Decoder::append_kv(int layer, int64_t token, int kv_head) {
   const Position& position = positions_[token];
   const int64_t from = (token * shape_.kv_heads + kv_head) * shape_.head;
   uint16_t* key = position.cache->at(layer, 0, kv_head, position.place);
@@ -182,7 +260,7 @@ void Decoder::remember(int layer, int64_t token, int kv_head) {
 }
 
 // The attention of the query heads that share a key-value head, for one token.
-void Decoder::look(int layer, int token, int kv_head) {
+void Decoder::attend_token(int layer, int token, int kv_head) {
   const Position& position = positions_[token];
   const int size = shape_.head, group = shape_.heads / shape_.kv_heads;
   const int window = layers_[layer].window;
@@ -246,50 +324,50 @@ void Decoder::feed_forward(const Layer& layer, Mode mode, int32_t* counts) {
 // best few renormalised (Mixtral).
 void Decoder::mix_experts(const Layer& layer, Mode mode, int32_t* counts) {
   const int experts = static_cast<int>(layer.ffns.size()), hidden = shape_.hidden;
-  std::vector<std::vector<int>> chosen_by(experts);  // tokens of each expert
-  std::vector<float> weights(int64_t{tokens_} * experts);
+  std::vector<std::vector<std::pair<int, float>>> chosen_by(experts);  // token, weight
   for (int t = 0; t < tokens_; ++t) {
-    route(layer, t, &weights[int64_t{t} * experts]);
-    for (int e = 0; e < experts; ++e) {
-      if (weights[int64_t{t} * experts + e] > 0) chosen_by[e].push_back(t);
-    }
+    for (const auto& [expert, weight] : route(layer, t)) chosen_by[expert].push_back({t, weight});
   }
   std::fill(y_.begin(), y_.end(), 0.0f);
   std::fill_n(counts, tokens_ * 3, 0);
   for (int e = 0; e < experts; ++e) {
-    const std::vector<int>& chosen = chosen_by[e];
+    const auto& chosen = chosen_by[e];
     if (chosen.empty()) continue;
     std::vector<float> in(chosen.size() * hidden), residual(in.size()), out(in.size());
     std::vector<int32_t> used(chosen.size() * 3);
     for (size_t i = 0; i < chosen.size(); ++i) {
-      std::copy_n(&normed_[int64_t{chosen[i]} * hidden], hidden, &in[i * hidden]);
-      std::copy_n(&x_[int64_t{chosen[i]} * hidden], hidden, &residual[i * hidden]);
+      const int64_t at = int64_t{chosen[i].first} * hidden;
+      std::copy_n(&normed_[at], hidden, &in[i * hidden]);
+      std::copy_n(&x_[at], hidden, &residual[i * hidden]);
     }
     layer.ffns[e].forward(in.data(), residual.data(), out.data(), used.data(), chosen.size(), mode,
                           threads_);
     for (size_t i = 0; i < chosen.size(); ++i) {
-      const float weight = weights[int64_t{chosen[i]} * experts + e];
-      float* y = &y_[int64_t{chosen[i]} * hidden];
+      const auto [token, weight] = chosen[i];
+      float* y = &y_[int64_t{token} * hidden];
       for (int j = 0; j < hidden; ++j) y[j] += weight * out[i * hidden + j];
-      for (int j = 0; j < 3; ++j) counts[3 * chosen[i] + j] += used[3 * i + j];
+      for (int j = 0; j < 3; ++j) counts[3 * token + j] += used[3 * i + j];
     }
   }
 }
 
-// The weight of each expert for a token; 0 for those that it does not use.
-void Decoder::route(const Layer& layer, int token, float* weights) const {
+// The experts of a token, and their weights. NaN scores make every weight NaN: these are kept, so
+// that a broken router shows in the output.
+std::vector<std::pair<int, float>> Decoder::route(const Layer& layer, int token) const {
   const int experts = static_cast<int>(layer.ffns.size()), hidden = shape_.hidden;
   const float* x = &normed_[int64_t{token} * hidden];
+  std::vector<float> weights(experts);
   for (int e = 0; e < experts; ++e) {
     weights[e] = std::inner_product(x, x + hidden, layer.router + int64_t{e} * hidden, 0.0f);
   }
-  softmax(weights, experts);
-  std::vector<int> best(experts);
-  std::iota(best.begin(), best.end(), 0);
-  std::stable_sort(best.begin(), best.end(), [&](int a, int b) { return weights[a] > weights[b]; });
+  softmax(weights.data(), experts);
+  std::vector<std::pair<int, float>> best(experts);
+  for (int e = 0; e < experts; ++e) best[e] = {e, weights[e]};
+  std::stable_sort(best.begin(), best.end(),
+                   [](const auto& a, const auto& b) { return a.second > b.second; });
+  best.resize(shape_.experts_used);
   float sum = 0;
-  for (int i = 0; i < shape_.experts_used; ++i) sum += weights[best[i]];
-  for (int i = 0; i < experts; ++i) {
-    weights[best[i]] = i < shape_.experts_used ? weights[best[i]] / sum : 0;
-  }
+  for (const auto& [expert, weight] : best) sum += weight;
+  for (auto& [expert, weight] : best) weight /= sum;
+  return best;
 }

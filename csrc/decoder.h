@@ -1,13 +1,18 @@
-// A whole decoding step: the twin of src/turbosparse/model.py, which is the one to read first.
+// A whole decoding step: the twin of src/turbosparse/engine/model.py, which is the one to read
+// first.
 //
 // Shapes: T tokens of a step, of all its sequences together; H hidden size, D size of a head.
 #pragma once
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
+#include <stdexcept>
+#include <utility>
 #include <vector>
 
 #include "matrix.h"
+#include "threads.h"
 
 struct Shape {
   int hidden;
@@ -32,31 +37,41 @@ struct Layer {
   int window;                   // how many positions a token sees; 0: all
 };
 
-// Keys and values of one sequence in half precision. Grows by pages, so nothing is ever copied.
+// Keys and values of one sequence in half precision. Grows by pages, so nothing is ever moved. May
+// be used from several threads: what changes it waits for a step of its decoder to end.
 class Cache {
  public:
-  Cache(const Shape& shape, int layers) : shape_(shape), layers_(layers) {}
-  Cache(const Cache&) = delete;
-  Cache(Cache&&) = default;
+  Cache(std::shared_ptr<ForkMutex> turn, int layers, int kv_heads, int head, int context);
 
   int length() const { return length_; }
+  int context() const { return context_; }  // the most positions that it may hold
+  // Memory in use, and that of a cache with so many positions.
+  int64_t bytes() const { return bytes_; }
+  static int64_t bytes(int64_t positions, int layers, int kv_heads, int head);
+
+  std::unique_ptr<Cache> copy() const;
+  // Forgets all positions from `length` on and gives their memory back.
+  void truncate(int length);
+
+ private:
+  friend class Decoder;
+  static constexpr int kPage = 64;  // positions
+
+  int64_t page_halves() const { return bytes(1, layers_, kv_heads_, head_) / 2; }
   // Makes room for positions up to `end`; throws std::bad_alloc if there is none: what the cache
   // holds stays as it is.
   void reserve(int end);
-  void advance(int tokens) { length_ += tokens; }
+  // Gives back the pages behind the positions.
+  void trim();
   // The D halves of a position's key (part 0) or value (part 1).
   uint16_t* at(int layer, int part, int kv_head, int position) const;
   // Where the page of a position ends. In a page, positions follow each other as rows of f16.
   static int page_end(int position) { return (position / kPage + 1) * kPage; }
 
- private:
-  static constexpr int kPage = 64;  // positions
-
-  int64_t row_halves() const;
-
-  Shape shape_;
-  int layers_;
-  int length_ = 0;
+  const std::shared_ptr<ForkMutex> turn_;  // of the decoder that made it
+  const int layers_, kv_heads_, head_, context_;
+  std::atomic<int> length_{0};
+  std::atomic<int64_t> bytes_{0};
   std::vector<std::unique_ptr<uint16_t[]>> pages_;
 };
 
@@ -67,10 +82,18 @@ struct Sequence {
   int count;
 };
 
+// Set from any thread, it ends a step between two layers.
+using Cancel = std::atomic<bool>;
+
+struct Cancelled : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
 class Decoder {
  public:
   Decoder(const Shape& shape, const Matrix& embedding, const Matrix& head, const float* norm,
           std::vector<Layer> layers, std::vector<float> frequencies, float rope_scale);
+  Decoder(const Decoder&) = delete;
   ~Decoder();
 
   const Shape& shape() const { return shape_; }
@@ -79,25 +102,31 @@ class Decoder {
 
   // Appends the tokens to their caches. logits[S or T, vocabulary]: after the last token of each of
   // the S sequences, or with `every` after each token. counts[layers, T, 3]:
-  // candidates, neurons with a positive gate and active ones. Tokens are valid ids and fit their
-  // contexts.
+  // candidates, neurons with a positive gate and active ones. Steps take turns. What throws leaves
+  // the caches as they were: std::invalid_argument for a cache of another decoder or given twice, a
+  // token outside the vocabulary, or too many for the context; std::bad_alloc; Cancelled.
   void step(const std::vector<Sequence>& sequences, bool every, Mode mode, int threads,
-            float* logits, int32_t* counts);
+            float* logits, int32_t* counts, const Cancel* cancel = nullptr);
+
+  std::unique_ptr<Cache> new_cache(int context) const;
 
  private:
   struct Position;
 
+  void check(const std::vector<Sequence>& sequences) const;
   void begin(const std::vector<Sequence>& sequences, int threads);
+  void run(bool every, const std::vector<Sequence>& sequences, Mode mode, float* logits,
+           int32_t* counts, const Cancel* cancel);
   void keep_last(const std::vector<Sequence>& sequences);
   void normalise(const float* weight);
   void attend(int layer);
   void project(const Projection& projection, const std::vector<float>& in, std::vector<float>& out);
   void rotate(std::vector<float>& x, int heads) const;
-  void remember(int layer, int64_t token, int kv_head);
-  void look(int layer, int token, int kv_head);
+  void append_kv(int layer, int64_t token, int kv_head);
+  void attend_token(int layer, int token, int kv_head);
   void feed_forward(const Layer& layer, Mode mode, int32_t* counts);
   void mix_experts(const Layer& layer, Mode mode, int32_t* counts);
-  void route(const Layer& layer, int token, float* weights) const;
+  std::vector<std::pair<int, float>> route(const Layer& layer, int token) const;
   static void softmax(float* scores, int count);
 
   Shape shape_;
@@ -106,6 +135,8 @@ class Decoder {
   std::vector<Layer> layers_;
   std::vector<float> frequencies_;  // [D/2]
   float rope_scale_;
+
+  std::shared_ptr<ForkMutex> turn_ = std::make_shared<ForkMutex>();  // who has it may step
 
   // the step at hand
   int tokens_ = 0, threads_ = 1;

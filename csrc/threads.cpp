@@ -1,12 +1,15 @@
 #include "threads.h"
 
+#include <pthread.h>
+
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
 #include <exception>
-#include <mutex>
+#include <stdexcept>
 #include <thread>
 #include <utility>
+#include <vector>
 
 namespace {
 
@@ -15,6 +18,10 @@ namespace {
 // time slices; a worker without work for about a millisecond sleeps.
 constexpr int kSpins = 2000;
 constexpr int kYields = 500;
+
+constexpr int kMaxShares = 0xffff;
+
+thread_local bool in_section = false;
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -30,14 +37,16 @@ void pause() {
 class Pool {
  public:
   void run(int threads, int shares, detail::Job job, const void* context) {
-    std::lock_guard<std::mutex> turn(turn_);
-    for (; workers_ < threads - 1; ++workers_) std::thread([this] { work(); }).detach();
+    for (; workers_ < threads - 1; ++workers_) {
+      std::thread([this, index = workers_] { work(index); }).detach();
+    }
     job_ = job;
     context_ = context;
     unfinished_.store(shares, std::memory_order_relaxed);
-    const uint64_t section = (state_.load() >> 32) + 1;
+    const bool more = threads - 1 > helpers_.exchange(threads - 1);
+    const uint64_t section = section_of(state_.load()) + 1;
     state_.store(section << 32 | static_cast<uint64_t>(shares) << 16);
-    if (sleepers_.load() > 0) {
+    if (more || sleepers_.load() > 0) {
       std::lock_guard<std::mutex> lock(sleep_);
       wake_.notify_all();
     }
@@ -49,14 +58,17 @@ class Pool {
   }
 
  private:
-  void work() {
+  static uint64_t section_of(uint64_t state) { return state >> 32; }
+
+  void work(int index) {
     for (uint64_t seen = 0;;) {
-      seen = wait_for_section_after(seen);
+      seen = wait_for_section_after(seen, index);
       work_on(seen);
     }
   }
 
   void work_on(uint64_t section) {
+    in_section = true;
     for (int share; (share = claim(section)) >= 0;) {
       try {
         job_(context_, share);
@@ -66,51 +78,115 @@ class Pool {
       }
       unfinished_.fetch_sub(1, std::memory_order_release);
     }
+    in_section = false;
   }
 
   // The next share of the section, or -1. `job_` is safe to read after a claim: the section cannot
   // end before the share does.
   int claim(uint64_t section) {
     uint64_t state = state_.load(std::memory_order_acquire);
-    while (state >> 32 == section && (state & 0xffff) < (state >> 16 & 0xffff)) {
-      if (state_.compare_exchange_weak(state, state + 1)) return static_cast<int>(state & 0xffff);
+    while (section_of(state) == section && (state & kMaxShares) < (state >> 16 & kMaxShares)) {
+      if (state_.compare_exchange_weak(state, state + 1)) {
+        return static_cast<int>(state & kMaxShares);
+      }
     }
     return -1;
   }
 
-  uint64_t wait_for_section_after(uint64_t seen) {
+  // Returns a section only to the first `helpers_` workers. `helpers_` may be that of a later
+  // section already; then nothing is left to claim of this one.
+  uint64_t wait_for_section_after(uint64_t seen, int index) {
     for (int turn = 0; turn < kSpins + kYields; ++turn) {
-      const uint64_t section = state_.load(std::memory_order_acquire) >> 32;
-      if (section != seen) return section;
+      const uint64_t section = section_of(state_.load(std::memory_order_acquire));
+      if (section != seen) {
+        if (index < helpers_.load()) return section;
+        break;
+      }
       turn < kSpins ? pause() : std::this_thread::yield();
     }
     std::unique_lock<std::mutex> lock(sleep_);
-    sleepers_.fetch_add(1);
-    wake_.wait(lock, [&] { return state_.load() >> 32 != seen; });
-    sleepers_.fetch_sub(1);
-    return state_.load() >> 32;
+    for (;;) {
+      // a worker that is not wanted is woken when more are wanted, not by each section
+      const int sleeper = index < helpers_.load();
+      sleepers_.fetch_add(sleeper);
+      const uint64_t section = section_of(state_.load());
+      const bool ready = section != seen && index < helpers_.load();
+      if (!ready) wake_.wait(lock);
+      sleepers_.fetch_sub(sleeper);
+      if (ready) return section;
+    }
   }
 
-  std::mutex turn_;  // callers take turns
   int workers_ = 0;
   detail::Job job_ = nullptr;
   const void* context_ = nullptr;
   std::exception_ptr thrown_;  // the first one of the section
   // section number (32 bits), its shares (16), the next share to claim (16)
   std::atomic<uint64_t> state_{0};
+  std::atomic<int> helpers_{0};  // how many workers may claim, beside the caller
   std::atomic<int> unfinished_{0};
-  std::atomic<int> sleepers_{0};
+  std::atomic<int> sleepers_{0};  // of the helpers
   std::mutex sleep_;
   std::condition_variable wake_;
 };
 
+// The pool, and the mutexes that fork() takes. Whoever holds one of `others` may take `turn`, so
+// that comes last. Never destroyed: the workers end with the process.
+struct Process {
+  std::mutex registry;
+  std::vector<std::mutex*> others;
+  std::mutex turn;  // callers of the pool take turns
+  Pool* pool = nullptr;
+
+  Process() { pthread_atfork(before_fork, after_fork, in_child); }
+
+  static Process& get() {
+    static Process& process = *new Process;
+    return process;
+  }
+
+  static void before_fork() {
+    get().registry.lock();
+    for (std::mutex* mutex : get().others) mutex->lock();
+    get().turn.lock();
+  }
+
+  static void after_fork() {
+    get().turn.unlock();
+    for (std::mutex* mutex : get().others) mutex->unlock();
+    get().registry.unlock();
+  }
+
+  // The child has none of the workers, and a condition variable with waiters that do not exist.
+  static void in_child() {
+    get().pool = nullptr;
+    after_fork();
+  }
+};
+
 }  // namespace
 
+ForkMutex::ForkMutex() {
+  Process& process = Process::get();
+  const std::lock_guard<std::mutex> lock(process.registry);
+  process.others.push_back(&mutex_);
+}
+
+ForkMutex::~ForkMutex() {
+  Process& process = Process::get();
+  const std::lock_guard<std::mutex> lock(process.registry);
+  process.others.erase(std::find(process.others.begin(), process.others.end(), &mutex_));
+}
+
 void detail::run(int threads, int shares, Job job, const void* context) {
+  if (shares > kMaxShares) throw std::logic_error("a section has more than 65,535 shares");
   if (threads == 1 || shares == 1) {
     for (int share = 0; share < shares; ++share) job(context, share);
     return;
   }
-  static Pool& pool = *new Pool;  // never destroyed: its threads end with the process
-  pool.run(threads, shares, job, context);
+  if (in_section) throw std::logic_error("a parallel section inside another would wait for itself");
+  Process& process = Process::get();
+  const std::lock_guard<std::mutex> turn(process.turn);
+  if (!process.pool) process.pool = new Pool;
+  process.pool->run(threads, shares, job, context);
 }

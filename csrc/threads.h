@@ -3,15 +3,30 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <mutex>
+
+// A mutex that fork() waits for: in the child it is free, and what it guards is whole.
+class ForkMutex {
+ public:
+  ForkMutex();
+  ~ForkMutex();
+  ForkMutex(const ForkMutex&) = delete;
+  void lock() { mutex_.lock(); }
+  void unlock() { mutex_.unlock(); }
+
+ private:
+  std::mutex mutex_;
+};
 
 namespace detail {
 using Job = void (*)(const void* context, int share);
 void run(int threads, int shares, Job job, const void* context);
 }  // namespace detail
 
-// Calls work(0) ... work(shares - 1) on up to `threads` threads at once, which claim one share
-// after the other, and returns when all are done; then throws what a call threw first. Callers take
-// turns: one section runs at a time in a process.
+// Calls work(0) ... work(shares - 1) on at most `threads` threads, which claim one share after the
+// other, and returns when all are done; then throws what a call threw first. Callers take turns:
+// one section runs at a time in a process. Throws std::logic_error for more than 65,535 shares, and
+// inside the work of another section unless `threads` is 1.
 template <typename Work>
 void parallel(int threads, int shares, const Work& work) {
   const auto job = [](const void* context, int share) {

@@ -12,21 +12,7 @@ from turbosparse.engine.model import Rope, sliding_window
 from turbosparse.hf import families
 from turbosparse.ops import Mode
 from turbosparse.ops.cpu import neurons
-from turbosparse.ops.rows import row_bytes
 from turbosparse.packed.format import Packed, ffn_prefix
-
-PAGE = 64  # positions, as in csrc/decoder.h
-
-
-class Cache:
-    """Keys and values of one sequence, in half precision, growing by pages up to the context."""
-
-    def __init__(self, native: _core.Cache, context: int):
-        self.native, self.context = native, context
-
-    @property
-    def length(self) -> int:
-        return self.native.length
 
 
 class Decoder:
@@ -50,8 +36,7 @@ class Decoder:
         embedding = _matrix(packed, name("embedding"), hidden)
         head = embedding if config.tie_word_embeddings else _matrix(packed, name("head"), hidden)
         self.vocabulary = embedding.rows
-        heads = config.num_hidden_layers * config.num_key_value_heads
-        self._position_bytes = 2 * heads * row_bytes("f16", 2 * len(rope.frequencies))
+        self._head = 2 * len(rope.frequencies)
         self._native = _core.Decoder(
             embedding,
             head,
@@ -65,17 +50,29 @@ class Decoder:
             config.rms_norm_eps,
         )
 
-    def new_cache(self, context: int) -> Cache:
-        return Cache(self._native.new_cache(), context)
+    def new_cache(self, context: int) -> _core.Cache:
+        return self._native.new_cache(context)
+
+    def cache_bytes(self, positions: int) -> int:
+        """Memory of a cache that holds `positions` tokens."""
+        config = self.config
+        shape = config.num_hidden_layers, config.num_key_value_heads, self._head
+        return _core.cache_bytes(positions, *shape)
 
     def __call__(
-        self, tokens: list[int], cache: Cache, *, mode: Mode, every: bool = False
+        self, tokens: list[int], cache: _core.Cache, *, mode: Mode, every: bool = False
     ) -> tuple[Tensor, Tensor]:
         """Read `tokens` after what the cache holds; see `model.Decoder`."""
         return self.step([tokens], [cache], mode=mode, every=every)
 
     def step(
-        self, tokens: list[list[int]], caches: list[Cache], *, mode: Mode, every: bool = False
+        self,
+        tokens: list[list[int]],
+        caches: list[_core.Cache],
+        *,
+        mode: Mode,
+        every: bool = False,
+        cancel: _core.Cancel | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Read the next tokens of several sequences; a weight row is read once for all of them.
 
@@ -84,35 +81,38 @@ class Decoder:
             caches: of each sequence, all different.
             mode: which rows of the feed-forwards are read.
             every: return logits of every token, not only of the last of each sequence.
+            cancel: ends the step between two layers when it is set from another thread.
 
         Returns:
             Logits, float32 ``[sequences or tokens, vocabulary]``, and the neurons used, int32
             ``[layers, tokens, 3]``: candidates, with positive gate, and active.
 
         Raises:
-            TurboSparseError: a context is full, or there is no memory; nothing was done then.
+            TurboSparseError: a context is full, a cache belongs to another model or is given twice,
+                or there is no memory.
+            _core.Cancelled: `cancel` was set.
+            After both the caches are as they were before.
         """
-        for new, cache in zip(tokens, caches, strict=True):
-            end = cache.length + len(new)
-            if end > cache.context:
-                raise TurboSparseError(f"{end} tokens do not fit the context of {cache.context}")
         total = sum(map(len, tokens))
         rows = total if every else len(tokens)
         try:
             logits = np.empty((rows, self.vocabulary), np.float32)
             counts = np.empty((self.config.num_hidden_layers, total, 3), np.int32)
             self._native.step(
-                [cache.native for cache in caches],
+                caches,
                 [np.array(new, np.int32) for new in tokens],
                 every,
                 mode,
                 self.threads,
                 logits,
                 counts,
+                cancel,
             )
+        except ValueError as error:
+            raise TurboSparseError(str(error)) from error
         except MemoryError as error:
             ends = [cache.length + len(new) for new, cache in zip(tokens, caches, strict=True)]
-            size = sum(-(-end // PAGE) for end in ends) * PAGE * self._position_bytes
+            size = sum(map(self.cache_bytes, ends))
             raise TurboSparseError(
                 f"out of memory in a step of {total} tokens: {sum(ends)} positions need "
                 f"{size / 1e6:.1f} MB of key-value cache; use a shorter prompt or fewer sequences"
