@@ -84,7 +84,6 @@ def recipe_writer(folder: Path, dense: Callable[[str], Path], corpus: Path) -> W
             "batch_size": BATCH,
             "micro_batch_size": 2,
             "checkpoint_every": 2,
-            "calibration_tokens": 0,
         }
         fields = drelu_recipe(dense(family), corpus, LENGTH, **given | changes)
         path = folder / f"recipe-{len(list(folder.glob('recipe-*')))}.yaml"

@@ -1,29 +1,28 @@
-"""Calibrated surgery: of one FFN, by `convert`, and at the start of training."""
+"""Calibrated surgery: of one FFN, and of a model, layer by layer."""
 
 from __future__ import annotations
 
 import json
 import math
 from collections.abc import Callable
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import FAMILIES, drelu_recipe
+from conftest import FAMILIES
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import relu, silu
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.convert import convert
+from turbosparse.hf.conversion import HELD_OUT, convert_layers
+from turbosparse.hf.layerwise import Layerwise
 from turbosparse.hf.load import load_model, load_tokenizer
-from turbosparse.hf.surgery import calibrate, fit
+from turbosparse.hf.surgery import FFN, explained, fit
 from turbosparse.pack import pack
-from turbosparse.train import train
-from turbosparse.training.mixture import Mixture, training_stream
+from turbosparse.packed.format import Packed
 
 Make = Callable[..., Path]
 HIDDEN, NEURONS, ROWS = 12, 20, 9000  # of rows more than are taken at a time
@@ -58,8 +57,9 @@ def test_both_halves_of_each_neuron_are_the_whole_of_it() -> None:
     gate *= 100
     x = random(ROWS, HIDDEN, seed=1)
     truth = swiglu(x, gate, up, down)
-    *new, explained = fit(gate, up, down, x, 2 * NEURONS)
-    assert explained == pytest.approx(1, abs=1e-4)
+    old = FFN(gate, up, down)
+    new = fit(old, x, 2 * NEURONS)
+    assert explained(old, new, x) == pytest.approx(1, abs=1e-4)
     assert (drelu(x, *new) - truth).norm() < 0.01 * truth.norm()
     assert (drelu(x, gate, up, down) - truth).norm() > 0.5 * truth.norm()
 
@@ -69,10 +69,13 @@ def test_the_half_that_adds_most_is_kept() -> None:
     gate, up, down = dense_ffn()
     x, up = random(ROWS, HIDDEN, seed=1).abs(), up.abs()
     up[::2] *= -1
-    new_gate, new_up, _, explained = fit(gate, up, down, x, NEURONS)
-    assert torch.equal(new_up.sort(0).values, up.abs().sort(0).values)
-    assert torch.equal(new_gate.sort(0).values, gate.sort(0).values)
-    assert explained > 0.95
+    old = FFN(gate, up, down)
+    new = fit(old, x, NEURONS)
+    assert torch.equal(new.up.sort(0).values, up.abs().sort(0).values)
+    assert torch.equal(new.gate.sort(0).values, gate.sort(0).values)
+    share = explained(old, new, x)
+    assert share is not None
+    assert share > 0.95
 
 
 def test_the_share_that_is_explained_is_that_of_the_new_output() -> None:
@@ -82,14 +85,15 @@ def test_the_share_that_is_explained_is_that_of_the_new_output() -> None:
     plain = explained_by(drelu(x, *weights), truth)
     found = []
     for neurons in (NEURONS, NEURONS * 3 // 2, NEURONS * 2):
-        *new, explained = fit(*weights, x, neurons)
+        new = fit(FFN(*weights), x, neurons)
         assert [tuple(weight.shape) for weight in new] == [
             (neurons, HIDDEN),
             (neurons, HIDDEN),
             (HIDDEN, neurons),
         ]
-        assert explained == pytest.approx(explained_by(drelu(x, *new), truth), abs=1e-4)
-        found.append(explained)
+        share = explained(FFN(*weights), new, x)
+        assert share == pytest.approx(explained_by(drelu(x, *new), truth), abs=1e-4)
+        found.append(share)
     assert plain < found[0] < found[1] < found[2]
 
 
@@ -97,21 +101,45 @@ def test_little_text_leaves_the_rest_as_it_was() -> None:
     """One token says something of the neurons that it makes fire; the others keep their columns."""
     gate, up, down = dense_ffn()
     x = random(1, HIDDEN, seed=1)
-    new_gate, new_up, new_down, _ = fit(gate, up, down, x, NEURONS)
-    silent = (relu(x @ new_gate.T) * relu(x @ new_up.T))[0] == 0
+    new = fit(FFN(gate, up, down), x, NEURONS)
+    silent = (relu(x @ new.gate.T) * relu(x @ new.up.T))[0] == 0
     before = {tuple(column) for column in torch.cat([down, -down], 1).T.tolist()}
     assert 0 < silent.sum() < NEURONS
-    for column in new_down.T[silent].tolist():
+    for column in new.down.T[silent].tolist():
         assert min(math.dist(column, other) for other in before) < 1e-5
 
 
 @pytest.mark.parametrize("x", [torch.zeros(0, HIDDEN), torch.zeros(3, HIDDEN)])
 def test_no_text_leaves_everything_as_it_was(x: Tensor) -> None:
     weights = dense_ffn()
-    *new, explained = fit(*weights, x, NEURONS)
-    assert explained is None
+    new = fit(FFN(*weights), x, NEURONS)
+    assert explained(FFN(*weights), new, x) is None
     for weight, old in zip(new, weights, strict=True):
         torch.testing.assert_close(weight, old)
+
+
+def test_a_few_massive_neurons_do_not_freeze_the_others() -> None:
+    """One neuron in a hundred is 1,000 times as large: the rest is fitted as well as without."""
+    hidden, neurons = 16, 200
+    gate, up = random(neurons, hidden, seed=2), random(neurons, hidden, seed=3)
+    down, x = random(hidden, neurons, seed=4), random(ROWS, hidden, seed=1)
+    huge = up.clone()
+    huge[:2] *= 1000
+    small = down.clone()
+    small[:, :2] /= 1000  # what they add stays the same
+    plain, massive = FFN(gate, up, down), FFN(gate, huge, small)
+    shares = [explained(old, fit(old, x, neurons), x) for old in (plain, massive)]
+    assert shares[1] == pytest.approx(shares[0], abs=2e-3)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
+def test_weights_that_are_not_real_are_an_error_that_names_the_layer(value: float) -> None:
+    gate, up, down = dense_ffn()
+    up[3, 2] = value
+    with pytest.raises(
+        TurboSparseError, match="layer 7: its outputs on the text are NaN, infinite"
+    ):
+        fit(FFN(gate, up, down), random(ROWS, HIDDEN), NEURONS, where="layer 7")
 
 
 # --- convert --------------------------------------------------------------------------------------
@@ -142,13 +170,12 @@ def test_a_calibrated_model_is_nearer_to_the_dense_one(
         assert config["ffn_activation"] == "drelu"
         assert made.explained is not None
         assert len(made.explained) == config["num_hidden_layers"]
-        assert made.parameters == sum(
-            p.numel() for p in load_file(out / "model.safetensors").values()
-        )
+        read = [load_file(shard) for shard in out.glob("*.safetensors")]
+        assert made.parameters == sum(p.numel() for part in read for p in part.values())
     assert distance["wide2"] < 0.75 * distance["wide1"]
     assert distance["wide1"] < 0.5 * distance["plain"]
-    packed = pack(str(tmp_path / "wide2"), tmp_path / "packed", quant="f16")
-    assert packed is not None
+    pack(str(tmp_path / "wide2"), tmp_path / "packed", quant="f16")
+    assert Packed(tmp_path / "packed").config.intermediate_size == 192
 
 
 @pytest.mark.parametrize(
@@ -159,7 +186,7 @@ def test_a_calibrated_model_is_nearer_to_the_dense_one(
         "not drelu": ({"activation": "reglu", "data": True}, "leave it out with reglu"),
         "linked": ({"link": True, "data": True}, "--data changes them: leave one out"),
         "no tokens": ({"tokens": 0, "data": True}, "--tokens is 0; give at least 1"),
-        "short text": ({"tokens": 150, "data": "short"}, "has less than 150 tokens; give more"),
+        "short text": ({"tokens": 150, "data": "short"}, "has fewer than 150 tokens; give more"),
     }.values(),
 )
 def test_what_cannot_be_calibrated(
@@ -174,45 +201,100 @@ def test_what_cannot_be_calibrated(
     assert list(tmp_path.iterdir()) == [short]
 
 
-# --- train ----------------------------------------------------------------------------------------
+# --- layer by layer -------------------------------------------------------------------------------
 
 
-@pytest.mark.usefixtures("one_thread")
-def test_training_calibrates_a_dense_model_first(
-    dense: Make, sparse: Make, corpus: Path, tmp_path: Path, capsys: Any
+def whole_model(folder: Path, ids: Tensor, neurons: int) -> dict[str, Tensor]:
+    """Surgery in one forward pass of the whole model, each FFN changed just before it runs."""
+    model = load_model(folder, activation="drelu", dtype=torch.float32)
+
+    def dense(mlp: Any, inputs: tuple[Tensor, ...]) -> None:
+        parts = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        old = FFN(*(part.weight.detach() for part in parts))
+        for part, weight in zip(parts, fit(old, inputs[0].flatten(0, -2), neurons), strict=True):
+            part.weight = torch.nn.Parameter(weight)
+
+    def experts(module: Any, inputs: tuple[Tensor, ...]) -> None:
+        x, chosen = inputs[0], inputs[1]
+        new = []
+        for expert, (gate_up, down) in enumerate(
+            zip(module.gate_up_proj.detach(), module.down_proj.detach(), strict=True)
+        ):
+            mine = x[(chosen == expert).any(-1)]
+            new.append(fit(FFN(*gate_up.chunk(2), down), mine, neurons))
+        module.gate_up_proj = torch.nn.Parameter(torch.stack([torch.cat(f[:2]) for f in new]))
+        module.down_proj = torch.nn.Parameter(torch.stack([f.down for f in new]))
+
+    for block in model.model.layers:
+        moe = hasattr(block.mlp, "experts")
+        hooked = block.mlp.experts if moe else block.mlp
+        hooked.register_forward_pre_hook(experts if moe else dense)
+    with torch.no_grad():
+        model.model(ids, use_cache=False)
+    return {name: weight.detach() for name, weight in model.state_dict().items()}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("neurons", [96, 128])
+def test_layer_by_layer_is_the_same_as_the_whole_model_at_once(
+    dense: Make, tmp_path: Path, family: str, neurons: int
 ) -> None:
-    """On the first sequences of the run; a model that is sparse already is left alone."""
-    fields = {"tokens": 4096, "batch_size": 8, "checkpoint_every": 100}
-    recipe = drelu_recipe(dense("mistral"), corpus, 64, **fields)
-    mixture = Mixture.model_validate(recipe["data"])
+    ids = torch.randint(0, 300, (16, 48), generator=torch.Generator().manual_seed(1))
+    seen = ids[torch.arange(16) % HELD_OUT != HELD_OUT - 1]
+    expected = whole_model(dense(family), seen, neurons)
+    model = Layerwise(dense(family), activation="drelu", device="cpu", dtype=torch.float32)
+    shares = convert_layers(model, ids, tmp_path / "work", neurons=neurons)
+    assert all(share is not None and 0 < share <= 1 for layer in shares for share in layer)
+    for index in range(model.config.num_hidden_layers):
+        made = load_file(tmp_path / "work" / f"layer-{index:05}.safetensors")
+        block = f"model.layers.{index}."
+        if family != "mixtral":
+            for part in ("gate", "up", "down"):
+                name = f"{block}mlp.{part}_proj.weight"
+                torch.testing.assert_close(made[name], expected[name], rtol=1e-3, atol=1e-4)
+            continue
+        moe = f"{block}block_sparse_moe.experts."
+        for expert in range(4):
+            gate_up = torch.cat([made[f"{moe}{expert}.w{n}.weight"] for n in (1, 3)])
+            fused = expected[f"{block}mlp.experts.gate_up_proj"][expert]
+            torch.testing.assert_close(gate_up, fused, rtol=1e-3, atol=1e-4)
+
+
+def test_a_killed_conversion_resumes_with_what_is_finished(
+    dense: Make, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    from turbosparse.hf import conversion
+
+    source = str(dense("mistral"))
+    convert(source, tmp_path / "whole", data=[corpus])
+    real, calls = conversion.fit_layer, []
+
+    def stop_at_the_second(*given: Any, **named: Any) -> Any:
+        calls.append(named["where"])
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return real(*given, **named)
+
+    monkeypatch.setattr(conversion, "fit_layer", stop_at_the_second)
+    with pytest.raises(KeyboardInterrupt):
+        convert(source, tmp_path / "out", data=[corpus])
+    with pytest.raises(TurboSparseError, match=r"other settings \(neurons\)"):
+        convert(source, tmp_path / "out", data=[corpus], widen=1.5)
+    convert(source, tmp_path / "out", data=[corpus])
+    assert "resuming after layer 0" in capsys.readouterr().err
+    assert calls == ["layer 0", "layer 1", "layer 1"]
+    assert not (tmp_path / "out.converting").exists()
+    for shard in (tmp_path / "whole").glob("*.safetensors"):
+        assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()
+
+
+def test_text_is_drawn_from_every_file(dense: Make, tmp_path: Path) -> None:
+    from turbosparse.convert import _draw
+
+    for number in range(5):
+        (tmp_path / f"{number}.txt").write_text(f"{'abcde'[number]} " * 2000)
     tokenizer = load_tokenizer(dense("mistral"))
-    stream = training_stream(mixture, tokenizer, root=tmp_path, seed=0)
-    rows = [row["input_ids"] for row in islice(stream, 64)]
-    batch = torch.tensor(rows[:8])
-    expected = {}
-    for name in ("calibrated", "plain"):
-        model = load_model(dense("mistral"), activation="drelu", dtype=torch.float32)
-        if name == "calibrated":
-            calibrate(model, rows)
-        with torch.no_grad():
-            expected[name] = float(model(batch, labels=batch).loss)
-    expected["sparse"] = expected["plain"]
-    assert abs(expected["calibrated"] - expected["plain"]) > 1e-3
-    for name, changes in {
-        "calibrated": {},
-        "plain": {"calibration_tokens": 0},
-        "sparse": {"model": str(sparse("mistral"))},
-    }.items():
-        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe | changes))
-        train(tmp_path / "recipe.yaml", out=tmp_path / name)
-        said = "calibrating on 4096 tokens" in capsys.readouterr().err
-        assert said == (name == "calibrated")
-        log = (tmp_path / name / "training_log.jsonl").read_text().splitlines()
-        assert json.loads(log[0])["loss"] == pytest.approx(expected[name], rel=1e-5)
-
-
-def test_a_sharded_run_does_not_calibrate(dense: Make, corpus: Path, tmp_path: Path) -> None:
-    recipe = drelu_recipe(dense("mistral"), corpus, 64, tokens=512, batch_size=8, shard="full")
-    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
-    with pytest.raises(TurboSparseError, match="needs all of it in one process: make the dReLU"):
-        train(tmp_path / "recipe.yaml", out=tmp_path / "out")
+    rows = _draw([tmp_path], tokenizer, tokens=320, length=32, template="{text}", separator=None)
+    texts = [tokenizer.decode(row) for row in rows]
+    assert len(rows) == 10
+    assert all(sum(letter in text for text in texts) == 2 for letter in "bcde")

@@ -36,7 +36,7 @@ def run(tmp_path: Path, dense: Make, corpus: Path) -> Callable[..., list[dict[st
 
     def go(name: str, family: str = "mistral", **changes: Any) -> list[dict[str, float]]:
         given = {"tokens": STEPS * BATCH * LENGTH, "batch_size": BATCH}
-        given |= {"calibration_tokens": 0, **changes}
+        given |= changes
         fields = drelu_recipe(dense(family), corpus, LENGTH, **given)
         path = tmp_path / f"{name}.yaml"
         path.write_text(yaml.safe_dump(fields))

@@ -17,12 +17,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import (
     check_free,
     copy_companions,
+    named_disk_errors,
     new_folder,
     read_config,
     write_json,
@@ -30,6 +31,10 @@ from turbosparse.base.folders import (
 from turbosparse.hf import families
 from turbosparse.hf.activations import Activation
 from turbosparse.hf.hub import model_folder
+from turbosparse.training.mixture import packed_sequences
+from turbosparse.training.readers import document_streams
+
+STREAMS = 64  # that a folder's files are read in, in turn
 
 
 @dataclass(frozen=True)
@@ -47,12 +52,17 @@ class Converted:
         calibrated = ""
         shares = [share for layer in self.explained or [] for share in layer if share is not None]
         if shares:
-            calibrated = f"Calibrated: {min(shares):.0%} to {max(shares):.0%} of FFN outputs kept. "
+            calibrated = (
+                f"Calibrated: {min(shares):.0%} to {max(shares):.0%} of the variance of the "
+                "feed-forwards is kept, measured on text that the fit did not see. "
+            )
         return (
             f"{self.out}: {self.model_type}, {self.activation}, "
             f"{self.parameters / 1e6:.2f} M parameters, {self.shards} shard"
             f"{'s' * (self.shards != 1)}. {calibrated}"
-            "Quality is lost at first: recover it with `turbosparse train`."
+            "Quality is lost at first: recover it with `turbosparse train`. Small models needed "
+            "two training tokens per parameter (docs/quality.md). A model that was trained long "
+            "needs more, and a chat model needs fine-tuning on conversations afterwards."
         )
 
 
@@ -67,6 +77,7 @@ def convert(
     separator: str | None = None,
     tokens: int = 65_536,
     widen: float = 1.0,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> Converted:
     """Replace the SwiGLU feed-forward of a dense model by dReLU.
 
@@ -83,32 +94,38 @@ def convert(
         Hard-link the weight files instead of copying them. Saves the space, but then a program that
         rewrites one of the two in place changes both.
     data
-        Text, JSON-lines or .gz file, or a folder of them, like the text that it shall learn again
-        from: calibrate on it, so that less is lost. Repeat it for more; each gets an equal share.
-        The whole model must fit in memory.
+        Text, JSON-lines or .gz file, or a folder of them, like the text of the recovery:
+        the feed-forwards are fitted to the dense ones on it, so that less is lost. Repeat it for
+        more; each gets an equal share, and so do the files of a folder.
+        One layer of the model is in memory at a time. A stopped conversion resumes from
+        OUT.converting when the same command is given again.
     template
         How a JSON row becomes text, such as "{question} {answer}".
     separator
         Text between the documents of a text file; without it a file is one document.
     tokens
-        Calibrate on about so many tokens.
+        Fit on about this many tokens; an eighth of them is kept apart to measure the fit.
     widen
         Give each FFN so many times its neurons, from 1 to 2: at 2 none of a dense neuron's two
         halves is lost. Needs --data.
+    device
+        Where the layers run: auto takes a GPU if there is one.
     """
     from math import prod
 
+    import torch
+
     from turbosparse.hf.checkpoint import INDEX, Checkpoint
+    from turbosparse.hf.conversion import convert_layers, finish
+    from turbosparse.hf.layerwise import Layerwise
     from turbosparse.hf.load import (
         check_activation,
         copy_code,
         hidden_act,
         load_config,
         load_tokenizer,
-        quiet,
         sparse_keys,
     )
-    from turbosparse.training.readers import documents
 
     check_activation(activation)
     _check_calibration(activation, link=link, data=data, tokens=tokens, widen=widen)
@@ -136,13 +153,19 @@ def convert(
     raw["turbosparse"] = {"converted_from": str(source), "activation": activation}
 
     explained = None
+    if data:
+        length = min(tokens, config.max_position_embeddings, 1024)
+        how = {"template": template, "separator": separator}
+        ids = _draw(data, load_tokenizer(folder), tokens=tokens, length=length, **how)
+        model = Layerwise(folder, activation="drelu", device=device)
+        neurons = _wider(config.intermediate_size, widen)
+        state = Path(out).with_name(Path(out).name + ".converting")
+        with named_disk_errors(state):
+            explained = convert_layers(model, torch.tensor(ids), state, neurons=neurons)
     with new_folder(out) as work:
         if data:
-            corpora = [documents(path, template=template, separator=separator) for path in data]
-            model, explained = _calibrated(folder, corpora, tokens, widen)
-            with quiet():
-                model.save_pretrained(work)
-            config.intermediate_size = raw["intermediate_size"] = model.config.intermediate_size
+            finish(model, state, work)
+            config.intermediate_size = raw["intermediate_size"] = neurons
         else:
             for shard in checkpoint.shards:
                 _carry(shard, work / shard.name, link=link)
@@ -152,6 +175,8 @@ def convert(
         if activation != "swiglu":
             copy_code(work)
         write_json(work / "config.json", raw)
+    if data:
+        shutil.rmtree(state, ignore_errors=True)
     parameters = sum(prod(shape) for shape in families.tensor_shapes(config).values())
     shards = len(list(out.glob("*.safetensors")))
     return Converted(str(out), raw["model_type"], activation, parameters, shards, explained)
@@ -178,32 +203,38 @@ def _check_calibration(
         raise TurboSparseError(f"--tokens is {tokens}; give at least 1")
 
 
-def _calibrated(
-    folder: Path, corpora: list[Iterator[str]], tokens: int, widen: float
-) -> tuple[Any, list[list[float | None]]]:
-    import torch
+def _wider(neurons: int, widen: float) -> int:
+    """So many times the neurons; sizes of real models stay multiples of 64, for their kernels."""
+    wide = round(widen * neurons)
+    return min(-(-wide // 64) * 64, 2 * neurons) if neurons % 64 == 0 else wide
 
-    from turbosparse.hf.load import load_model, load_tokenizer
-    from turbosparse.hf.surgery import calibrate
-    from turbosparse.training.mixture import packed_sequences
 
-    model, tokenizer = load_model(folder, activation="drelu"), load_tokenizer(folder)
-    length = min(tokens, model.config.max_position_embeddings, 1024)
-    each = -(-tokens // (length * len(corpora)))
-    rows = [
-        row["input_ids"]
-        for corpus in corpora
-        for row in islice(packed_sequences(corpus, tokenizer, length, append_eos=True), each)
-    ]
+def _draw(
+    data: list[Path], tokenizer: Any, *, tokens: int, length: int, **how: Any
+) -> list[list[int]]:
+    """Token ids of about so many tokens: as much of each of `data`, and in it of each file."""
+    each = -(-tokens // (length * len(data)))
+    rows: list[list[int]] = []
+    for path in data:
+        streams = [
+            packed_sequences(documents, tokenizer, length, append_eos=True)
+            for documents in document_streams(path, STREAMS, **how)
+        ]
+        rows += [row["input_ids"] for row in islice(_in_turn(streams), each)]
     if not rows:
         raise TurboSparseError(
-            f"the text of --data has less than {length} tokens; give more, or fewer --tokens"
+            f"the text of --data has fewer than {length} tokens; give more text, or fewer --tokens"
         )
-    if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        model.to("cuda" if model.get_memory_footprint() < free / 2 else "cpu")
-    neurons = round(widen * model.config.intermediate_size)
-    return model, calibrate(model, rows, neurons=neurons)
+    return rows
+
+
+def _in_turn(streams: list[Iterator[Any]]) -> Iterator[Any]:
+    while streams:
+        for stream in list(streams):
+            try:
+                yield next(stream)
+            except StopIteration:
+                streams.remove(stream)
 
 
 def _carry(shard: Path, target: Path, *, link: bool) -> None:

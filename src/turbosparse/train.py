@@ -17,7 +17,6 @@ import os
 import shutil
 import time
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +31,6 @@ from turbosparse.base.folders import (
 from turbosparse.base.machine import world_size
 from turbosparse.base.progress import note
 from turbosparse.hf.activations import Activation
-from turbosparse.hf.hub import model_folder
 from turbosparse.training.arguments import (
     penalty_of,
     training_arguments,
@@ -140,7 +138,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
     work = _find_work(recipe, out)
     tokenizer, skips = tokenizer_of(recipe), Skips()
     stream = training_data(recipe, tokenizer, root=root, skips=skips)
-    model = _load(recipe, tokenizer, stream)
+    model = _load(recipe, tokenizer)
     arguments = training_arguments(recipe, work)
     atexit.register(_leave_processes)
     adapted = model
@@ -221,19 +219,12 @@ def _find_work(recipe: Recipe, out: Path) -> Path:
     return work
 
 
-def _load(recipe: Recipe, tokenizer: Any, stream: Any) -> Any:
+def _load(recipe: Recipe, tokenizer: Any) -> Any:
     import torch
 
     from turbosparse.hf.load import load_model, new_model
-    from turbosparse.hf.surgery import calibrate
     from turbosparse.training import chatml
 
-    surgery = recipe.calibration_tokens and _is_surgery(recipe)
-    if surgery and recipe.shard == "full":
-        raise TurboSparseError(
-            "calibrating a dense model needs all of it in one process: make the dReLU model with "
-            "`turbosparse convert --data` and train that, or set calibration_tokens: 0"
-        )
     if isinstance(recipe.model, str):
         # the first process alone reads weights that are going to be sharded, and deals them out
         empty = recipe.shard == "full" and os.environ.get("RANK", "0") != "0"
@@ -256,18 +247,4 @@ def _load(recipe: Recipe, tokenizer: Any, stream: Any) -> Any:
             f"the tokenizer has {len(tokenizer)} tokens, the model only {model.config.vocab_size}; "
             "use the tokenizer that belongs to the model"
         )
-    if surgery:
-        count = min(recipe.calibration_tokens, recipe.tokens) // length
-        if rows := [list(row["input_ids"]) for row in islice(stream, count)]:
-            note(f"calibrating on {len(rows) * length} tokens")
-            calibrate(model, rows)
     return model
-
-
-def _is_surgery(recipe: Recipe) -> bool:
-    """Whether the recipe makes a dReLU model of a dense SwiGLU one."""
-    from turbosparse.hf.load import activation_of, load_config
-
-    if not isinstance(recipe.model, str) or recipe.activation != "drelu":
-        return False
-    return activation_of(load_config(model_folder(recipe.model))) == "swiglu"

@@ -5,133 +5,221 @@ pre-activations, d its column of the down projection. Where g > 0 that is the su
 neurons: ``relu(g)·relu(u)·d``, and ``relu(g)·relu(-u)·(-d)``, for the other half of u. An FFN of I
 neurons has 2·I such halves; dReLU by itself keeps the first of each pair, whatever it adds
 (Turbo Sparse §3.2). Here those are kept that add most to the output on a text, and the down
-projection is fitted anew, for what is kept to come as near the dense output as it can.
+projection is fitted anew, so that what is kept comes as near the dense output as it can.
 
-All of it takes one forward pass, in which each FFN is changed just before it runs: the layers after
-it already see its new output.
+The layers are changed in order, each on the hidden states that the changed layers before it give.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import linear
 
-from turbosparse.base.progress import track
+from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.ffn_activation import combined
+from turbosparse.hf.layerwise import Layerwise
 
-_ROWS = 4096  # tokens at a time, for their Combined vectors are wide
+_ROWS = 2048  # tokens at a time, for their Combined vectors are wide
 _RIDGE = 0.01  # weight of the old down projection, in mean squares of Combined
+_MASSIVE = 0.01  # share of neurons that may be far larger than the rest: the ridge ignores them
+_FAR = 65504.0  # a Combined or output beyond half precision is an overflow, not an activation
+
+
+class FFN(NamedTuple):
+    """The weights of one feed-forward: gate and up ``[I, H]``, down ``[H, I]``."""
+
+    gate: Tensor
+    up: Tensor
+    down: Tensor
+
+    def float(self) -> FFN:
+        return FFN(*(weight.float() for weight in self))
+
+    def to(self, dtype: torch.dtype) -> FFN:
+        return FFN(*(weight.to(dtype) for weight in self))
+
+    def combined(self, x: Tensor, activation: str) -> Tensor:
+        return combined(linear(x, self.gate), linear(x, self.up), activation)
+
+    def output(self, x: Tensor, activation: str) -> Tensor:
+        return linear(self.combined(x, activation), self.down)
 
 
 @torch.no_grad()
-def calibrate(
-    model: Any, rows: list[list[int]], *, neurons: int | None = None
-) -> list[list[float | None]]:
-    """Give a model with the weights of a SwiGLU model those that suit dReLU better.
+def fit_layer(
+    model: Layerwise,
+    shell: Any,
+    hidden: Tensor,
+    *,
+    neurons: int,
+    held_out: Tensor,
+    where: str,
+) -> tuple[list[FFN], list[float | None]]:
+    """Change the feed-forward of a layer, or those of its experts, and move the states past it.
 
     Args:
-        model: of a class whose activation is drelu.
-        rows: token ids of text, all of one length.
-        neurons: of each new FFN, up to twice those of the old; by default as many as it had.
+        model, shell: the layer, as `Layerwise.layer` gives it; its activation is drelu.
+        hidden: states before the layer, ``[N, T, H]``; overwritten by those after it.
+        neurons: of each new FFN, at most twice those of the old.
+        held_out: which of the N sequences the fit does not see, bool ``[N]``.
+        where: what messages call the layer.
 
     Returns:
-        ``[layer][expert]`` (one expert if dense): share of the variance of the dense FFN's output
-        on `rows` that the new FFN accounts for; None where that does not vary, as of an expert that
-        no token was sent to.
+        The new feed-forwards, one for each expert (one if dense), and of each the share of the
+        variance of the dense FFN's output on the held-out text that the new one accounts for: None
+        where that does not vary, as of an expert that no token was sent to.
     """
-    config = model.config
-    neurons = neurons or config.intermediate_size
-    explained: list[list[float | None]] = []
-    layers = track(model.model.layers, "calibrating")
-
-    def dense(mlp: Any, inputs: tuple[Tensor, ...]) -> None:
-        parts = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        gate, up, down = (part.weight for part in parts)
-        *weights, share = fit(gate, up, down, inputs[0].flatten(0, -2), neurons)
-        for part, weight in zip(parts, weights, strict=True):
-            part.weight = Parameter(weight)
-        explained.append([share])
-        next(layers, None)
-
-    def experts(module: Any, inputs: tuple[Tensor, ...]) -> None:
-        x, chosen = inputs[0], inputs[1]
-        fitted = []
-        for expert in range(len(module.down_proj)):
-            gate, up = module.gate_up_proj[expert].chunk(2)
-            mine = x[(chosen == expert).any(-1)]
-            fitted.append(fit(gate, up, module.down_proj[expert], mine, neurons))
-        module.gate_up_proj = Parameter(torch.stack([torch.cat(new[:2]) for new in fitted]))
-        module.down_proj = Parameter(torch.stack([new[2] for new in fitted]))
-        explained.append([new[3] for new in fitted])
-        next(layers, None)
-
-    handles = [
-        block.mlp.experts.register_forward_pre_hook(experts)
-        if hasattr(block.mlp, "experts")
-        else block.mlp.register_forward_pre_hook(dense)
-        for block in model.model.layers
-    ]
-    next(layers)  # shows the bar
-    try:
-        model.model(torch.tensor(rows, device=model.device), use_cache=False)
-    finally:
-        for handle in handles:
-            handle.remove()
-        layers.close()
-    config.intermediate_size = neurons
-    return explained
+    layer = shell.layers[0]
+    mlp, layer.mlp = layer.mlp, _Nothing()
+    for part in model.chunks(hidden):  # hidden becomes the residual, past the attention
+        part.copy_(model.run(shell, part))
+    layer.mlp = mlp
+    normed = torch.cat([_normed(layer, part, model).cpu() for part in model.chunks(hidden)])
+    new, shares = [], []
+    moe = hasattr(mlp, "experts")
+    chosen = _routed(mlp, normed, model.device) if moe else None
+    for number, old in enumerate(_weights_of(mlp)):
+        seen, unseen = normed[~held_out], normed[held_out]
+        if chosen is not None:
+            mine = (chosen == number).any(-1)
+            seen, unseen = normed[mine & ~held_out[:, None]], normed[mine & held_out[:, None]]
+        seen, unseen = (x.reshape(-1, x.shape[-1]).to(model.device) for x in (seen, unseen))
+        at = f"{where}, expert {number}" if moe else where
+        made = fit(old, seen, neurons, where=at)
+        shares.append(explained(old, made, unseen if len(unseen) else seen))
+        new.append(made.to(old.gate.dtype))
+    _put(mlp, new)
+    for part, x in zip(model.chunks(hidden), model.chunks(normed), strict=True):
+        part.add_(mlp(x.to(model.device)).to(part.device))
+    return new, shares
 
 
-def fit(
-    gate: Tensor, up: Tensor, down: Tensor, x: Tensor, neurons: int
-) -> tuple[Tensor, Tensor, Tensor, float | None]:
-    """The dReLU FFN that comes near a SwiGLU FFN.
+class _Nothing(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def _normed(layer: Any, residual: Tensor, model: Layerwise) -> Tensor:
+    x: Tensor = layer.post_attention_layernorm(residual.to(model.device))
+    return x
+
+
+def _routed(mlp: Any, normed: Tensor, device: torch.device) -> Tensor:
+    """The experts that each token goes to, ``[N, T, k]``."""
+    rows = normed.reshape(-1, normed.shape[-1])
+    found = [mlp.gate(part.to(device))[2].cpu() for part in rows.split(_ROWS)]
+    return torch.cat(found).reshape(*normed.shape[:2], -1)
+
+
+def _weights_of(mlp: Any) -> list[FFN]:
+    if not hasattr(mlp, "experts"):
+        return [FFN(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)]
+    pairs = zip(mlp.experts.gate_up_proj, mlp.experts.down_proj, strict=True)
+    halves = ((*gate_up.chunk(2), down) for gate_up, down in pairs)
+    return [FFN(gate, up, down) for gate, up, down in halves]
+
+
+def _put(mlp: Any, new: list[FFN]) -> None:
+    if not hasattr(mlp, "experts"):
+        parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        for part, weight in zip(parts, new[0], strict=True):
+            part.weight = Parameter(weight, requires_grad=False)
+        return
+    gate_up = torch.stack([torch.cat(ffn[:2]) for ffn in new])
+    mlp.experts.gate_up_proj = Parameter(gate_up, requires_grad=False)
+    down = torch.stack([ffn.down for ffn in new])
+    mlp.experts.down_proj = Parameter(down, requires_grad=False)
+
+
+@torch.no_grad()
+def fit(old: FFN, x: Tensor, neurons: int, *, where: str = "the feed-forward") -> FFN:
+    """The dReLU FFN that comes near a SwiGLU FFN; float32.
 
     Args:
-        gate, up: of the SwiGLU FFN, ``[I, hidden]``.
-        down: ``[hidden, I]``.
-        x: what the FFN reads, ``[N, hidden]``.
+        old: of the SwiGLU FFN.
+        x: what the FFN reads, ``[N, H]``.
         neurons: of the dReLU FFN, at most 2·I.
+        where: what messages call it.
 
-    Returns:
-        gate, up and down of the dReLU FFN, and the share of the variance of the SwiGLU FFN's output
-        on `x` that its own accounts for; None if there is no variance.
+    Raises:
+        TurboSparseError: its weights or outputs are NaN, infinite or too large to be real.
     """
-    dtype = gate.dtype
-    x, gate, up, down = x.float(), gate.float(), up.float(), down.float()
-    added = torch.zeros(2, len(gate), device=x.device)
+    old = old.float()
+    kept, sign = _halves(old, x, neurons)
+    new = FFN(old.gate[kept], old.up[kept] * sign[:, None], old.down[:, kept] * sign)
+    if not len(x):
+        return new
+    inner = torch.zeros(neurons, neurons, device=x.device)
+    outer = torch.zeros_like(new.down)
     for rows in x.split(_ROWS):
-        g, u = linear(rows, gate), linear(rows, up)
+        rows = rows.float()
+        active = new.combined(rows, "drelu")
+        inner.addmm_(active.T, active)
+        outer.addmm_(old.output(rows, "swiglu").T, active)
+    if not _is_sound(inner, outer, len(x)):
+        raise TurboSparseError(
+            f"{where}: its outputs on the text are NaN, infinite or too large to be real; "
+            "check the weights of the model"
+        )
+    return new._replace(down=_refit(inner, outer, new.down))
+
+
+def _halves(old: FFN, x: Tensor, neurons: int) -> tuple[Tensor, Tensor]:
+    """The halves of neurons that add most on x: their numbers and signs, ``[neurons]`` each."""
+    added = torch.zeros(2, len(old.gate), device=x.device)
+    for rows in x.split(_ROWS):
+        rows = rows.float()
+        g, u = linear(rows, old.gate), linear(rows, old.up)
         added[0] += combined(g, u, "drelu").square().sum(0)
         added[1] += combined(g, -u, "drelu").square().sum(0)
-    added *= down.square().sum(0)
+    added *= old.down.square().sum(0)
     kept = torch.arange(neurons, device=x.device)
     if added.any():
         kept = added.flatten().topk(neurons).indices.sort().values
-    of, sign = kept % len(gate), 1.0 - 2 * (kept // len(gate))
-    new_gate, new_up, new_down = gate[of], up[of] * sign[:, None], down[:, of] * sign
-    if not len(x):
-        return new_gate.to(dtype), new_up.to(dtype), new_down.to(dtype), None
+    return kept % len(old.gate), 1.0 - 2 * (kept // len(old.gate))
 
-    inner = torch.zeros(neurons, neurons, device=x.device)
-    outer = torch.zeros_like(new_down)
-    square, mean = torch.zeros(2, len(down), device=x.device)
+
+def _is_sound(inner: Tensor, outer: Tensor, rows: int) -> bool:
+    most = _FAR**2 * rows
+    return bool(inner.isfinite().all() and outer.isfinite().all() and inner.diagonal().max() < most)
+
+
+def _refit(inner: Tensor, outer: Tensor, down: Tensor) -> Tensor:
+    """Least squares that keep to the old down projection where the text says little.
+
+    Args:
+        inner: Σ Combined·Combinedᵀ, ``[I, I]``; overwritten.
+        outer: Σ dense output·Combinedᵀ, ``[H, I]``.
+        down: ``[H, I]``.
+
+    The ridge is a share of the mean square of the neurons, but for the few largest: massive
+    activations would else freeze all the others. Rows and columns are scaled to a diagonal of one
+    before the factorisation, so that float32 suffices for any mixture of sizes.
+    """
+    squares = inner.diagonal().clone()
+    usual = squares.sort().values[: max(1, round((1 - _MASSIVE) * len(squares)))]
+    ridge = (_RIDGE * usual.mean()).clamp(min=1e-20)
+    scale = (squares + ridge).rsqrt()
+    inner.diagonal().add_(ridge)
+    inner.mul_(scale).mul_(scale[:, None])
+    factor = torch.linalg.cholesky(inner)
+    return torch.cholesky_solve(((outer + ridge * down) * scale).T, factor).T * scale
+
+
+@torch.no_grad()
+def explained(old: FFN, new: FFN, x: Tensor) -> float | None:
+    """Share of the variance of a SwiGLU FFN's output on x that a dReLU FFN accounts for."""
+    old, new = old.float(), new.float()
+    left, square, mean = torch.zeros(3, len(old.down), device=x.device)
     for rows in x.split(_ROWS):
-        active = combined(linear(rows, new_gate), linear(rows, new_up), "drelu")
-        y = linear(combined(linear(rows, gate), linear(rows, up), "swiglu"), down)
-        inner += active.T @ active
-        outer += y.T @ active
+        rows = rows.float()
+        y = old.output(rows, "swiglu")
+        left += (y - new.output(rows, "drelu")).square().sum(0)
         square += y.square().sum(0)
         mean += y.sum(0) / len(x)
-    # least squares that keep to new_down where the text says little
-    ridge = (_RIDGE * inner.diagonal().mean()).clamp(min=1e-20)
-    factor = torch.linalg.cholesky(inner + ridge * torch.eye(neurons, device=x.device))
-    new_down = torch.cholesky_solve((outer + ridge * new_down).T, factor).T
-    left = square - 2 * (new_down * outer).sum(1) + (new_down @ inner * new_down).sum(1)
     variance = float((square - len(x) * mean.square()).sum())
-    explained = 1 - float(left.sum()) / variance if variance > 0 else None
-    return new_gate.to(dtype), new_up.to(dtype), new_down.to(dtype), explained
+    return 1 - float(left.sum()) / variance if variance > 0 else None

@@ -56,6 +56,18 @@ def documents(
     return some(read_rows(rows, lambda row: text_of(row, template), refuse), str(path))
 
 
+def document_streams(
+    path: Path, most: int, *, template: str = "{text}", separator: str | None = None
+) -> list[Iterator[str]]:
+    """The documents of `documents` as at most `most` streams, each of some of the files."""
+    files = corpus_files(path)
+    parts = [files[number::most] for number in range(min(most, len(files)))]
+    return [
+        read_rows(file_rows(part, separator, refuse), lambda row: text_of(row, template), refuse)
+        for part in parts
+    ]
+
+
 def corpus_files(path: Path) -> list[Path]:
     """The readable files at or below `path`."""
     path = path.expanduser()

@@ -41,9 +41,6 @@ class Recipe(BaseModel):
     )
     tokenizer: str | None = Field(None, description="folder or hub id; by default the model's own")
     activation: Activation | None = Field(None, description="by default the model's own")
-    calibration_tokens: int = Field(
-        65_536, ge=0, description="fit a dense model to dReLU on the first so many; 0: do not"
-    )
     data: Mixture
     tokens: int = Field(gt=0, description="training tokens in all")
     batch_size: int = Field(gt=0, description="sequences per optimiser step, over all processes")
