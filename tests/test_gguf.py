@@ -15,11 +15,14 @@ from safetensors.torch import load_file
 from tokenizers import Tokenizer
 
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.convert import convert
 from turbosparse.hf import families
 from turbosparse.hf.config import read_model_config
 from turbosparse.hf.gguf import gguf_table, import_gguf
+from turbosparse.hf.hub import model_folder
 from turbosparse.hf.load import load_tokenizer
 from turbosparse.ops.quant import dequantise, quantise
+from turbosparse.pack import pack
 
 ARCHITECTURE = {"llama": "llama", "mixtral": "llama", "qwen2": "qwen2"}
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
@@ -179,3 +182,19 @@ def test_numbers_are_split_one_digit_at_a_time_for_smollm(toy: Any, tmp_path: Pa
     import_gguf(tmp_path / "m.gguf", tmp_path / "out")
     fast = Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     assert fast.encode("1995", add_special_tokens=False).tokens == list("1995")
+
+
+def test_a_file_is_a_model_for_every_verb(
+    toy: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """It is imported once, and again when it has changed."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file = tmp_path / "m.gguf"
+    write_gguf(toy("llama"), file, Q4_0)
+    pack(str(file), tmp_path / "packed", quant="q8")
+    convert(str(file), tmp_path / "drelu")
+    assert capsys.readouterr().err.count("importing m.gguf") == 1
+    assert read_model_config(tmp_path / "drelu").ffn_activation == "drelu"
+    write_gguf(toy("llama"), file, Q8_0)
+    assert model_folder(file) != model_folder(toy("llama"))
+    assert len(list((tmp_path / "cache" / "turbosparse" / "gguf").iterdir())) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 from pathlib import Path
 
 from turbosparse.base.errors import TurboSparseError
@@ -13,13 +15,16 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
     """The local folder of a model.
 
     Args:
-        source: folder, or hub id such as ``org/name``, or ``org/name@revision`` with a branch, tag
+        source: folder, or ``.gguf`` file (its model is written as a folder into the cache, once),
+            or hub id such as ``org/name``, or ``org/name@revision`` with a branch, tag
             or commit.
         weights: whether they are downloaded too.
     """
     path = Path(source).expanduser()
     if path.is_dir():
         return path
+    if path.suffix == ".gguf" and path.is_file():
+        return _imported(path)
     if path.exists():
         raise TurboSparseError(f"{source} is a file; give the folder that holds config.json")
     repository, _, revision = str(source).partition("@")
@@ -32,6 +37,21 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
         return folder
     # the folder bears the name of the commit: both calls see the same one
     return _download(repository, folder.name, shard_names(folder))
+
+
+def _imported(path: Path) -> Path:
+    """The folder of a GGUF file in the cache: made anew when the file has changed."""
+    from turbosparse.base.progress import note
+    from turbosparse.hf.gguf import import_gguf
+
+    about = path.stat()
+    mark = hashlib.sha256(f"{path.resolve()} {about.st_size} {about.st_mtime_ns}".encode())
+    root = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "turbosparse"
+    folder = root / "gguf" / f"{path.stem}-{mark.hexdigest()[:12]}"
+    if not folder.exists():
+        note(f"importing {path.name} into {folder}")
+        import_gguf(path, folder)
+    return folder
 
 
 def _looks_like_hub_id(source: str) -> bool:
