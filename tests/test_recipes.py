@@ -89,9 +89,10 @@ def test_two_steps_of_each_recipe(
     tmp_path: Path, dense: Callable[[str], Path], name: str, way: str
 ) -> None:
     family = "mixtral" if "mixtral" in name else "mistral"
-    short = {"tokens": 2 * BATCH * LENGTH, "batch_size": BATCH, "model": str(dense(family))}
-    recipe = read_recipe(RECIPES / f"{name}.yaml", **short, precision="fp32", log_every=1)
-    recipe = recipe.model_copy(update={"shard": "none", "offload": False, "micro_batch_size": 1})
+    recipe = read_recipe(RECIPES / f"{name}.yaml", model=str(dense(family)), precision="fp32")
+    small = {"tokens": 2 * BATCH * LENGTH, "batch_size": BATCH, "micro_batch_size": 1}
+    here = {"log_every": 1, "shard": "none", "offload": False}
+    recipe = recipe.model_copy(update=small | here)
     recipe.data.sequence_length = LENGTH
     data = tmp_path / "data"
     for source in recipe.data.sources:
@@ -104,6 +105,6 @@ def test_two_steps_of_each_recipe(
         prepare(stated, data=data, out=tmp_path / "made", processes=1)
         data = tmp_path / "made"
     trained = run_recipe(recipe, out=tmp_path / "out", root=data)
-    assert trained.steps == 2
+    assert (trained.steps, trained.tokens) == (2, 2 * BATCH * LENGTH)
     tokenizer = load_tokenizer(tmp_path / "out")
     assert len(tokenizer) == VOCABULARY + 2 * name.endswith("sft")

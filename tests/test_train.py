@@ -485,6 +485,31 @@ def test_a_stopped_run_is_not_resumed_with_other_settings(
     assert (tmp_path / "out.training" / "recipe.json").read_bytes() == before
 
 
+def test_a_log_file_gets_a_line_now_and_then(
+    recipe: Write,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("turbosparse.base.progress.EVERY", 0)
+    train(recipe(), out=tmp_path / "out")
+    lines = [line for line in capfd.readouterr().err.splitlines() if "training: " in line]
+    assert len(lines) == STEPS
+    assert "turbosparse: training: 6 of 6  loss " in lines[-1]
+
+
+@pytest.mark.parametrize("place", ["train.write_json", "training.trainer._Log.on_log"])
+def test_a_full_disk_is_named_wherever_it_is_met(
+    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(f"turbosparse.{place}", full)
+    with pytest.raises(TurboSparseError, match=r"disk full while writing .*out.training"):
+        train(recipe(), out=tmp_path / "out")
+
+
 def test_the_bar_is_taken_down_when_training_fails(
     recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -498,10 +523,12 @@ def test_the_bar_is_taken_down_when_training_fails(
             super().start()
 
     monkeypatch.setattr(turbosparse.training.trainer, "Progress", Bar)
+    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich takes it for a terminal
     stop_at(monkeypatch, 2, RuntimeError("out of memory"))
     with pytest.raises(RuntimeError, match="out of memory"):
         train(recipe(), out=tmp_path / "out")
     (bar,) = bars
+    assert not bar.disable
     assert not bar.live.is_started, "the terminal would stay without a cursor"
 
 
@@ -551,6 +578,16 @@ train(Path({str(path)!r}), out=Path({str(tmp_path / "two")!r}))
         ),
         ({"batch_size": 3}, r"batch_size 3 is no multiple of micro_batch_size 2 × 1 processes"),
         ({"model": "/nowhere"}, "no such folder: /nowhere"),
+        ({"betas": [2, 5]}, "betas.0: Input should be less than 1"),
+        ({"seed": -1}, "seed: Input should be greater than or equal to 0"),
+        ({"seed": 2**32}, "seed: Input should be less than 4294967296"),
+        ({"learning_rate": float("inf")}, "learning_rate: Input should be a finite number"),
+        ({"min_learning_rate": 1.0}, "min_learning_rate 1 is above learning_rate 0.002"),
+        ({"lora": {"targets": [""]}}, "lora.targets.0: String should have at least 1"),
+        ({"report_to": ["nobody"]}, "report_to: nobody is not known; known are .*wandb"),
+        ({"report_to": ["wandb"]}, "report_to: wandb is not installed"),
+        ({"tokens": 1}, "tokens 1 are less than one step of .* = 128; raise tokens or lower"),
+        ({"batch_size": 10**9}, "tokens 768 are less than one step of .* = 32000000000;"),
         ({"model": FROM_SCRATCH}, "trains from scratch: name a tokenizer"),
     ],
 )
@@ -568,6 +605,8 @@ def test_a_mistake_in_a_recipe_is_named(
     [
         (None, "no such recipe: "),
         ("model: [", "is not valid YAML"),
+        ("model: caf\udce9", "is not valid YAML: 'utf-8' codec can't decode byte 0xe9"),
+        ("[" * 10_000, "is not valid YAML"),
         ("only text", "it holds no keys"),
     ],
 )
@@ -576,7 +615,7 @@ def test_a_file_that_is_no_recipe_is_refused(
 ) -> None:
     path = tmp_path / "recipe.yaml"
     if content is not None:
-        path.write_text(content)
+        path.write_bytes(os.fsencode(content))
     with pytest.raises(TurboSparseError, match=message):
         train(path, out=tmp_path / "out")
 
@@ -585,7 +624,7 @@ def test_sequences_longer_than_the_context_are_refused(
     recipe: Write, tmp_path: Path, corpus: Path
 ) -> None:
     source = {"name": "a", "path": str(corpus), "proportion": 1}
-    path = recipe(data={"sources": [source], "sequence_length": 200})
+    path = recipe(tokens=800, data={"sources": [source], "sequence_length": 200})
     with pytest.raises(
         TurboSparseError, match=f"sequence_length 200 is longer than the model's context {CONTEXT}"
     ):

@@ -92,7 +92,9 @@ def _launch(
 def main() -> NoReturn:
     """Entry point: a mistake in the input is one line on stderr and exit code 2."""
     # a stop by a supervisor unwinds like Ctrl-C, so that nothing half-written is left behind
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
+            signal.signal(number, lambda taken, _: sys.exit(128 + taken))
     try:
         app.meta(sys.argv[1:], result_action="return_value")
         sys.stdout.flush()

@@ -129,7 +129,7 @@ def prepare(
         if 0 in sizes:
             raise too_short(mixture.sources[sizes.index(0)], length)
         _save(out, request, done, complete=True)
-    which, _ = draw(mixture, sizes, count=max(1, settings.tokens // length), seed=settings.seed)
+    which, _ = draw(mixture, sizes, count=settings.tokens // length, seed=settings.seed)
     rows = [
         {
             "source": source.name,

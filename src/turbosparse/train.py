@@ -32,6 +32,7 @@ from turbosparse.base.machine import world_size
 from turbosparse.base.progress import note
 from turbosparse.hf.activations import Activation
 from turbosparse.training.arguments import (
+    check_trackers,
     penalty_of,
     training_arguments,
     training_config,
@@ -133,6 +134,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
     from turbosparse.training.trainer import SparseTrainer
 
     check_free(out)
+    check_trackers(recipe.report_to)
     mixture = found_mixture(recipe.data, root, allow_missing=allow_missing)
     recipe = recipe.model_copy(update={"data": mixture})
     work = _find_work(recipe, out)
@@ -153,10 +155,10 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
         log_file=work / "log.jsonl",
         penalty=penalty_of(recipe),
     )
-    if trainer.is_world_process_zero():
-        with new_file(work / "recipe.json") as file:
-            write_json(file, recipe.model_dump(mode="json"))
     with quiet(), named_disk_errors(work), training_config(model, recipe, arguments):
+        if trainer.is_world_process_zero():
+            with new_file(work / "recipe.json") as file:
+                write_json(file, recipe.model_dump(mode="json"))
         checkpoint = newest_whole(work, trainer.accelerator, note)
         if checkpoint:
             note(f"resuming from step {step_of(checkpoint)}")
@@ -171,8 +173,8 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
     trained = Trained(
         out=str(out),
         activation=activation_of(model.config),
-        steps=recipe.steps(),
-        tokens=recipe.steps() * recipe.batch_size * recipe.data.sequence_length,
+        steps=log[-1]["step"],
+        tokens=log[-1]["tokens"],
         seconds=result.metrics["train_runtime"],
         first_loss=log[0]["loss"],
         last_loss=log[-1]["loss"],

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import errno
+import fcntl
+import glob
 import json
 import os
 import shutil
@@ -26,8 +28,6 @@ COMPANIONS = (
     "generation_config.json",
     "chat_template.jinja",
 )
-# How the system and the libraries that write for us say it.
-_DISK_FULL = ("No space left on device", "PytorchStreamWriter failed writing", "unexpected pos")
 _POINTER = b"version https://git-lfs"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
 
@@ -100,38 +100,82 @@ def _refuse_outside(folder: Path, path: Path) -> None:
 def new_folder(out: str | Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out` on success and vanishes on any error.
 
+    It is on the disk before it gets its name. What killed processes left of `out` is removed.
+
     Raises:
         TurboSparseError: `out` exists and is not an empty folder, or the disk is full.
     """
     out = Path(out).expanduser()
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
+    for left in out.parent.glob(f".{glob.escape(out.name)}.*.*"):
+        if _is_left(left, out):
+            shutil.rmtree(left, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{out.name}.{os.getpid()}.", dir=out.parent))
+    lock = os.open(work, os.O_RDONLY)
     try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
         with named_disk_errors(out):
             work.chmod(0o755)
             yield work
+            for path in (*work.rglob("*"), work):
+                _sync(path)
             if out.exists():
                 out.rmdir()
             work.rename(out)
+            _sync(out.parent)
     finally:
+        os.close(lock)
         shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_left(folder: Path, out: Path) -> bool:
+    """Whether a temporary folder of `out` belongs to no process that runs, here or elsewhere."""
+    pid = folder.name.removeprefix(f".{out.name}.").split(".")[0]
+    if not (pid.isdecimal() and folder.is_dir()):
+        return False
+    if int(pid) != os.getpid() and Path(f"/proc/{pid}").exists():
+        return False
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # a process of another machine or container has it
+        return False
+    finally:
+        os.close(lock)
+    return True
+
+
+def _sync(path: Path) -> None:
+    """Have the disk write a file, or a folder's list of names."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 @contextmanager
 def named_disk_errors(out: Path) -> Iterator[None]:
-    """Turn a full disk, in whatever exception a library wraps it, into a `TurboSparseError`."""
+    """Turn a full disk into a `TurboSparseError` that names what was being written."""
     try:
         yield
-    except BaseException as error:  # torch's CheckpointException is no Exception
-        full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
-        if not full and not any(words in str(error) for words in _DISK_FULL):
+    except Exception as error:
+        if not _is_full(error):
             raise
         free = shutil.disk_usage(out.parent).free
         raise TurboSparseError(
             f"disk full while writing {out} ({free / 1e9:.2f} GB free in {out.parent}); "
             "free some space or choose another place"
         ) from error
+
+
+def _is_full(error: Exception) -> bool:
+    full = (errno.ENOSPC, errno.EDQUOT)
+    if isinstance(error, OSError):
+        return error.errno in full
+    # safetensors has only text for what the system said; the number in it is Rust's form
+    return any(f"(os error {number})" in str(error) for number in full)
 
 
 def check_free(out: str | Path) -> None:
@@ -150,6 +194,8 @@ def new_file(path: Path) -> Iterator[Path]:
     work = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         yield work
+        _sync(work)
         work.replace(path)
+        _sync(path.parent)
     finally:
         work.unlink(missing_ok=True)

@@ -84,6 +84,20 @@ def penalty_of(recipe: Recipe) -> Any:
     return L1Penalty(recipe.l1.weight, recipe.l1.warmup_steps)
 
 
+def check_trackers(names: list[str]) -> None:
+    """Refuse what the library would not know or not find once the model is loaded."""
+    from transformers.integrations import integration_utils
+
+    known = set(integration_utils.INTEGRATION_TO_CALLBACK)
+    there = known.intersection(integration_utils.get_available_reporting_integrations())
+    if missing := [name for name in names if name not in there]:
+        why = "is not installed" if missing[0] in known else "is not known"
+        raise TurboSparseError(
+            f"report_to: {missing[0]} {why}; known are {', '.join(sorted(known))}, "
+            f"installed {', '.join(sorted(there)) or 'none of them'}"
+        )
+
+
 def training_arguments(recipe: Recipe, work: Path) -> Any:
     import torch
     from transformers import TrainingArguments

@@ -55,7 +55,7 @@ class Skips(dict[str, set[str]]):
 class Source(BaseModel):
     """One source of a mixture: local files (`path`) or a hub data set (`dataset`)."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     name: str = Field(pattern=r"^\w[\w.-]*$")
     proportion: float = Field(gt=0, le=1, description="share of the training tokens")
@@ -131,7 +131,7 @@ class Source(BaseModel):
 class Mixture(BaseModel):
     """Sources and how their sequences are made."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
     sources: list[Source] = Field(min_length=1)
     sequence_length: int = Field(ge=8)

@@ -3,29 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.activations import Activation
 from turbosparse.training.mixture import Mixture
 
+_STRICT = ConfigDict(extra="forbid", allow_inf_nan=False)
+_Beta = Annotated[float, Field(ge=0, lt=1)]
+
 
 class Lora(BaseModel):
     """Train low-rank additions to the named matrices only; they are merged into the result."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _STRICT
 
     rank: int = Field(16, gt=0)
     alpha: int = Field(32, gt=0)
-    targets: list[str] = Field(default=["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1)
+    targets: list[Annotated[str, Field(min_length=1)]] = Field(
+        default=["q_proj", "k_proj", "v_proj", "o_proj"], min_length=1
+    )
 
 
 class L1(BaseModel):
     """Press Combined towards zero, as ProSparse does."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _STRICT
 
     weight: float = Field(gt=0, description="of the mean of |Combined| over all its entries")
     warmup_steps: int = Field(0, ge=0, description="in which the weight grows from 0")
@@ -34,7 +39,7 @@ class L1(BaseModel):
 class Recipe(BaseModel):
     """Everything that a training run is made of; it is written into the model folder."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = _STRICT
 
     model: str | dict[str, Any] = Field(
         description="folder or hub id; or config fields (with model_type): train from scratch"
@@ -49,7 +54,7 @@ class Recipe(BaseModel):
     min_learning_rate: float = Field(0.0, ge=0, description="where the cosine ends")
     warmup_steps: int = Field(0, ge=0)
     weight_decay: float = Field(0.1, ge=0)
-    betas: tuple[float, float] = (0.9, 0.95)
+    betas: tuple[_Beta, _Beta] = (0.9, 0.95)
     clip_norm: float = Field(1.0, gt=0, description="gradient norm is clipped to this")
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     shard: Literal["none", "full"] = Field(
@@ -66,14 +71,29 @@ class Recipe(BaseModel):
         None, ge=0, description="weight of the loss that spreads tokens over experts"
     )
     lora: Lora | None = Field(None, description="train low-rank additions instead of all weights")
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**32)
     log_every: int = Field(10, gt=0, description="steps")
     checkpoint_every: int = Field(200, gt=0, description="steps")
     report_to: list[str] = Field(default_factory=list, description="trackers, such as tensorboard")
     l1: L1 | None = None
 
+    @model_validator(mode="after")
+    def _fits(self) -> Recipe:
+        step = self.batch_size * self.data.sequence_length
+        if self.tokens < step:
+            raise ValueError(
+                f"tokens {self.tokens} are less than one step of batch_size × sequence_length = "
+                f"{step}; raise tokens or lower batch_size"
+            )
+        if self.min_learning_rate > self.learning_rate:
+            raise ValueError(
+                f"min_learning_rate {self.min_learning_rate:g} is above learning_rate "
+                f"{self.learning_rate:g}"
+            )
+        return self
+
     def steps(self) -> int:
-        return max(1, self.tokens // (self.batch_size * self.data.sequence_length))
+        return self.tokens // (self.batch_size * self.data.sequence_length)
 
 
 def read_recipe(path: Path, **overrides: Any) -> Recipe:
@@ -84,7 +104,7 @@ def read_recipe(path: Path, **overrides: Any) -> Recipe:
         raise TurboSparseError(f"no such recipe: {path}")
     try:
         fields = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise TurboSparseError(f"{path} is not valid YAML: {error}") from error
     if not isinstance(fields, dict):
         raise TurboSparseError(f"{path} is not a recipe: it holds no keys")

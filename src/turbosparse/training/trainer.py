@@ -22,7 +22,8 @@ from transformers import PrinterCallback, Trainer, TrainerCallback
 from transformers.trainer_utils import TrainOutput
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import named_disk_errors, new_file
+from turbosparse.base.folders import new_file
+from turbosparse.base.progress import Lines
 from turbosparse.training.checkpoints import load_weights, seal, step_of
 from turbosparse.training.l1 import L1Penalty
 from turbosparse.training.meter import Meter
@@ -50,6 +51,7 @@ class SparseTrainer(Trainer):
         self.meter = Meter(watched or self.model)
         self._loss_is_finite: Tensor | bool = True
         self.penalty = penalty
+        self._tokens = 0  # of all processes, since this one began or resumed
 
     def train(self, resume_from_checkpoint: Path | None = None, **kwargs: Any) -> Any:
         """Train, or only load the weights of a checkpoint after which no step is left."""
@@ -69,13 +71,15 @@ class SparseTrainer(Trainer):
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
             counts = self.meter.read(lambda counts: self.accelerator.reduce(counts, "sum"))
+            logs["tokens"] = self.log_callback.tokens + self._tokens
             logs |= counts | (self.penalty.read() if self.penalty else {})
         super().log(logs, *args, **kwargs)
 
-    def training_step(self, *args: Any, **kwargs: Any) -> Any:
+    def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
         due = _is_logged(self.args, self.state.global_step + 1)
         with self.meter.watch() if due else nullcontext():
-            loss = super().training_step(*args, **kwargs)
+            loss = super().training_step(model, inputs, *args, **kwargs)
+        self._tokens += inputs["input_ids"].numel() * self.accelerator.num_processes
         self._loss_is_finite = loss.isfinite() & self._loss_is_finite
         return loss
 
@@ -128,16 +132,32 @@ class SparseTrainer(Trainer):
             group["initial_lr"], group["lr"] = top, rate
 
     def _save_checkpoint(self, *args: Any) -> None:
-        """Write and seal a checkpoint; one that cannot be written gives its space back."""
+        """Write and seal a checkpoint; one that cannot be written gives its space back.
+
+        Raises:
+            TurboSparseError: what the libraries raise here is many types, most of them without the
+                system's error number.
+        """
+        from torch.distributed.checkpoint.api import CheckpointException  # it is a BaseException
+
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
-            with named_disk_errors(folder):
-                super()._save_checkpoint(*args)
-                seal(folder, self.accelerator)
-        except BaseException:
+            super()._save_checkpoint(*args)
+            seal(folder, self.accelerator)
+        except BaseException as error:
+            free = shutil.disk_usage(folder.parent).free
             if self.args.should_save:
                 shutil.rmtree(folder, ignore_errors=True)
-            raise
+            if not isinstance(error, (Exception, CheckpointException)):
+                raise
+            if isinstance(error, TurboSparseError):
+                raise
+            text = " ".join(str(error).split())
+            raise TurboSparseError(
+                f"{folder} cannot be written ({type(error).__name__}: {text}; {free / 1e9:.2f} GB "
+                "were free); free some space and give the same command again: it resumes from the "
+                "checkpoint before"
+            ) from error
 
     def full_weights(self) -> dict[str, Any] | None:
         """All weights, gathered on the first process; None if the model was never sharded."""
@@ -197,24 +217,31 @@ class _Log(TrainerCallback):
 
     def __init__(self, file: Path):
         self.file = file
+        self.tokens = 0  # that a stopped run had trained on at its checkpoint
+        console = Console(stderr=True)
+        self.text = ""
         self.bar = Progress(
             TextColumn("  training"),
             BarColumn(),
             MofNCompleteColumn(),
             TimeRemainingColumn(),
             TextColumn("{task.description}"),
-            console=Console(stderr=True),
+            console=console,
+            disable=not console.is_terminal,
         )
 
     def on_train_begin(self, _args: Any, state: Any, _control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             self._trim(state.global_step)
             self.task = self.bar.add_task("", total=state.max_steps, completed=state.global_step)
+            self.lines = Lines("training", state.max_steps)
             self.bar.start()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if state.is_world_process_zero:
             self.bar.update(self.task, completed=state.global_step)
+            if self.bar.disable:
+                self.lines.update(state.global_step, self.text)
         control.should_log |= _is_logged(args, state.global_step)
 
     def on_log(self, _args: Any, state: Any, _control: Any, **kwargs: Any) -> None:
@@ -222,8 +249,8 @@ class _Log(TrainerCallback):
         if state.is_world_process_zero and "loss" in logs:
             with self.file.open("a") as file:
                 file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
-            text = f"loss {logs['loss']:.3f}  sparsity {logs['activation_sparsity']:.1%}"
-            self.bar.update(self.task, description=text)
+            self.text = f"loss {logs['loss']:.3f}  sparsity {logs['activation_sparsity']:.1%}"
+            self.bar.update(self.task, description=self.text)
 
     def close(self) -> None:
         """Give the terminal back, also when training failed."""
@@ -236,5 +263,7 @@ class _Log(TrainerCallback):
             lines = self.file.read_text().splitlines(keepends=True)
             # a killed run may leave half a line
             whole = [line for line in lines if line.endswith("\n")]
+            kept = [line for line in whole if json.loads(line)["step"] <= step]
+            self.tokens = json.loads(kept[-1])["tokens"] if kept else 0
             with new_file(self.file) as work:
-                work.write_text("".join(line for line in whole if json.loads(line)["step"] <= step))
+                work.write_text("".join(kept))
