@@ -18,6 +18,7 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf import families
 from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.hf.checkpoint import Checkpoint
+from turbosparse.hf.layerwise import Layerwise
 from turbosparse.hf.load import load_model, load_tokenizer
 from turbosparse.packed.stats import Stats
 from turbosparse.training.meter import Meter
@@ -219,20 +220,20 @@ def test_experts_count_by_the_tokens_they_saw_and_layers_alike() -> None:
 def test_statistics_are_read_back_as_they_were(tmp_path: Path) -> None:
     stats = counted([[[1, 2]]], [[3]])
     stats.nats, stats.predicted, stats.about = {"é": 1.25}, {"é": 3}, {"activation": "drelu"}
-    path = tmp_path / "new" / "stats.safetensors"
+    path = tmp_path / "new" / "stats.turbosparse"
     stats.save(path)
     again = Stats.load(path)
     for counts in ("active", "gate_positive", "tokens"):
         assert torch.equal(getattr(again, counts), getattr(stats, counts))
     assert (again.nats, again.predicted, again.about) == (stats.nats, stats.predicted, stats.about)
-    assert [child.name for child in path.parent.iterdir()] == ["stats.safetensors"]
+    assert [child.name for child in path.parent.iterdir()] == ["stats.turbosparse"]
 
 
 @pytest.mark.parametrize(
     "damage", ["missing", "folder", "cut short", "text", "a model", "other metadata", "no JSON"]
 )
 def test_a_file_that_is_no_statistics_is_refused(sparse: Make, tmp_path: Path, damage: str) -> None:
-    path = tmp_path / "stats.safetensors"
+    path = tmp_path / "stats.turbosparse"
     counted([[[1, 2]]], [[3]]).save(path)
     if damage == "cut short":
         path.write_bytes(path.read_bytes()[:-5])
@@ -249,7 +250,7 @@ def test_a_file_that_is_no_statistics_is_refused(sparse: Make, tmp_path: Path, d
         if damage == "folder":
             path.mkdir()
     with pytest.raises(
-        TurboSparseError, match=r"stats\.safetensors is no statistics file .*`turbosparse analyse`"
+        TurboSparseError, match=r"stats\.turbosparse is no statistics file .*`turbosparse analyse`"
     ):
         Stats.load(path)
 
@@ -270,8 +271,8 @@ def test_the_command_writes_statistics_into_the_model_folder(
 ) -> None:
     folder = shutil.copytree(sparse(family), tmp_path / "model")
     found = analyse(str(folder), data=[corpus], last=3, max_tokens=200)
-    stats = Stats.load(folder / "stats.safetensors")
-    assert found.out == str(folder / "stats.safetensors")
+    stats = Stats.load(folder / "stats.turbosparse")
+    assert found.out == str(folder / "stats.turbosparse")
     assert stats.about == {"model": str(folder), "activation": "drelu"}
     assert found.tokens == stats.predicted[str(corpus)]
     assert found.perplexity == {str(corpus): stats.perplexity()}
@@ -288,8 +289,113 @@ def test_a_model_of_the_hub_needs_a_place_for_its_statistics(
     folder = sparse("llama")
     before = sorted(folder.iterdir())
     monkeypatch.setattr("turbosparse.analyse.model_folder", lambda _: folder)
-    with pytest.raises(TurboSparseError, match="org/model is a model of the hub: say with --out"):
+    with pytest.raises(TurboSparseError, match="org/model is not a local folder: say with --out"):
         analyse("org/model", data=[corpus])
     analyse("org/model", data=[corpus], out=tmp_path / "stats", last=1)
-    assert (tmp_path / "stats" / "stats.safetensors").is_file()
+    assert (tmp_path / "stats" / "stats.turbosparse").is_file()
     assert sorted(folder.iterdir()) == before, "nothing is written into the hub's cache"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_layer_by_layer_finds_the_same(sparse: Make, texts: list[str], family: str) -> None:
+    folder = sparse(family)
+    tokenizer = load_tokenizer(folder)
+    whole = measure(load_model(folder, dtype=torch.float32), tokenizer, {"boats": texts})
+    model = Layerwise(folder, device="cpu", dtype=torch.float32)
+    parts = measure(model, tokenizer, {"boats": texts})
+    assert parts.nats_per_token() == pytest.approx(whole.nats_per_token(), rel=1e-5)
+    assert parts.predicted == whole.predicted
+    assert torch.equal(parts.tokens, whole.tokens)
+    different = (parts.active - whole.active).abs().sum() / whole.active.sum()
+    assert different < 1e-3  # a neuron may fire or not by the order of a sum
+
+
+def test_a_model_that_does_not_fit_runs_layer_by_layer(
+    sparse: Make, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    whole = analyse(str(sparse("llama")), data=[corpus], out=tmp_path, max_tokens=300)
+    monkeypatch.setattr("turbosparse.analyse.available_memory", lambda: 100_000)
+    parts = analyse(str(sparse("llama")), data=[corpus], out=tmp_path, max_tokens=300)
+    assert "running layer by layer" in capsys.readouterr().err
+    assert parts.perplexity[str(corpus)] == pytest.approx(whole.perplexity[str(corpus)], rel=1e-4)
+
+
+def test_each_corpus_has_its_own_sparsity(sparse: Make, texts: list[str]) -> None:
+    model, tokenizer = double(sparse("mistral")), load_tokenizer(sparse("mistral"))
+    corpora = {"boats": texts, "other": ["Quite another text, of a rarer kind?"]}
+    both = measure(model, tokenizer, corpora)
+    for name, own in corpora.items():
+        alone = measure(model, tokenizer, {name: own}).activation_sparsity()
+        assert both.sparsity[name] == pytest.approx(alone)
+
+
+def test_a_dense_model_shows_how_much_is_nearly_zero(dense: Make, texts: list[str]) -> None:
+    model, tokenizer = load_model(dense("llama")), load_tokenizer(dense("llama"))
+    near = measure(model, tokenizer, {"boats": texts}).near_zero
+    assert list(near) == ["0.01", "0.03", "0.1"]
+    assert 0 < near["0.01"] < near["0.03"] < near["0.1"] < 1
+
+
+def test_hot_neurons_are_the_fewest_that_make_most_activations() -> None:
+    stats = counted([[[70, 5, 5, 20]], [[1, 1, 1, 1]]], [[100], [4]])
+    assert stats.hot_share(0.8) == [[0.5], [1.0]]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"last": -3}, "--last is -3; give at least 1"),
+        ({"max_tokens": 0}, "--max-tokens is 0; give at least 1"),
+        ({"max_tokens": -1}, "--max-tokens is -1"),
+        ({"window": 0}, "--window is 0"),
+        ({"data": []}, "give --data"),
+    ],
+)
+def test_numbers_that_mean_nothing_are_refused(
+    sparse: Make, corpus: Path, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(TurboSparseError, match=message):
+        analyse(str(sparse("llama")), **{"data": [corpus], **options})
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_measuring(
+    sparse: Make, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    monkeypatch.setattr("turbosparse.analyse.measure", None)
+    with pytest.raises(TurboSparseError, match="choose another folder with --out"):
+        analyse(str(sparse("llama")), data=[corpus], out=tmp_path / "file")
+
+
+def test_figures_are_shown_where_the_disk_fills_up_meanwhile(
+    sparse: Make, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    def full(*_: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Stats, "save", full)
+    found = analyse(str(sparse("llama")), data=[corpus], out=tmp_path, max_tokens=100)
+    assert found.tokens >= 100
+    assert "No space left on device" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_weights_that_are_not_finite_are_an_error_and_not_a_figure(
+    sparse: Make, texts: list[str]
+) -> None:
+    model = load_model(sparse("llama"))
+    with torch.no_grad():
+        model.model.norm.weight[0] = float("nan")
+    with pytest.raises(TurboSparseError, match="the loss on boats is nan: the model has weights"):
+        measure(model, load_tokenizer(sparse("llama")), {"boats": texts})
+    assert (
+        Stats(*[torch.zeros(1, 1, 1)] * 2, torch.zeros(1, 1), {"a": 1e6}, {"a": 1}).perplexity()
+        == math.inf
+    )
+
+
+def test_a_token_beyond_the_embedding_is_named(sparse: Make) -> None:
+    model, tokenizer = load_model(sparse("llama")), load_tokenizer(sparse("llama"))
+    tokenizer.add_tokens(["[PAD]"])
+    with pytest.raises(TurboSparseError, match=r"holds the token '\[PAD\]', number 320"):
+        measure(model, tokenizer, {"boats": ["boats [PAD] boats"]})

@@ -50,7 +50,7 @@ def packed(sparse: Make, corpus: Path, tmp_path_factory: pytest.TempPathFactory)
         if not path.exists():
             model = sparse(family, activation)
             analyse(str(model), data=[corpus], out=root / "stats")
-            pack(str(model), path, quant=quant, stats=root / "stats" / "stats.safetensors")
+            pack(str(model), path, quant=quant, stats=root / "stats" / "stats.turbosparse")
         return path
 
     return folder
@@ -75,7 +75,7 @@ def predicted(sparse: Make, corpus: Path, tmp_path_factory: pytest.TempPathFacto
                 threshold=-0.15 if kind == "sign" else -20.0,
             )
             analyse(str(model), data=[corpus], out=root / "stats")
-            stats = root / "stats" / "stats.safetensors"
+            stats = root / "stats" / "stats.turbosparse"
             choice = "sign" if kind == "sign" else "auto"
             pack(str(model), path, quant="q8", stats=stats, predictor=choice)
         return path
@@ -364,7 +364,7 @@ def test_neurons_stand_hot_first(packed: Make, sparse: Make, corpus: Path, tmp_p
     from turbosparse.packed.stats import Stats
 
     analyse(str(sparse("mistral")), data=[corpus], out=tmp_path)
-    stats = Stats.load(tmp_path / "stats.safetensors")
+    stats = Stats.load(tmp_path / "stats.turbosparse")
     order = Packed(packed("mistral", "q8")).tensors["model.layers.1.neuron_order"]
     counts = stats.active[1, 0][order.tolist()]
     assert counts.tolist() == sorted(counts.tolist(), reverse=True)

@@ -31,7 +31,7 @@ F16_ROUNDING = 2**-11  # relative; below the normal range 2^-25 absolute
 
 @pytest.fixture(scope="module")
 def statistics(sparse: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """statistics(family): a made-up stats.safetensors; the highest indices are the hottest."""
+    """statistics(family): a made-up stats.turbosparse; the highest indices are the hottest."""
     root = tmp_path_factory.mktemp("statistics")
 
     def file(family: str) -> Path:
@@ -71,7 +71,7 @@ def test_statistics_in_the_model_folder_are_found(
     sparse: Make, statistics: Make, tmp_path: Path
 ) -> None:
     model = shutil.copytree(sparse("mistral"), tmp_path / "model")
-    shutil.copyfile(statistics("mistral"), model / "stats.safetensors")
+    shutil.copyfile(statistics("mistral"), model / "stats.turbosparse")
     assert pack(str(model), tmp_path / "packed", quant="q8").neuron_order == "hot_first"
     profile = Packed(tmp_path / "packed").header.profile
     assert profile is not None
@@ -291,7 +291,7 @@ def test_missing_statistics_are_named(sparse: Make, tmp_path: Path) -> None:
 def test_a_file_without_statistics_is_refused(
     sparse: Make, tmp_path: Path, tensors: dict[str, torch.Tensor] | None
 ) -> None:
-    path = tmp_path / "stats.safetensors"
+    path = tmp_path / "stats.turbosparse"
     if tensors:
         save_file(tensors, path)
     else:

@@ -1,6 +1,6 @@
 """Stage 3: what happens inside a model: perplexity, sparsity, and how often each neuron fires.
 
-Reads a model folder, dense or sparse, and a held-out corpus; writes ``stats.safetensors``, which
+Reads a model folder, dense or sparse, and a held-out corpus; writes ``stats.turbosparse``, which
 `pack` uses to put the hot neurons first. Sparsity counts exact zeros of Combined, so a SwiGLU model
 honestly shows none.
 
@@ -9,24 +9,36 @@ honestly shows none.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.progress import track
+from turbosparse.base.folders import new_file
+from turbosparse.base.machine import available_memory
+from turbosparse.base.progress import note, track
+from turbosparse.hf.activations import WITHOUT_ZEROS, Activation
+from turbosparse.hf.checkpoint import shard_files
 from turbosparse.hf.hub import model_folder
+from turbosparse.hf.layerwise import Layerwise
 from turbosparse.hf.load import activation_of, load_model, load_tokenizer
-from turbosparse.hf.observe import observe_ffn
+from turbosparse.hf.observe import See, observe_ffn
 from turbosparse.packed.stats import FILE, Stats
 from turbosparse.training.readers import documents, take_last
 
+Device = Literal["auto", "cpu", "cuda"]
+Dtype = Literal["float32", "bfloat16", "float16"]
 BATCH_TOKENS = 2048
+BLOCK_TOKENS = 65_536  # of a corpus that are in memory together
+NEAR = (0.01, 0.03, 0.1)  # parts of a token's largest Combined
+MEMORY_SHARE = 0.6  # of the available memory that a model may take to be loaded whole
 
 
 @dataclass(frozen=True)
@@ -39,10 +51,13 @@ class Analysis:
     nats_per_token: dict[str, float]
     perplexity: dict[str, float]
     activation_sparsity: float
+    sparsity_of: dict[str, float]  # of each corpus
     sparsity: list[list[float]]  # [layer][expert]
     gate_positive: list[list[float]]
     expert_share: list[list[float]]
     dead_neurons: list[list[int]]
+    hot_share: list[list[float]]  # of neurons that make 80 % of the activations, [layer][expert]
+    near_zero: dict[str, float]  # see `Stats.near_zero`
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -52,16 +67,23 @@ class Analysis:
             Column("corpus", overflow="fold"),
             "nats/token",
             "perplexity",
+            "sparsity",
             title=f"{self.tokens} held-out tokens",
         )
         for corpus, nats in self.nats_per_token.items():
-            corpora.add_row(corpus, f"{nats:.4f}", f"{self.perplexity[corpus]:.3f}")
+            corpora.add_row(
+                corpus,
+                f"{nats:.4f}",
+                f"{self.perplexity[corpus]:.3f}",
+                f"{self.sparsity_of[corpus]:.2%}",
+            )
         title = (
             f"{self.activation}: activation sparsity {self.activation_sparsity:.2%} (exact zeros)"
         )
         moe = len(self.sparsity[0]) > 1
         first = ["layer", "expert", "tokens"] if moe else ["layer"]
-        layers = Table(*first, "sparsity", "gate > 0", "never active", title=title)
+        layers = Table(*first, "sparsity", "gate > 0", "never active", "hot", title=title)
+        layers.caption = "hot: the share of neurons that makes 80 % of the activations"
         for layer, row in enumerate(self.sparsity):
             for expert, sparsity in enumerate(row):
                 where = [str(layer), str(expert), f"{self.expert_share[layer][expert]:.1%}"]
@@ -70,8 +92,13 @@ class Analysis:
                     f"{sparsity:.2%}",
                     f"{self.gate_positive[layer][expert]:.2%}",
                     str(self.dead_neurons[layer][expert]),
+                    f"{self.hot_share[layer][expert]:.1%}",
                 )
-        return Group(corpora, layers, f"statistics: {self.out}")
+        near = [
+            f"{share:.1%} of Combined is below {float(part):.0%} of its token's largest entry"
+            for part, share in self.near_zero.items()
+        ]
+        return Group(corpora, layers, *near, f"statistics: {self.out}")
 
 
 def analyse(
@@ -85,6 +112,9 @@ def analyse(
     window: int | None = None,
     truncate: bool = False,
     max_tokens: int | None = None,
+    activation: Activation | None = None,
+    device: Device = "auto",
+    dtype: Dtype | None = None,
 ) -> Analysis:
     """Measure perplexity and activation sparsity on a held-out corpus.
 
@@ -96,37 +126,94 @@ def analyse(
         Text, JSON-lines or .gz file, or a folder of them; repeat it to measure several corpora side
         by side.
     out
-        Folder for stats.safetensors; by default the model folder, where `pack` looks for it.
+        Folder for stats.turbosparse; by default the model folder, where `pack` looks for it.
     template
         How a JSON row becomes text, such as "{question} {answer}".
     separator
         Text between the documents of a text file; without it a file is one document.
     last
-        Use only the last documents of each corpus: so many.
+        Use only the last documents of each corpus, this many.
     window
         Tokens of context at most; by default the model's own, up to 1024.
     truncate
         Measure only the first window of each document, as many published numbers do.
     max_tokens
-        Stop each corpus after about so many tokens.
+        Stop each corpus after about this many tokens.
+    activation
+        Run the weights with this FFN activation instead of the folder's own.
+    device
+        auto takes a GPU if there is one. A model larger than the memory runs layer by layer.
+    dtype
+        By default the type that the weights are stored in.
     """
+    _check(data, last=last, window=window, max_tokens=max_tokens)
     folder = model_folder(model)
     if out is None and folder != Path(model).expanduser():
         raise TurboSparseError(
-            f"{model} is a model of the hub: say with --out where the statistics go"
+            f"{model} is not a local folder: say with --out where the statistics go"
         )
-    network, tokenizer = load_model(folder), load_tokenizer(folder)
+    path = (out or folder) / FILE
+    _check_writable(path)
+    network = _open(folder, activation, device, dtype)
     corpora = {
-        str(path): take_last(documents(path, template=template, separator=separator), last)
-        for path in data
+        str(source): take_last(documents(source, template=template, separator=separator), last)
+        for source in data
     }
     stats = measure(
-        network, tokenizer, corpora, window=window, truncate=truncate, max_tokens=max_tokens
+        network,
+        load_tokenizer(folder),
+        corpora,
+        window=window,
+        truncate=truncate,
+        max_tokens=max_tokens,
     )
     stats.about["model"] = str(model)
-    path = (out or folder) / FILE
-    stats.save(path)
+    try:
+        stats.save(path)
+    except OSError as error:  # the figures are worth more than the file
+        note(f"cannot write {path} ({error.strerror}): the statistics are only printed")
     return summarise(stats, str(path))
+
+
+def _check(
+    data: list[Path], *, last: int | None, window: int | None, max_tokens: int | None
+) -> None:
+    if not data:
+        raise TurboSparseError("give --data, a file or folder of held-out text")
+    for flag, value in {"last": last, "window": window, "max-tokens": max_tokens}.items():
+        if value is not None and value < 1:
+            raise TurboSparseError(f"--{flag} is {value}; give at least 1, or leave it out")
+
+
+def _check_writable(path: Path) -> None:
+    """Before an hour of measuring: that the statistics can be written afterwards."""
+    try:
+        with new_file(path) as work:
+            work.write_bytes(bytes(4096))
+            raise _Tried
+    except _Tried:
+        pass
+    except OSError as error:
+        raise TurboSparseError(
+            f"cannot write {path} ({error.strerror}); choose another folder with --out"
+        ) from error
+
+
+class _Tried(Exception):
+    pass
+
+
+def _open(folder: Path, activation: Activation | None, device: Device, dtype: Dtype | None) -> Any:
+    """The model whole if it fits, else one layer at a time."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = getattr(torch, dtype) if dtype else None
+    size = sum(shard.stat().st_size for shard in shard_files(folder))
+    room = available_memory() if device == "cpu" else torch.cuda.mem_get_info()[0]
+    if size > MEMORY_SHARE * room:
+        note(f"{size / 1e9:.1f} GB of weights do not fit in memory: running layer by layer")
+        return Layerwise(folder, activation=activation, device=device, dtype=kind)
+    return load_model(folder, activation=activation, dtype=kind).to(device)
 
 
 def summarise(stats: Stats, out: str) -> Analysis:
@@ -139,10 +226,13 @@ def summarise(stats: Stats, out: str) -> Analysis:
         nats_per_token={corpus: stats.nats_per_token(corpus) for corpus in stats.nats},
         perplexity={corpus: stats.perplexity(corpus) for corpus in stats.nats},
         activation_sparsity=stats.activation_sparsity(),
+        sparsity_of=stats.sparsity,
         sparsity=(1 - stats.active_ratio()).tolist(),
         gate_positive=stats.gate_ratio().tolist(),
         expert_share=share.tolist(),
         dead_neurons=(stats.active == 0).sum(-1).tolist(),
+        hot_share=stats.hot_share(),
+        near_zero=stats.near_zero,
     )
 
 
@@ -150,69 +240,152 @@ def summarise(stats: Stats, out: str) -> Analysis:
 def measure(
     model: Any,
     tokenizer: Any,
-    corpora: dict[str, list[str]],
+    corpora: Mapping[str, Iterable[str]],
     *,
     window: int | None = None,
     truncate: bool = False,
     max_tokens: int | None = None,
 ) -> Stats:
-    """Run `model` over each corpus and count.
+    """Run a model over each corpus and count.
 
     Every token but the first of a document is predicted once, from at most `window` tokens before
-    it; with `truncate` only those of the document's first window.
+    it; with `truncate` only those of the document's first window. A corpus is read in blocks of
+    `BLOCK_TOKENS`.
+
+    Args:
+        model: as transformers loads it, or a `Layerwise`.
 
     Raises:
-        TurboSparseError: a corpus gives no token to predict.
+        TurboSparseError: a corpus gives no token to predict, or the loss is not finite.
     """
     config = model.config
     window = min(window or 1024, config.max_position_embeddings)
     stats = Stats.empty(config)
     stats.about["activation"] = activation_of(config)
-    model.eval()
+    near = _NearZero() if stats.about["activation"] in WITHOUT_ZEROS else None
     for corpus, texts in corpora.items():
-        windows = _windows(tokenizer, texts, window, truncate, max_tokens)
-        if not windows:
-            raise TurboSparseError(f"corpus {corpus!r} holds no document of two tokens or more")
+        before = stats.active.clone(), stats.gate_positive.clone(), stats.tokens.clone()
         stats.nats[corpus], stats.predicted[corpus] = 0.0, 0
-        for ids in track(_batches(windows), corpus):
-            with _counting(model, stats, ids):
-                logits = model(ids[:, :-1].clamp(min=0), use_cache=False).logits
-            nats = cross_entropy(
-                logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
+        windows = _windows(tokenizer, texts, window, truncate, max_tokens, config.vocab_size)
+        for block in _blocks(windows):
+            for ids, logits in _logits(model, stats, near, track(_batches(block), corpus)):
+                nats = cross_entropy(
+                    logits.flatten(0, 1).float(), ids[:, 1:].flatten(), reduction="sum"
+                )
+                stats.nats[corpus] += float(nats)
+                stats.predicted[corpus] += int((ids[:, 1:] >= 0).sum())
+        if not stats.predicted[corpus]:
+            raise TurboSparseError(f"corpus {corpus!r} holds no document of two tokens or more")
+        if not math.isfinite(stats.nats[corpus]):
+            raise TurboSparseError(
+                f"the loss on {corpus} is {stats.nats[corpus]}: the model has weights that are NaN "
+                "or infinite, or that overflow; check them, or measure with --dtype float32"
             )
-            stats.nats[corpus] += float(nats)
-            stats.predicted[corpus] += int((ids[:, 1:] >= 0).sum())
+        active, gate, tokens = before
+        own = Stats(stats.active - active, stats.gate_positive - gate, stats.tokens - tokens)
+        stats.sparsity[corpus] = own.activation_sparsity()
+    stats.near_zero = near.shares() if near else {}
     return stats
 
 
-def _counting(model: Any, stats: Stats, ids: Tensor) -> Any:
+def _logits(
+    model: Any, stats: Stats, near: _NearZero | None, batches: Iterable[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Each batch with its logits; neurons are counted on the way."""
+    if isinstance(model, Layerwise):
+        yield from _layer_by_layer(model, stats, near, list(batches))
+        return
+    model.eval()
+    for ids in batches:
+        inputs = ids[:, :-1].clamp(min=0).to(model.device)
+        with observe_ffn(model, _counting(stats, near, ids)):
+            yield ids, model(inputs, use_cache=False).logits.cpu()
+
+
+def _layer_by_layer(
+    model: Layerwise, stats: Stats, near: _NearZero | None, batches: list[Tensor]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    hidden = [model.embed(ids[:, :-1].clamp(min=0)) for ids in batches]
+    for index in track(range(model.config.num_hidden_layers), "layers"):
+        shell = model.layer(index)
+        for number, ids in enumerate(batches):
+            with observe_ffn(SimpleNamespace(model=shell), _counting(stats, near, ids, index)):
+                hidden[number] = model.run(shell, hidden[number])
+    for ids, states in zip(batches, hidden, strict=True):
+        yield ids, model.head(model.norm(states))
+
+
+def _counting(stats: Stats, near: _NearZero | None, ids: Tensor, first: int = 0) -> See:
     """Count the neurons that fire at the inputs of predicted tokens; padding is left out."""
     real = (ids[:, 1:] >= 0).flatten()
 
     def see(layer: int, expert: int | None, gate: Tensor, active: Tensor, rows: Tensor) -> None:
-        keep = real[rows]
-        stats.active[layer, expert or 0] += (active[keep] != 0).sum(0)
-        stats.gate_positive[layer, expert or 0] += (gate[keep] > 0).sum(0)
-        stats.tokens[layer, expert or 0] += int(keep.sum())
+        keep = real.to(rows.device)[rows]
+        at = first + layer, expert or 0
+        active = active[keep]
+        stats.active[at] += (active != 0).sum(0).cpu()
+        stats.gate_positive[at] += (gate[keep] > 0).sum(0).cpu()
+        stats.tokens[at] += int(keep.sum())
+        if near:
+            near.see(active)
 
-    return observe_ffn(model, see)
+    return see
+
+
+class _NearZero:
+    """How many entries of Combined are small beside the largest of their token."""
+
+    def __init__(self) -> None:
+        self.counts, self.entries = torch.zeros(len(NEAR)), 0
+
+    def see(self, active: Tensor) -> None:
+        size = active.abs().float()
+        largest = size.amax(-1, keepdim=True)
+        self.counts += torch.stack([(size < part * largest).sum().cpu() for part in NEAR])
+        self.entries += size.numel()
+
+    def shares(self) -> dict[str, float]:
+        return {
+            f"{part:g}": float(count) / max(1, self.entries)
+            for part, count in zip(NEAR, self.counts, strict=True)
+        }
 
 
 def _windows(
-    tokenizer: Any, texts: Iterable[str], window: int, truncate: bool, max_tokens: int | None
-) -> list[list[int]]:
-    windows: list[list[int]] = []
+    tokenizer: Any,
+    texts: Iterable[str],
+    window: int,
+    truncate: bool,
+    max_tokens: int | None,
+    vocabulary: int,
+) -> Iterator[list[int]]:
     total = 0
     for text in texts:
         ids = tokenizer(text, verbose=False)["input_ids"]
+        if ids and max(ids) >= vocabulary:
+            raise TurboSparseError(
+                f"the text holds the token {tokenizer.decode([max(ids)])!r}, number {max(ids)}, "
+                f"and the model has embeddings for {vocabulary} only; remove it from the text"
+            )
         # each piece repeats one token, so that its first prediction has a context
         pieces = [ids[start : start + window + 1] for start in range(0, len(ids) - 1, window)]
         for piece in pieces[: 1 if truncate else None]:
-            windows.append(piece)
+            yield piece
             total += len(piece) - 1
             if max_tokens and total >= max_tokens:
-                return windows
-    return windows
+                return
+
+
+def _blocks(windows: Iterator[list[int]]) -> Iterator[list[list[int]]]:
+    """Lists of windows of about `BLOCK_TOKENS` together."""
+    block: list[list[int]] = []
+    for window in windows:
+        block.append(window)
+        if sum(map(len, block)) >= BLOCK_TOKENS:
+            yield block
+            block = []
+    if block:
+        yield block
 
 
 def _batches(windows: list[list[int]]) -> list[Tensor]:

@@ -98,7 +98,7 @@ def pack(
         q4 and q8 have the numbers of GGUF Q4_0 and Q8_0; f16 is exact for bf16 weights in its
         range.
     stats
-        stats.safetensors of `analyse`; by default the one in the model folder, if any.
+        stats.turbosparse of `analyse`; by default the one in the model folder, if any.
     predictor
         auto packs the predictor that is merged in the model, if any; sign needs none: it compares
         the signs of weights and inputs.

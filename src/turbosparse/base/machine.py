@@ -57,3 +57,16 @@ def uses_bf16(precision: str) -> bool:
         return bool(torch.cuda.is_bf16_supported())
     machine = torch.cpu.get_capabilities()
     return bool(machine.get("amx_bf16") or machine.get("avx512_bf16"))
+
+
+def available_memory() -> int:
+    """Bytes that this process can still take: of the machine, or of its container if less."""
+    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
+    meminfo = Path("/proc/meminfo")
+    if meminfo.is_file():
+        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        found = [int(lines["MemAvailable"].split()[0]) * 1024]
+    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
+    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
+        found.append(int(limit.read_text()) - int(used.read_text()))
+    return max(0, min(found))

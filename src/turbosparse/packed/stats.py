@@ -15,7 +15,8 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import new_file
 from turbosparse.hf import families
 
-FILE = "stats.safetensors"
+# not *.safetensors: loaders take every file of that name in a folder for weights
+FILE = "stats.turbosparse"
 
 
 @dataclass
@@ -31,6 +32,10 @@ class Stats:
     tokens: Tensor
     nats: dict[str, float] = field(default_factory=dict)  # summed over the tokens of each corpus
     predicted: dict[str, int] = field(default_factory=dict)  # tokens of each corpus
+    sparsity: dict[str, float] = field(default_factory=dict)  # activation sparsity of each corpus
+    # threshold → share of Combined below this part of a token's largest; of activations without
+    # exact zeros
+    near_zero: dict[str, float] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)  # model, activation
 
     @classmethod
@@ -63,13 +68,23 @@ class Stats:
         return sum(self.nats[c] for c in chosen) / max(1, sum(self.predicted[c] for c in chosen))
 
     def perplexity(self, corpus: str | None = None) -> float:
-        return math.exp(self.nats_per_token(corpus))
+        """``exp`` of the nats per token; infinite beyond what a float holds."""
+        nats = self.nats_per_token(corpus)
+        return math.exp(nats) if nats < 709 else math.inf
+
+    def hot_share(self, carried: float = 0.8) -> list[list[float]]:
+        """Smallest share of neurons that makes up `carried` of the activations, [layer][expert]."""
+        counts = self.active.sort(-1, descending=True).values.cumsum(-1).double()
+        enough = counts >= carried * counts[..., -1:]
+        hot: list[list[float]] = ((1 + (~enough).sum(-1)) / self.active.shape[-1]).tolist()
+        return hot
 
     def save(self, path: Path) -> None:
         from safetensors.torch import save_file
 
         counts = {"active": self.active, "gate_positive": self.gate_positive, "tokens": self.tokens}
-        about = {"nats": self.nats, "predicted": self.predicted, "about": self.about}
+        fields = ("nats", "predicted", "sparsity", "near_zero", "about")
+        about = {name: getattr(self, name) for name in fields}
         with new_file(path) as work:
             save_file(counts, work, metadata={"turbosparse": json.dumps(about)})
 
