@@ -155,6 +155,10 @@ def drelu_recipe(model: Path, corpus: Path, length: int, /, **fields: object) ->
 @pytest.fixture
 def batches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     """The input_ids of every forward pass, in order."""
+    return record_batches(monkeypatch)
+
+
+def record_batches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
     from turbosparse.training.trainer import SparseTrainer
 
     seen: list[torch.Tensor] = []

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -157,3 +159,39 @@ def test_activations_are_as_large_as_those_that_autograd_keeps(
     layer = (whole - checkpointed + 4 * tokens * layers * hidden) / (layers - 1)
     expected = checkpointed - layer if checkpointing else whole
     assert sum(kept.values()) == pytest.approx(expected, rel=0.1)
+
+
+@pytest.mark.slow
+def test_a_run_takes_what_the_plan_says(tmp_path: Path, dense: Callable[[str], Path]) -> None:
+    """Above what a run of next to nothing takes, in a process of its own."""
+    (tmp_path / "x.txt").write_text("The small boats went home. " * 2000)
+    model = {"model_type": "llama", "vocab_size": 16384, "hidden_size": 256}
+    model |= {"intermediate_size": 768, "num_hidden_layers": 4, "tie_word_embeddings": True}
+    model |= {"num_attention_heads": 4, "num_key_value_heads": 4}
+    fields: dict[str, Any] = {
+        "tokenizer": str(dense("llama")),
+        "data": {
+            "sources": [{"name": "x", "path": str(tmp_path / "x.txt"), "proportion": 1}],
+            "sequence_length": 128,
+        },
+        "tokens": 3 * 16 * 128,
+        "batch_size": 16,
+        "learning_rate": 1e-4,
+        "precision": "fp32",
+        "report_to": [],
+    }
+    small = model | {"vocab_size": 320, "hidden_size": 32, "intermediate_size": 32}
+    for name, config in (("small", small), ("large", model)):
+        (tmp_path / f"{name}.yaml").write_text(yaml.safe_dump(fields | {"model": config}))
+    code = f"""
+import resource
+from pathlib import Path
+from turbosparse.train import train
+for name in ("small", "large"):
+    train(Path({str(tmp_path)!r}) / (name + ".yaml"), out=Path({str(tmp_path)!r}) / name)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    before, after = map(int, run.stdout.split())
+    expected = plan(tmp_path / "large.yaml").total - plan(tmp_path / "small.yaml").total
+    assert after - before == pytest.approx(expected, rel=0.2)

@@ -286,11 +286,14 @@ Trainer.compute_loss = compute_loss
     assert {folder.name for folder in work.glob("checkpoint-*")} == {"checkpoint-1", "checkpoint-2"}
 
 
-@pytest.fixture
-def whole(recipe: Write, tmp_path: Path) -> Path:
-    """The model of a run that nothing stopped."""
-    train(recipe(), out=tmp_path / "whole")
-    return tmp_path / "whole"
+@pytest.fixture(scope="session")
+def whole(
+    tmp_path_factory: pytest.TempPathFactory, dense: Callable[[str], Path], corpus: Path
+) -> Path:
+    """The model of a run of `recipe()` that nothing stopped."""
+    folder = tmp_path_factory.mktemp("whole")
+    train(recipe_writer(folder, dense, corpus)(), out=folder / "whole")
+    return folder / "whole"
 
 
 @pytest.mark.parametrize(

@@ -10,14 +10,14 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
-from functools import partialmethod
+from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from conftest import CONTEXT, VOCABULARY, drelu_recipe
+from conftest import CONTEXT, VOCABULARY, drelu_recipe, record_batches
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -43,24 +43,46 @@ Dense = Callable[[str], Path]
 Write = Callable[..., Path]
 
 
+def write_recipe(path: Path, dense: Dense, corpus: Path, **changes: Any) -> Path:
+    """A recipe that trains the dense Mistral as a dReLU model."""
+    given = {
+        "tokens": STEPS * BATCH * LENGTH,
+        "batch_size": BATCH,
+        "micro_batch_size": 2,
+        "log_every": 2,
+        "checkpoint_every": 2,
+    }
+    fields = drelu_recipe(dense("mistral"), corpus, LENGTH, **given | changes)
+    path.write_text(yaml.safe_dump({k: v for k, v in fields.items() if v is not None}))
+    return path
+
+
 @pytest.fixture
 def recipe(tmp_path: Path, dense: Dense, corpus: Path) -> Write:
-    """recipe(**changes): the path of a recipe that trains the dense Mistral as a dReLU model."""
+    """recipe(**changes): the path of such a recipe."""
+    return partial(write_recipe, tmp_path / "recipe.yaml", dense, corpus)
 
-    def write(**changes: Any) -> Path:
-        given = {
-            "tokens": STEPS * BATCH * LENGTH,
-            "batch_size": BATCH,
-            "micro_batch_size": 2,
-            "log_every": 2,
-            "checkpoint_every": 2,
-        }
-        fields = drelu_recipe(dense("mistral"), corpus, LENGTH, **given | changes)
-        path = tmp_path / "recipe.yaml"
-        path.write_text(yaml.safe_dump({k: v for k, v in fields.items() if v is not None}))
-        return path
 
-    return write
+@pytest.fixture(scope="session")
+def whole_run(
+    tmp_path_factory: pytest.TempPathFactory, dense: Dense, corpus: Path
+) -> tuple[Path, list[torch.Tensor]]:
+    """The model of a run of `recipe()` that nothing stopped, and its batches."""
+    folder = tmp_path_factory.mktemp("whole")
+    with pytest.MonkeyPatch.context() as patch:
+        seen = record_batches(patch)
+        train(write_recipe(folder / "recipe.yaml", dense, corpus), out=folder / "whole")
+    return folder / "whole", seen
+
+
+@pytest.fixture
+def whole(whole_run: tuple[Path, list[torch.Tensor]]) -> Path:
+    return whole_run[0]
+
+
+@pytest.fixture
+def whole_batches(whole_run: tuple[Path, list[torch.Tensor]]) -> list[torch.Tensor]:
+    return whole_run[1]
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, forward_pass: int, error: BaseException) -> None:
@@ -131,32 +153,29 @@ def test_a_dense_model_goes_on_as_a_sparse_one_and_learns(
     assert Recipe.model_validate(json.loads((out / "recipe.json").read_text())).tokens == 768
 
 
-def test_a_trained_model_runs_without_this_package(recipe: Write, tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    train(recipe(tokens=BATCH * LENGTH), out=out)
+def test_a_trained_model_runs_without_this_package(whole: Path, tmp_path: Path) -> None:
     code = f"""
 import sys
 sys.modules["turbosparse"] = None
 import torch
 from transformers import AutoModelForCausalLM
-model = AutoModelForCausalLM.from_pretrained({str(out)!r}, trust_remote_code=True)
+model = AutoModelForCausalLM.from_pretrained({str(whole)!r}, trust_remote_code=True)
 torch.save(model(torch.arange(20)[None]).logits.detach(), {str(tmp_path / "logits")!r})
 """
     python(code, home=tmp_path / "home", cwd=tmp_path)
     with torch.no_grad():
-        expected = load_model(out)(torch.arange(20)[None]).logits
+        expected = load_model(whole)(torch.arange(20)[None]).logits
     torch.testing.assert_close(torch.load(tmp_path / "logits"), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_the_dense_control_is_a_stock_model_that_saw_the_same_batches(
-    recipe: Write, tmp_path: Path, batches: list[torch.Tensor]
+    recipe: Write,
+    tmp_path: Path,
+    batches: list[torch.Tensor],
+    whole_batches: list[torch.Tensor],
 ) -> None:
-    path = recipe()
-    train(path, out=tmp_path / "sparse")
-    of_sparse = list(batches)
-    batches.clear()
-    train(path, out=tmp_path / "control", activation="swiglu")
-    assert torch.equal(torch.cat(batches), torch.cat(of_sparse))
+    train(recipe(), out=tmp_path / "control", activation="swiglu")
+    assert torch.equal(torch.cat(batches), torch.cat(whole_batches))
     config = json.loads((tmp_path / "control" / "config.json").read_text())
     assert (config["model_type"], config["hidden_act"]) == ("mistral", "silu")
     assert "auto_map" not in config
@@ -236,10 +255,11 @@ def test_the_last_step_is_logged_whatever_the_interval(recipe: Write, tmp_path: 
         assert some[-1][key] == pytest.approx(each[-1][key], rel=1e-9)
 
 
-def test_the_split_into_micro_batches_changes_nothing(recipe: Write, tmp_path: Path) -> None:
-    for micro in (1, None):
-        train(recipe(micro_batch_size=micro), out=tmp_path / f"{micro}")
-    losses = [[row["loss"] for row in log_of(tmp_path / f"{micro}")] for micro in (1, None)]
+def test_the_split_into_micro_batches_changes_nothing(
+    recipe: Write, whole: Path, tmp_path: Path
+) -> None:
+    train(recipe(micro_batch_size=None), out=tmp_path / "one pass")
+    losses = [[row["loss"] for row in log_of(run)] for run in (whole, tmp_path / "one pass")]
     assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
@@ -283,21 +303,13 @@ def test_auto_precision_takes_bf16_where_the_machine_is_made_for_it(
 
 
 def test_bf16_training_computes_otherwise_and_still_writes_float32(
-    recipe: Write, tmp_path: Path
+    recipe: Write, whole: Path, tmp_path: Path
 ) -> None:
-    for precision in ("fp32", "bf16"):
-        train(recipe(precision=precision), out=tmp_path / precision)
-    full, half = (log_of(tmp_path / p)[-1]["loss"] for p in ("fp32", "bf16"))
+    train(recipe(precision="bf16"), out=tmp_path / "bf16")
+    full, half = (log_of(folder)[-1]["loss"] for folder in (whole, tmp_path / "bf16"))
     assert half != full
     assert half == pytest.approx(full, rel=0.02)
     assert {weight.dtype for weight in weights_of(tmp_path / "bf16").values()} == {torch.float32}
-
-
-@pytest.fixture
-def whole(recipe: Write, tmp_path: Path) -> Path:
-    """The model of a run that nothing stopped."""
-    train(recipe(), out=tmp_path / "whole")
-    return tmp_path / "whole"
 
 
 # two forward passes are a step, and a checkpoint is written every second step
@@ -310,13 +322,13 @@ def test_a_stopped_run_goes_on_and_ends_like_any_other(
     recipe: Write,
     batches: list[torch.Tensor],
     whole: Path,
+    whole_batches: list[torch.Tensor],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     stopped_in: int,
     resumes_after: int,
 ) -> None:
     path, out = recipe(), tmp_path / "out"
-    all_batches = list(batches)
     with monkeypatch.context() as patch:
         stop_at(patch, stopped_in, KeyboardInterrupt())
         with pytest.raises(KeyboardInterrupt):
@@ -326,7 +338,7 @@ def test_a_stopped_run_goes_on_and_ends_like_any_other(
 
     batches.clear()
     train(path, out=out)
-    assert torch.equal(torch.cat(batches), torch.cat(all_batches[2 * resumes_after :]))
+    assert torch.equal(torch.cat(batches), torch.cat(whole_batches[2 * resumes_after :]))
     assert_same_run(out, whole)
     assert not (tmp_path / "out.training").exists()
 

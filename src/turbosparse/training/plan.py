@@ -18,7 +18,8 @@ FLOPS_RULE = (
 )
 MEMORY_RULE = (
     "weights, gradients and Adam's two moments are float32; activations are an estimate for the "
-    "library's layers with fused attention; add 1-3 GiB for the CUDA context and fragmentation"
+    "library's layers with fused attention; add 1-3 GiB for the CUDA context and fragmentation, on "
+    "a CPU 0.5 GiB for Python and its libraries and a tenth for the allocator"
 )
 _FLOAT = 4
 
@@ -113,12 +114,16 @@ def plan_training(recipe: Recipe, *, processes: int = 1, tflops: float | None = 
         "optimiser": 2 * state,
         "working_copies": _working_copies(config, recipe, processes, compute, trained),
     }
-    activations = activation_bytes(
+    tokens = micro * recipe.data.sequence_length
+    # in bf16 the gradient of the logits takes the room of their copy in float32
+    gradient = tokens * config.vocab_size * _FLOAT if compute == _FLOAT else 0
+    whole, checkpointed = activation_bytes(
         config,
-        tokens=micro * recipe.data.sequence_length,
+        tokens=tokens,
         compute=compute,
         stream=compute if recipe.shard == "full" else _FLOAT,
     )
+    activations = (whole + gradient, checkpointed + gradient)
     offloaded = memory["weights"] + memory["gradients"] + memory["optimiser"]
     offloaded = offloaded if recipe.offload else 0
     tokens_per_step = recipe.batch_size * recipe.data.sequence_length
