@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -210,3 +212,22 @@ def test_generate_streams_and_reads_standard_input(model: Path, tmp_path: Path) 
         go.touch()
         assert process.stderr.read() == b""
         assert process.wait() == 141
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_stop_from_outside_unwinds_like_any_error(
+    monkeypatch: pytest.MonkeyPatch, number: signal.Signals
+) -> None:
+    """So that what is half-written goes; but nohup's wish is followed."""
+    handlers: dict[int, Any] = {}
+    monkeypatch.setattr("signal.signal", lambda which, what: handlers.update({which: what}))
+    monkeypatch.setattr("sys.argv", ["turbosparse", "--version"])
+    with pytest.raises(SystemExit):
+        cli.main()
+    with pytest.raises(SystemExit) as stop:
+        handlers.pop(number)(number, None)
+    assert stop.value.code == 128 + number
+    monkeypatch.setattr("signal.getsignal", lambda _: signal.SIG_IGN)
+    with pytest.raises(SystemExit):
+        cli.main()
+    assert number not in handlers

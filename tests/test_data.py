@@ -532,7 +532,7 @@ def test_unreadable_rows_are_refused_or_passed_over_and_counted(
         assert list(source.documents(tmp_path, fault=skips.fault(source))) == ["a", "b"]
     skips.report()
     said = capsys.readouterr().err
-    assert f"source 'x': passed over 1 unreadable; {tmp_path / name}:{line} " in said
+    assert f"source 'x': skipped 1 unreadable; {tmp_path / name}:{line} " in said
 
 
 def test_what_follows_a_broken_gzip_member_is_left_out(tmp_path: Path) -> None:

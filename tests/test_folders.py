@@ -1,4 +1,4 @@
-"""Folders and files are written whole or not at all, whatever ends the process."""
+"""Folders are written whole or not at all, whatever ends the process; progress reaches logs."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import named_disk_errors, new_file, new_folder
+from turbosparse.base.progress import track
 
 WRITES = """
 import os, sys, time
@@ -96,3 +97,14 @@ def test_a_full_disk_is_told_by_the_systems_number(
     with pytest.raises(expected) as raised, named_disk_errors(tmp_path / "x"):
         raise error
     assert ("disk full while writing" in str(raised.value)) == full
+
+
+def test_progress_reaches_a_log_file_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = 0.0
+    monkeypatch.setattr("turbosparse.base.progress.time.monotonic", lambda: now)
+    for _ in track(range(8), "measuring", total=8):
+        now += 12
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"turbosparse: measuring: {done} of 8" for done in (3, 6)]

@@ -30,12 +30,14 @@ from processes import (
     weights_of,
     write_script,
 )
+from safetensors.torch import load_file, save
 from torch.distributed.checkpoint.api import CheckpointException, _wrap_exception
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.load import load_model
 from turbosparse.train import train
 from turbosparse.training.arguments import with_adapters
+from turbosparse.training.checkpoints import load_weights
 from turbosparse.training.recipe import Lora
 
 
@@ -404,6 +406,12 @@ def test_adapters_keep_drelu_and_merge_into_an_ordinary_folder(
     targets = ["q_proj", "gate_proj", "up_proj", "down_proj"]
     adapted = with_adapters(base, Lora(targets=targets), seed=0, rows=None)
     assert torch.equal(adapted(ids).logits, expected), "at the start an adapter adds zero"
+
+    adapted.save_pretrained(tmp_path / "checkpoint")
+    file = tmp_path / "checkpoint" / "adapter_model.safetensors"
+    file.write_bytes(save({**dict(list(load_file(file).items())[1:])}))
+    with pytest.raises(TurboSparseError, match="does not hold the adapters of this run: base_m"):
+        load_weights(adapted, tmp_path / "checkpoint")
 
     lora = {"rank": 4, "alpha": 8, "targets": targets}
     out = tmp_path / "out"

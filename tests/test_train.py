@@ -275,6 +275,7 @@ def test_settings_reach_the_optimiser(recipe: Write, tmp_path: Path) -> None:
         "max_steps": STEPS,
         "per_device_train_batch_size": 2,
         "gradient_accumulation_steps": 2,
+        "ddp_timeout": 24 * 3600,  # while the first process reads the stream again
     }
     assert {key: getattr(arguments, key) for key in expected} == expected
 
@@ -588,7 +589,7 @@ train(Path({str(path)!r}), out=Path({str(tmp_path / "two")!r}))
             },
             r"data: .*proportions add up to 0\.5",
         ),
-        ({"batch_size": 3}, r"batch_size 3 is no multiple of micro_batch_size 2 × 1 processes"),
+        ({"batch_size": 3}, r"batch_size 3 is not a multiple of micro_batch_size 2 × 1 processes"),
         ({"model": "/nowhere"}, "no such folder: /nowhere"),
         ({"betas": [2, 5]}, "betas.0: Input should be less than 1"),
         ({"seed": -1}, "seed: Input should be greater than or equal to 0"),

@@ -76,7 +76,7 @@ def prepare(
     processes: int | None = None,
     allow_missing: bool = False,
 ) -> Prepared:
-    """Tokenise and pack a recipe's data; give the same command again to go on after a stop.
+    """Tokenise and pack a recipe's data; give the same command again to resume after a stop.
 
     Parameters
     ----------
@@ -92,7 +92,7 @@ def prepare(
     tokens
         Prepare for training on this many tokens instead of the recipe's.
     processes
-        Read so many parts of the sources at a time; by default one for each processor.
+        Read this many parts of the sources at a time; by default one for each processor.
     allow_missing
         Leave out sources that cannot be opened, and raise the proportions of the others.
     """

@@ -2,7 +2,7 @@
 
 Reads a recipe (YAML) and the model folder that it names, writes a sparse Hugging Face folder. The
 loop is the Hugging Face Trainer's: it runs on one process or under ``torchrun``, and a stopped run
-goes on from its last checkpoint when the same command is given again.
+resumes from its last checkpoint when the same command is given again.
 
     turbosparse train recipes/tiny_cpu.yaml --model mistral-drelu --out mistral-sparse
     turbosparse train recipes/tiny_cpu.yaml --model mistral --out dense-control --activation swiglu
@@ -217,7 +217,7 @@ def _find_work(recipe: Recipe, out: Path) -> Path:
                 "remove it to start anew, or give the old settings to resume"
             )
         for key in changed:
-            note(f"the stopped run goes on with {key} {mine[key]} instead of {old.get(key)}")
+            note(f"the stopped run resumes with {key} {mine[key]} instead of {old.get(key)}")
     return work
 
 

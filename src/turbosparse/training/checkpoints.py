@@ -1,4 +1,4 @@
-"""Checkpoints of a training run: sealed once they are whole, checked before a run goes on."""
+"""Checkpoints of a training run: sealed once they are whole, checked before a run resumes."""
 
 from __future__ import annotations
 

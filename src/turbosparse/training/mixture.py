@@ -40,7 +40,7 @@ MOST_PARTS = 64  # of a source that are read apart from each other
 
 
 class Skips(dict[str, set[str]]):
-    """What was wrong with the unreadable documents that were passed over, by source."""
+    """What was wrong with the unreadable documents that were skipped, by source."""
 
     def fault(self, source: Source) -> Fault:
         seen = self.setdefault(source.name, set())
@@ -49,7 +49,7 @@ class Skips(dict[str, set[str]]):
     def report(self) -> None:
         for name, seen in self.items():
             if seen:
-                note(f"source {name!r}: passed over {len(seen)} unreadable; {min(seen)}")
+                note(f"source {name!r}: skipped {len(seen)} unreadable; {min(seen)}")
 
 
 class Source(BaseModel):
@@ -73,7 +73,7 @@ class Source(BaseModel):
     answer: str | None = Field(None, description="template of a chat's answer")
     separator: str | None = Field(None, description="what separates documents inside a text file")
     skip_last: int = Field(0, ge=0, description="documents at the end kept out of training")
-    skip_unreadable: bool = Field(False, description="pass over broken documents, and count them")
+    skip_unreadable: bool = Field(False, description="skip broken documents, and count them")
 
     @model_validator(mode="after")
     def _one_origin(self) -> Source:
@@ -302,7 +302,7 @@ def training_stream(
 
     A source is read from its beginning in each pass and shuffled anew, by the seed and the pass.
 
-    Unreadable documents that a source allows to be passed over are noted in `skips`.
+    Unreadable documents that a source allows to be skipped are noted in `skips`.
 
     Raises:
         TurboSparseError: a source cannot be read, or holds less than one sequence. Every source is

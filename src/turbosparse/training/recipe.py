@@ -148,7 +148,7 @@ def micro_batch(recipe: Recipe, processes: int) -> tuple[int, int]:
     micro = recipe.micro_batch_size or max(1, recipe.batch_size // processes)
     if recipe.batch_size % (micro * processes):
         raise TurboSparseError(
-            f"batch_size {recipe.batch_size} is no multiple of "
+            f"batch_size {recipe.batch_size} is not a multiple of "
             f"micro_batch_size {micro} × {processes} processes"
         )
     return micro, processes

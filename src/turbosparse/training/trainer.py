@@ -33,7 +33,7 @@ class SparseTrainer(Trainer):
     """Measures sparsity in the steps that it logs, and keeps the log as JSON lines.
 
     `watched` is the bare model where `model` wraps it in adapters; `penalty` is added to the loss.
-    Checkpoints are sealed, a loss that is no number stops the run, and sharding
+    Checkpoints are sealed, a loss that is not finite stops the run, and sharding
     that was asked for happens or is refused.
     """
 
@@ -84,20 +84,20 @@ class SparseTrainer(Trainer):
         return loss
 
     def _clip_grad_norm(self, model: Any) -> Any:
-        """Clip, and stop the run before an update that is no number reaches the weights."""
+        """Clip, and stop the run before an update that is not finite reaches the weights."""
         norm = super()._clip_grad_norm(model)
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not (self._loss_is_finite and isfinite(norm)):
             raise TurboSparseError(
                 f"step {self.state.global_step + 1}: the loss or its gradient is not finite "
                 f"(gradient norm {float(norm):g}); give a lower learning_rate than "
-                f"{self.args.learning_rate:g} or a lower clip_norm, and the same command goes on "
+                f"{self.args.learning_rate:g} or a lower clip_norm, and the same command resumes "
                 "from the last checkpoint"
             )
         return norm
 
     def create_accelerator_and_postprocess(self) -> None:
-        """Set the processes up; refuse where accelerate would pass over sharding in silence."""
+        """Set the processes up; refuse where accelerate would silently not shard."""
         super().create_accelerator_and_postprocess()
         if self.args.fsdp and not self.accelerator.is_fsdp2:
             raise TurboSparseError(
@@ -203,7 +203,7 @@ def _is_sharded(parameter: Any) -> bool:
 
 
 def _is_logged(args: Any, step: int) -> bool:
-    """Every so many steps, at the end, and at each checkpoint.
+    """Every few steps, at the end, and at each checkpoint.
 
     The mean loss of a line then never reaches over a checkpoint, which does not hold half of it: a
     resumed run logs what an unstopped one does.
