@@ -224,6 +224,7 @@ def test_a_tokenizer_of_another_model_is_still_refused(
 ) -> None:
     fields = yaml.safe_load(recipe.read_text())
     small = {"model_type": "mistral", "vocab_size": 300, "hidden_size": 32, "num_hidden_layers": 1}
+    small |= {"num_attention_heads": 4, "num_key_value_heads": 2}
     fields |= {
         "model": {**small, "max_position_embeddings": 64},
         "tokenizer": str(dense("mistral")),
