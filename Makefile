@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
-CPP := $(wildcard csrc/*.cpp csrc/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl)
 CPP_TESTS := $(wildcard tests/*.cpp)
 # the linker would merge a weak function of these with those of other files, flags and all
 ISA_OBJECTS := build/*/CMakeFiles/turbosparse_kernels.dir/csrc/kernels_[!r]*.o

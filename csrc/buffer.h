@@ -25,7 +25,7 @@ class Buffer {
   float* data_;
 };
 
-// A few tokens, each in the form that the dots want.
+// Activations of several tokens in the layout that `dots` reads.
 class Prepared {
  public:
   Prepared(const Kernels& kernels, const float* x, int64_t tokens, int cols, int threads = 1)

@@ -275,13 +275,13 @@ void Decoder::attend_token(int layer, int token, int kv_head) {
   const Prepared queries(kernels, query, group, size);
   std::vector<float> scores(int64_t{group} * seen);
   // keys and values lie together as long as they are of one page
-  const auto each_run = [&](int part, auto&& visit) {
+  const auto each_run = [&](int part, auto&& work) {
     for (int place = first; place <= position.place;) {
       const int end = std::min(position.place + 1, Cache::page_end(place));
       const uint16_t* halves = position.cache->at(layer, part, kv_head, place);
-      visit(Rows{reinterpret_cast<const uint8_t*>(halves), row_stride(QUANT_F16, size), nullptr,
-                 end - place},
-            place - first);
+      work(Rows{reinterpret_cast<const uint8_t*>(halves), row_stride(QUANT_F16, size), nullptr,
+                end - place},
+           place - first);
       place = end;
     }
   };

@@ -1,4 +1,4 @@
-// Kernels for AVX2 with FMA and F16C: the words that kernels_simd.h is written in.
+// Kernels for AVX2 with FMA and F16C: the words of kernels_rows.inl.
 #include <immintrin.h>
 #include <stdint.h>
 
@@ -62,7 +62,8 @@ Floats combined(Ints high, Ints low) {
   return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(high, 8), low));
 }
 
-#include "kernels_simd.h"
+#include "kernels_rows.inl"
+#include "kernels_simd.inl"
 
 }  // namespace
 

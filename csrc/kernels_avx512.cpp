@@ -1,4 +1,4 @@
-// Kernels for AVX-512 with VNNI: the words that kernels_simd.h is written in.
+// Kernels for AVX-512 with VNNI: the words of kernels_rows.inl.
 #include <immintrin.h>
 #include <stdint.h>
 
@@ -49,7 +49,8 @@ Floats combined(Ints high, Ints low) {
   return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
 }
 
-#include "kernels_simd.h"
+#include "kernels_rows.inl"
+#include "kernels_simd.inl"
 
 }  // namespace
 

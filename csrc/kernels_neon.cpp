@@ -1,4 +1,4 @@
-// Kernels for ARM's NEON with dot products: the words that kernels_simd.h is written in.
+// Kernels for ARM's NEON with dot products: the words of kernels_rows.inl.
 #include <arm_neon.h>
 #include <stdint.h>
 
@@ -54,7 +54,8 @@ Ints products(Ints sum, Ints u, Ints s) {  // a nibble fits a signed byte
 Ints lane_sums(Ints products, const int32_t*) { return products; }
 Floats combined(Ints high, Ints low) { return vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(high, 8), low)); }
 
-#include "kernels_simd.h"
+#include "kernels_rows.inl"
+#include "kernels_simd.inl"
 
 }  // namespace
 

@@ -91,12 +91,12 @@ struct Pass {
   }
 };
 
-// Carries the tokens through the rows of a share, whole stages at a time, so that many rows are
-// read side by side. As long as all tokens need the same rows they meet them together, then each
-// its own.
-class Share {
+// Computes a share of the neurons for all tokens, whole stages at a time, so that many rows are
+// read side by side. While all tokens need the same rows they are computed together, then each
+// alone.
+class NeuronShare {
  public:
-  Share(const Pass& pass, const Prepared& prepared)
+  NeuronShare(const Pass& pass, const Prepared& prepared)
       : pass_(pass),
         prepared_(prepared),
         sum_floats_(pass.kernels.sum_floats(pass.ffn.hidden)),
@@ -111,7 +111,7 @@ class Share {
     const int64_t step =
         pass_.tokens == 1 ? alone : std::max(kChunk, kResidentBytes / pass_.stride);
     for (int64_t from = 0; from < all; from += step) {
-      visit(share.data() + from, std::min(step, all - from));
+      run_stages(share.data() + from, std::min(step, all - from));
     }
   }
 
@@ -121,8 +121,8 @@ class Share {
   }
 
  private:
-  // Carries some neurons through gate, up and down, those falling out that a token does not need.
-  void visit(const int32_t* neurons, int64_t count) {
+  // Takes some neurons through gate, up and down, and drops those that a token does not need.
+  void run_stages(const int32_t* neurons, int64_t count) {
     width_ = count;
     together_ = !pass_.prediction;
     for (int64_t t = 0; t < pass_.tokens; ++t) {
@@ -131,13 +131,13 @@ class Share {
       counts_[3 * t] += lists_[t].size();
     }
     project(pass_.gated ? Pass::kGate : Pass::kUp, values_);
-    keep(1, [](float gate) { return !(gate <= 0); });  // a NaN goes on, so that it shows
+    compact(1, [](float gate) { return !(gate <= 0); });  // a NaN is kept, so that it shows
     if (pass_.gated) project(Pass::kUp, ups_);
     const std::vector<float>& ups = pass_.gated ? ups_ : values_;
     for (int64_t t = 0; t < pass_.tokens; ++t) {
       combine(pass_.ffn.activation, &values_[t * width_], &ups[t * width_], lists_[t].size());
     }
-    keep(2, [](float combined) { return combined != 0; });
+    compact(2, [](float combined) { return combined != 0; });
     for_lists(Pass::kDown, [&](const Rows& down, int64_t t, int64_t tokens) {
       pass_.kernels.axpys(&down, &values_[t * width_], width_, tokens, pass_.ffn.hidden,
                           sums_ + t * sum_floats_);
@@ -161,10 +161,10 @@ class Share {
     }
   }
 
-  // Leaves each token the neurons whose value it needs; in dense mode it counts them and leaves
-  // all. No branch depends on the values, which the processor could not foresee.
+  // Compacts each token's list to the neurons that it needs; in dense mode it only counts them.
+  // Branch-free, because the processor could not predict the outcome.
   template <typename Needed>
-  void keep(int which, Needed needed) {
+  void compact(int which, Needed needed) {
     for (int64_t t = 0; t < pass_.tokens; ++t) {
       std::vector<int32_t>& list = lists_[t];
       float* values = &values_[t * width_];
@@ -199,8 +199,8 @@ class Share {
 // Runs a share on each thread. The order of the threads is the order of the sum: the result does
 // not depend on their timing.
 void run_shares(const Pass& pass, const Prepared& prepared, float* out, int32_t* counts) {
-  std::vector<std::unique_ptr<Share>> shares(pass.threads);
-  for (auto& share : shares) share = std::make_unique<Share>(pass, prepared);
+  std::vector<std::unique_ptr<NeuronShare>> shares(pass.threads);
+  for (auto& share : shares) share = std::make_unique<NeuronShare>(pass, prepared);
   parallel(pass.threads, [&](int thread) { shares[thread]->run(thread); });
   const int64_t hidden = pass.ffn.hidden;
   std::fill_n(out, pass.tokens * hidden, 0.0f);

@@ -6,9 +6,9 @@
 
 namespace {
 
-// Leaves the values for whose place `needed(i)` holds.
+// Compacts the values to those for whose place `needed(i)` holds.
 template <typename Needed>
-void keep(std::vector<int32_t>& values, Needed needed) {
+void compact(std::vector<int32_t>& values, Needed needed) {
   size_t kept = 0;
   for (size_t i = 0; i < values.size(); ++i) {
     if (needed(i)) values[kept++] = values[i];
@@ -30,7 +30,7 @@ class LowRankPrediction : public Prediction {
                     static_cast<int64_t>(neurons.size())};
     kernels_of(fc2_.quant).dots(&rows, features_[t], 1, fc2_.cols, logits.data(), 0);
     // a NaN is a candidate, so that a broken input shows in the output
-    keep(neurons, [&](size_t i) { return !(logits[i] < threshold_); });
+    compact(neurons, [&](size_t i) { return !(logits[i] < threshold_); });
   }
 
  private:
@@ -70,7 +70,8 @@ class SignPrediction : public Prediction {
                     static_cast<int64_t>(neurons.size())};
     agreements()(&rows, &x_bits_[t * words_], words_, agree.data());
     const int padding = 64 * words_ - hidden_;  // which always agrees
-    keep(neurons, [&](size_t i) { return 2.0 * (agree[i] - padding) / hidden_ - 1 >= threshold_; });
+    compact(neurons,
+            [&](size_t i) { return 2.0 * (agree[i] - padding) / hidden_ - 1 >= threshold_; });
   }
 
   const uint8_t* bits_;

@@ -3,6 +3,9 @@
 #include <atomic>
 #include <chrono>
 #include <cstdio>
+#include <mutex>
+#include <set>
+#include <stdexcept>
 #include <thread>
 #include <vector>
 
@@ -43,9 +46,41 @@ void call_sections(unsigned caller) {
   }
 }
 
+// A section uses no more threads than it asks for, also after a larger one.
+void check_the_bound() {
+  for (const int threads : {8, 2, 3, 8, 2}) {
+    for (int section = 0; section < kSections; ++section) {
+      std::mutex mutex;
+      std::set<std::thread::id> seen;
+      parallel(threads, 4 * threads, [&](int) {
+        const std::lock_guard<std::mutex> lock(mutex);
+        seen.insert(std::this_thread::get_id());
+      });
+      wrong += seen.size() > static_cast<size_t>(threads);
+    }
+  }
+}
+
+template <typename Work>
+void check_refused(const Work& work) {
+  try {
+    work();
+    ++wrong;
+  } catch (const std::logic_error&) {
+  }
+}
+
+void check_refusals() {
+  check_refused([] { parallel(2, [](int) { parallel(2, [](int) {}); }); });
+  check_refused([] { parallel(2, 65536, [](int) {}); });
+  parallel(2, [](int) { parallel(1, [](int) {}); });
+}
+
 }  // namespace
 
 int main() {
+  check_the_bound();
+  check_refusals();
   std::vector<std::thread> callers;
   for (unsigned caller = 0; caller < kCallers; ++caller)
     callers.emplace_back(call_sections, caller);

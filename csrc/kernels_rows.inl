@@ -1,5 +1,32 @@
-// How the SIMD kernels walk over the rows of a matrix: what they fetch ahead, how rows and tokens
-// meet, and sums of rows for several tokens. Part of kernels_simd.h, which has the rules.
+// How SIMD kernels walk over the rows of a matrix: what they fetch ahead, how rows and tokens meet,
+// and sums of rows for several tokens.
+//
+// kernels_rows.inl and kernels_simd.inl hold the kernels of every SIMD instruction set, written
+// once. A kernels_<isa>.cpp defines these words in its anonymous namespace and then includes the
+// two there, in this order, so that each instruction set gets a copy with its own flags:
+//
+//   Floats, Ints                 a register of kLanes floats, or of as many 32-bit integers
+//   kLanes                       4, 8 or 16
+//   kRows                        rows read side by side
+//   kDotTokens, kAxpyTokens      tokens that share an unpacked row, in dots and in sums of rows
+//   kWide                        registers of each token's sum, in sums of rows for several tokens
+//   kNibblesRaw                  nibble_weight gives 0..15, not -8..7
+//   zero, broadcast, load, store, add, multiply, multiply_add (a b + c), sum_of
+//   from_halves(p), from_halves(p, lanes), from_bytes(p)         halves or int8 as floats
+//   load_words(p, lanes)         the first `lanes` 32-bit words, then zeros
+//   load_ints(p)                 a whole aligned register
+//   low_nibbles, high_nibbles    of each byte, as bytes
+//   nibble_weight(words, k)      nibble k of each word as a float
+//   first_products(start)        what `products` starts from
+//   products(sum, u, s)          sum + the products of unsigned and signed bytes, up to 8 times
+//   lane_sums(sum, start)        the sums of each 32-bit lane, `start` included
+//   combined(high, low)          256 high + low as floats
+//
+// Nothing in the two may be seen by the linker, which would merge it across instruction sets: no
+// standard C++ header, no inline function outside the anonymous namespace.
+
+// For functions on arrays of registers: a call would pass them through memory.
+#define ALWAYS_INLINE inline __attribute__((always_inline))
 
 const uint8_t* row_at(const Rows& rows, int64_t i) {
   return rows.data + (rows.indices ? rows.indices[i] : i) * rows.stride;

@@ -1,32 +1,7 @@
-// The kernels of every instruction set with SIMD registers, written once. A kernels_<isa>.cpp
-// defines the words below in its own anonymous namespace and then includes this file there, so each
-// instruction set gets a copy with its own flags.
-//
-//   Floats, Ints, kLanes         a register of kLanes floats or 32-bit integers; it divides 16
-//   kRows                        rows read side by side
-//   kDotTokens, kAxpyTokens      tokens that share what is unpacked
-//   kWide                        registers of each such token's sum
-//   zero, broadcast, load, store, add, multiply, multiply_add (a b + c), sum_of
-//   from_halves(p), from_halves(p, lanes), from_bytes(p)         halves or int8 as floats
-//   load_words(p, lanes)         32-bit words, zeros behind the lanes that are given
-//   load_ints(p)                 a whole aligned register
-//   low_nibbles, high_nibbles    of each byte, as bytes
-//   nibble_weight(words, k)      nibble k of each word, less 8 unless kNibblesRaw
-//   products(sum, u, s)          sum + the products of unsigned and signed bytes, up to 8 times;
-//                                first_products(start) is what that starts from, and
-//                                lane_sums(sum, start) the sums of each 32-bit lane, start included
-//   combined(high, low)          256 high + low as floats
-//
-// Nothing here may be seen by the linker: no standard C++ header, no inline function with a name
-// outside the anonymous namespace.
-
-// What works on arrays of registers: called, they would go through memory.
-#define ALWAYS_INLINE inline __attribute__((always_inline))
+// The SIMD kernels on f16, q8 and q4 rows and on sign bits, and their tables. See kernels_rows.inl.
 
 constexpr int kParts = TILE_GROUPS / kLanes;  // registers that hold a tile's groups
 constexpr int kPieces = GROUP / kLanes;       // registers that hold a group's weights
-
-#include "kernels_rows.h"
 
 // -- x as floats, zeros behind: f16 and q8 -------------------------------------------------------
 
@@ -322,7 +297,7 @@ struct DotsQ4 : Dots {
       for (int part = 0; part < kParts; ++part) {
         const Nibbles nibbles(cols, tile, part);
         if (nibbles.lanes <= 0) break;
-        visit(group, nibbles, token, tile / TILE, part * kLanes, fetch, totals);
+        add_products(group, nibbles, token, tile / TILE, part * kLanes, fetch, totals);
       }
     }
     write(i, token, totals);
@@ -330,8 +305,9 @@ struct DotsQ4 : Dots {
 
   // Adds the products of one part of a tile.
   template <int N, int T, typename Fetching>
-  ALWAYS_INLINE void visit(const Group<N>& group, const Nibbles& nibbles, int64_t token, int tile,
-                           int lane, Fetching& fetch, Floats (&total)[N][T]) const {
+  ALWAYS_INLINE void add_products(const Group<N>& group, const Nibbles& nibbles, int64_t token,
+                                  int tile, int lane, Fetching& fetch,
+                                  Floats (&total)[N][T]) const {
     const Q4Tile* tiles[T];
     Ints limbs[N][T][2];
     for (int t = 0; t < T; ++t) {
