@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef TURBOSPARSE_X86
+#include <cpuid.h>
+#endif
+
 #if defined(TURBOSPARSE_ARM) && defined(__linux__)
 #include <asm/hwcap.h>
 #include <sys/auxv.h>
@@ -18,6 +22,14 @@ struct Isa {
   bool (*available)();
   const KernelSet* kernels;
 };
+
+#ifdef TURBOSPARSE_X86
+// clang before 16 does not know "f16c" in __builtin_cpu_supports.
+bool has_f16c() {
+  unsigned a, b, c = 0, d;
+  return __get_cpuid(1, &a, &b, &c, &d) && c & bit_F16C;
+}
+#endif
 
 #ifdef TURBOSPARSE_ARM
 bool has_dot_products() {
@@ -39,10 +51,7 @@ constexpr Isa kIsas[] = {
      },
      &avx512_kernels},
     {"avx2",
-     [] {
-       return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-              __builtin_cpu_supports("f16c");
-     },
+     [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); },
      &avx2_kernels},
 #endif
 #ifdef TURBOSPARSE_ARM
