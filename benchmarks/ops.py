@@ -20,17 +20,17 @@ import platform
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
-import numpy as np
 import torch
 from base import compare
 
 from turbosparse import _core
 from turbosparse.base.machine import threads_to_use
 from turbosparse.ops import backend
-from turbosparse.ops.quant import ffn_rows, quantise
-from turbosparse.ops.rows import QUANTS, row_bytes
+from turbosparse.ops.quant import quantise_ffn
+from turbosparse.ops.rows import QUANTS, FFNRows, row_bytes
 
 RELATIVE_RMS = 1e-4  # of a kernel against the reference, before it is timed
 
@@ -49,7 +49,7 @@ def bandwidth(threads: int, size: int = 1 << 29) -> float:
 
 def make_ffn(
     hidden: int, neurons: int, quant: str, sparsity: float
-) -> tuple[np.ndarray, torch.Tensor]:
+) -> tuple[FFNRows, torch.Tensor]:
     """Rows, and an input ``[1, hidden]`` at which about `sparsity` of the neurons is zero."""
     positive = (1 - sparsity) ** 0.5  # gate and up are independent
     lean = float(torch.distributions.Normal(0.0, 1.0).icdf(torch.tensor(1 - positive)))
@@ -57,7 +57,7 @@ def make_ffn(
     x = torch.randn(1, hidden)
     x[0, 0] = 1.0
     rows[:2, :, 0] = -lean
-    return ffn_rows(*(quantise(part, quant) for part in rows)).numpy(), x
+    return quantise_ffn(*rows, (quant,) * 3), x
 
 
 def flags_for_both(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
@@ -94,26 +94,22 @@ def main() -> None:
     torch.manual_seed(0)
 
     stored, x = make_ffn(args.hidden, args.neurons, args.quant, args.sparsity)
-    truth, counts = (
-        backend("torch")
-        .Neurons(stored, args.hidden, args.quant, "drelu", 1)
-        .forward(x, x, mode="dense")
-    )
+    truth, counts = backend("torch").Neurons(stored, "drelu", 1).forward(x, x, mode="dense")
     _, gate, active = counts[0].tolist()
     stride = row_bytes(args.quant, args.hidden)
-    moved = {"dense": stored.size, "exact": stride * (args.neurons + gate + active)}
+    moved = {"dense": 3 * stride * args.neurons, "exact": stride * (args.neurons + gate + active)}
 
     x = x.repeat(args.tokens, 1)
     truth = truth.repeat(args.tokens, 1)
     layers: dict[str, tuple[list[Any], list[Any]]] = {}
     for name in {"torch" if isa == "torch" else "cpu" for isa in args.isa.split(",")}:
-        copies = [stored.copy() for _ in range(args.copies)]
+        copies = [
+            replace(stored, gates=stored.gates.copy(), pairs=stored.pairs.copy())
+            for _ in range(args.copies)
+        ]
         layers[name] = (
-            [backend(name).Neurons(c, args.hidden, args.quant, "drelu", threads) for c in copies],
-            [
-                backend(name).Matrix(c.reshape(-1, stride), args.hidden, args.quant, threads)
-                for c in copies
-            ],
+            [backend(name).Neurons(c, "drelu", threads) for c in copies],
+            [backend(name).Matrix(c.gates, args.hidden, args.quant, threads) for c in copies],
         )
     runs: dict[str, tuple[str, Callable[[], object]]] = {}
     sizes: dict[str, int] = {}
@@ -132,7 +128,7 @@ def main() -> None:
             )
             sizes[key] = moved[mode] * args.copies
         runs[f"{isa} matmul"] = isa, lambda matrices=matrices: [m.matmul(x) for m in matrices]
-        sizes[f"{isa} matmul"] = stored.size * args.copies
+        sizes[f"{isa} matmul"] = stored.gates.size * args.copies
     seconds: dict[str, list[float]] = {key: [] for key in runs}
     for _ in range(args.rounds):
         for key, (isa, run) in runs.items():

@@ -17,18 +17,18 @@ using Counts = Array<int32_t, 2>;
 
 constexpr int kMaxThreads = 1024;
 
-void check_rows(const Bytes& data, const char* what, int cols, Quant quant) {
+void check_cols(const char* what, int cols, Quant quant) {
   const std::string given = std::string(what) + " is " + std::to_string(cols) + ", expected ";
   if (cols < 1) fail(given + "at least 1");
   if (quant != QUANT_F16 && cols % GROUP != 0) {
     fail(given + "a multiple of " + std::to_string(GROUP) + " for " + kQuants[quant]);
   }
-  check_shape("data", data, data.shape(0), row_stride(quant, cols));
 }
 
 void init_matrix(OwningMatrix* self, Bytes data, int cols, const char* quant_name) {
   const Quant quant = parse<Quant>("quant", quant_name, kQuants);
-  check_rows(data, "cols", cols, quant);
+  check_cols("cols", cols, quant);
+  check_shape("data", data, data.shape(0), row_stride(quant, cols));
   const int64_t rows = data.shape(0);
   new (self) OwningMatrix{{data.data(), rows, cols, quant}, data};
 }
@@ -53,22 +53,35 @@ void row(const OwningMatrix& self, int64_t index, Array<float, 1> out) {
   self.row(index, out.data());
 }
 
-void init_neurons(OwningNeurons* self, Bytes data, int hidden, const char* quant_name,
-                  const char* activation_name, const Predictor* predictor) {
-  const Quant quant = parse<Quant>("quant", quant_name, kQuants);
-  const auto activation = parse<Activation>("activation", activation_name, kActivations);
-  check_rows(data, "hidden", hidden, quant);
-  if (data.shape(0) % 3) {
-    fail("data has " + std::to_string(data.shape(0)) + " rows, expected three for each neuron");
+void init_neurons(OwningNeurons* self, Bytes gates, Bytes pairs, int hidden,
+                  const std::vector<std::string>& quants, const char* activation_name,
+                  const Predictor* predictor) {
+  if (quants.size() != 3) fail("quants must be those of gate, up and down");
+  Quant parsed[3];
+  for (int i = 0; i < 3; ++i) {
+    parsed[i] = parse<Quant>("quant", quants[i], kQuants);
+    check_cols("hidden", hidden, parsed[i]);
   }
-  const int64_t neurons = data.shape(0) / 3;
+  const auto activation = parse<Activation>("activation", activation_name, kActivations);
+  const int64_t neurons = gates.shape(0);
+  check_shape("gates", gates, neurons, row_stride(parsed[0], hidden));
+  check_shape("pairs", pairs, neurons,
+              row_stride(parsed[1], hidden) + row_stride(parsed[2], hidden));
   if (predictor && (predictor->neurons != neurons || predictor->hidden != hidden)) {
     fail("the predictor is of " + std::to_string(predictor->neurons) + " neurons and hidden " +
          std::to_string(predictor->hidden) + ", expected " + std::to_string(neurons) + " and " +
          std::to_string(hidden));
   }
-  new (self) OwningNeurons{
-      {data.data(), neurons, hidden, quant, activation, predictor}, data, nb::find(predictor)};
+  new (self) OwningNeurons{{gates.data(),
+                            pairs.data(),
+                            neurons,
+                            hidden,
+                            {parsed[0], parsed[1], parsed[2]},
+                            activation,
+                            predictor},
+                           gates,
+                           pairs,
+                           nb::find(predictor)};
 }
 
 void forward(const OwningNeurons& self, Input x, Input residual, Output out, Counts counts,
@@ -118,9 +131,9 @@ NB_MODULE(_core, m) {
 
   bind_predictors(m);
   nb::class_<OwningNeurons>(m, "Neurons",
-                            "An FFN: the gate rows, then up row and down column of each neuron.")
-      .def("__init__", &init_neurons, "data"_a.noconvert(), "hidden"_a, "quant"_a, "activation"_a,
-           "predictor"_a.none() = nb::none())
+                            "An FFN: gate rows, and for each neuron its up row and down column.")
+      .def("__init__", &init_neurons, "gates"_a.noconvert(), "pairs"_a.noconvert(), "hidden"_a,
+           "quants"_a, "activation"_a, "predictor"_a.none() = nb::none())
       .def("forward", &forward, "x"_a.noconvert(), "residual"_a.noconvert(), "out"_a.noconvert(),
            "counts"_a.noconvert(), "mode"_a, "threads"_a,
            "out[T, hidden] = FFN(x); counts[T, 3] = candidates, positive gates, Combined not zero");

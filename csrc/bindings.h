@@ -18,7 +18,7 @@ struct OwningMatrix : Matrix {
   Bytes owner;
 };
 struct OwningNeurons : Neurons {
-  Bytes owner;
+  Bytes gates_owner, pairs_owner;
   nanobind::object predictor_owner;
 };
 

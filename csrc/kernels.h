@@ -1,6 +1,7 @@
 // The kernels on one row of weights, as a plain-C table.
 //
-// A row is `cols` weights: payload, then zeros up to a multiple of 64 bytes.
+// A row is `cols` weights: payload, then zeros up to a multiple of 16 bytes, of f16 of 64, which
+// the kernels read. It may begin at any byte.
 //   f16  cols halves, little-endian
 //   q8   cols int8, then cols/32 half scales             weight = scale * int8
 //   q4   cols/2 bytes of nibbles, then cols/32 half scales   weight = scale * (nibble - 8)
@@ -16,7 +17,7 @@
 
 enum Quant { QUANT_F16, QUANT_Q8, QUANT_Q4, QUANTS };
 
-enum { GROUP = 32, TILE_GROUPS = 16, TILE = GROUP * TILE_GROUPS, ROW_ALIGNMENT = 64 };
+enum { GROUP = 32, TILE_GROUPS = 16, TILE = GROUP * TILE_GROUPS, CACHE_LINE = 64, ROW_STEP = 16 };
 
 // Some rows of weights: number `indices[i]`, or i itself where indices is null, for each i < count.
 struct Rows {

@@ -44,6 +44,11 @@ ALWAYS_INLINE void prefetch(const uint8_t* from, int bytes) {
 // Bytes of a row of `bits` a weight, scales included.
 int row_bytes(int bits, int cols) { return cols * bits / 8 + (bits < 16 ? cols / GROUP * 2 : 0); }
 
+// From one row to the next in a matrix.
+int64_t row_stride(int bits, int cols) {
+  return round_up(row_bytes(bits, cols), bits < 16 ? ROW_STEP : CACHE_LINE);
+}
+
 // How many rows ahead to fetch: the next ones, or of short rows as many as make up for the memory's
 // latency.
 int64_t rows_ahead(int row_bytes) {
@@ -71,9 +76,9 @@ struct Group {
 template <int N, int StepBytes>
 class Fetch {
  public:
-  Fetch(const Group<N>& group, int64_t row_bytes)
+  Fetch(const Group<N>& group, int64_t row_stride)
       : group_(group),
-        together_(N > 1 && group.next[N - 1] == group.next[0] + (N - 1) * row_bytes) {}
+        together_(N > 1 && group.next[N - 1] == group.next[0] + (N - 1) * row_stride) {}
 
   ALWAYS_INLINE void step() {
     if (together_) {

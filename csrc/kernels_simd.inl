@@ -36,7 +36,7 @@ struct DotsF16 : Dots {
   template <int N, int T>
   void run(int64_t i, int64_t token) const {
     const Group<N> group(rows, i, ahead);
-    Fetch<N, 2 * GROUP> fetch(group, round_up(row_bytes(kBits, cols), ROW_ALIGNMENT));
+    Fetch<N, 2 * GROUP> fetch(group, row_stride(kBits, cols));
     Floats sums[N][T];
     for (int n = 0; n < N; ++n) {
       for (int t = 0; t < T; ++t) sums[n][t] = zero();
@@ -74,7 +74,7 @@ struct AxpysF16 : Axpys {
   template <int N>
   void run(int64_t i) const {
     const Group<N> group(rows, i, ahead);
-    Fetch<N, 2 * GROUP> fetch(group, round_up(row_bytes(kBits, cols), ROW_ALIGNMENT));
+    Fetch<N, 2 * GROUP> fetch(group, row_stride(kBits, cols));
     Floats a[N];
     for (int n = 0; n < N; ++n) a[n] = broadcast(coefficients[i + n]);
     for (int c = 0; c < cols; c += GROUP) {
@@ -116,7 +116,7 @@ struct DotsQ8 : Dots {
   template <int N, int T>
   void run(int64_t i, int64_t token) const {
     const Group<N> group(rows, i, ahead);
-    Fetch<N, GROUP + 2> fetch(group, round_up(row_bytes(kBits, cols), ROW_ALIGNMENT));
+    Fetch<N, GROUP + 2> fetch(group, row_stride(kBits, cols));
     alignas(64) float scales[N][TILE_GROUPS];
     Floats sums[N][T];
     for (int n = 0; n < N; ++n) {
@@ -167,7 +167,7 @@ struct AxpysQ8 : Axpys {
   template <int N>
   void run(int64_t i) const {
     const Group<N> group(rows, i, ahead);
-    Fetch<N, GROUP + 2> fetch(group, round_up(row_bytes(kBits, cols), ROW_ALIGNMENT));
+    Fetch<N, GROUP + 2> fetch(group, row_stride(kBits, cols));
     alignas(64) float a[N][TILE_GROUPS];  // coefficient times scale
     for (int tile = 0; tile < cols; tile += TILE) {
       const int scales_at = cols + tile / GROUP * 2;
@@ -288,7 +288,7 @@ struct DotsQ4 : Dots {
   template <int N, int T>
   void run(int64_t i, int64_t token) const {
     const Group<N> group(rows, i, ahead);
-    Fetch<N, kLanes * 9 / 2> fetch(group, round_up(row_bytes(kBits, cols), ROW_ALIGNMENT));
+    Fetch<N, kLanes * 9 / 2> fetch(group, row_stride(kBits, cols));
     Floats totals[N][T];
     for (int n = 0; n < N; ++n) {
       for (int t = 0; t < T; ++t) totals[n][t] = zero();
@@ -396,7 +396,7 @@ struct AxpysQ4 : Axpys {
   template <int N>
   void run(int64_t i) const {
     const Group<N> group(rows, i, ahead);
-    Fetch<N, kLanes * 9 / 2> fetch(group, round_up(row_bytes(kBits, cols), ROW_ALIGNMENT));
+    Fetch<N, kLanes * 9 / 2> fetch(group, row_stride(kBits, cols));
     for (int tile = 0; tile < cols; tile += TILE) {
       for (int part = 0; part < kParts; ++part) {
         const Nibbles nibbles(cols, tile, part);

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "buffer.h"
@@ -62,22 +63,29 @@ void combine(Activation activation, float* gate, const float* up, size_t count) 
   }
 }
 
+// The rows of one part of a feed-forward, the kernels that read them, and the tokens' x for these.
+struct PartRows {
+  const Kernels& kernels;
+  const uint8_t* data;
+  const int64_t stride;
+  const Prepared* x;  // null for downs, which no x meets
+};
+
 // One call of Neurons::forward.
 struct Pass {
   const Neurons& ffn;
-  const Kernels& kernels;
-  const int64_t stride;
+  const PartRows parts[3];
+  const int64_t neuron_bytes;
   const int64_t tokens;
   const Mode mode;
   const Prediction* prediction;  // null: all neurons are candidates
   const int64_t threads;
   const bool gated = ffn.activation != Activation::kRelu;  // else up is its own gate
 
-  enum Part { kGate, kUp, kDown };
+  const Kernels& kernels(Neurons::Part part) const { return parts[part].kernels; }
 
-  Rows rows(Part part, const int32_t* indices, int64_t count) const {
-    if (part == kGate) return {ffn.data, stride, indices, count};
-    return {ffn.data + (ffn.neurons + (part == kDown)) * stride, 2 * stride, indices, count};
+  Rows rows(Neurons::Part part, const int32_t* indices, int64_t count) const {
+    return {parts[part].data, parts[part].stride, indices, count};
   }
 
   // The neurons of a share: each of its chunks follows those of the other shares.
@@ -96,10 +104,9 @@ struct Pass {
 // alone.
 class NeuronShare {
  public:
-  NeuronShare(const Pass& pass, const Prepared& prepared)
+  explicit NeuronShare(const Pass& pass)
       : pass_(pass),
-        prepared_(prepared),
-        sum_floats_(pass.kernels.sum_floats(pass.ffn.hidden)),
+        sum_floats_(pass.kernels(Neurons::kDown).sum_floats(pass.ffn.hidden)),
         lists_(pass.tokens),
         sums_(pass.tokens * sum_floats_, true),
         counts_(3 * pass.tokens) {}
@@ -109,14 +116,14 @@ class NeuronShare {
     const int64_t all = share.size();
     const int64_t alone = pass_.mode == Mode::kDense ? kDenseStep : all;
     const int64_t step =
-        pass_.tokens == 1 ? alone : std::max(kChunk, kResidentBytes / pass_.stride);
+        pass_.tokens == 1 ? alone : std::max(kChunk, 3 * kResidentBytes / pass_.neuron_bytes);
     for (int64_t from = 0; from < all; from += step) {
       run_stages(share.data() + from, std::min(step, all - from));
     }
   }
 
   void add_to(int64_t t, float* out, int32_t* counts) const {
-    pass_.kernels.add_sum(sums_ + t * sum_floats_, pass_.ffn.hidden, out);
+    pass_.kernels(Neurons::kDown).add_sum(sums_ + t * sum_floats_, pass_.ffn.hidden, out);
     for (int i = 0; i < 3; ++i) counts[i] += counts_[3 * t + i];
   }
 
@@ -130,31 +137,34 @@ class NeuronShare {
       if (pass_.prediction) pass_.prediction->keep_candidates(t, lists_[t]);
       counts_[3 * t] += lists_[t].size();
     }
-    project(pass_.gated ? Pass::kGate : Pass::kUp, values_);
+    project(pass_.gated ? Neurons::kGate : Neurons::kUp, values_);
     compact(1, [](float gate) { return !(gate <= 0); });  // a NaN is kept, so that it shows
-    if (pass_.gated) project(Pass::kUp, ups_);
+    if (pass_.gated) project(Neurons::kUp, ups_);
     const std::vector<float>& ups = pass_.gated ? ups_ : values_;
     for (int64_t t = 0; t < pass_.tokens; ++t) {
       combine(pass_.ffn.activation, &values_[t * width_], &ups[t * width_], lists_[t].size());
     }
     compact(2, [](float combined) { return combined != 0; });
-    for_lists(Pass::kDown, [&](const Rows& down, int64_t t, int64_t tokens) {
-      pass_.kernels.axpys(&down, &values_[t * width_], width_, tokens, pass_.ffn.hidden,
-                          sums_ + t * sum_floats_);
+    const Kernels& kernels = pass_.kernels(Neurons::kDown);
+    for_lists(Neurons::kDown, [&](const Rows& down, int64_t t, int64_t tokens) {
+      kernels.axpys(&down, &values_[t * width_], width_, tokens, pass_.ffn.hidden,
+                    sums_ + t * sum_floats_);
     });
   }
 
   // out[t, i] = row of the part of neuron lists_[t][i] · x of token t
-  void project(Pass::Part part, std::vector<float>& out) {
+  void project(Neurons::Part part, std::vector<float>& out) {
+    const Kernels& kernels = pass_.kernels(part);
+    const Prepared& x = *pass_.parts[part].x;
     out.resize(pass_.tokens * width_);
     for_lists(part, [&](const Rows& rows, int64_t t, int64_t tokens) {
-      pass_.kernels.dots(&rows, prepared_[t], tokens, pass_.ffn.hidden, &out[t * width_], width_);
+      kernels.dots(&rows, x[t], tokens, pass_.ffn.hidden, &out[t * width_], width_);
     });
   }
 
   // Calls work(rows, first token, tokens).
   template <typename Work>
-  void for_lists(Pass::Part part, Work work) {
+  void for_lists(Neurons::Part part, Work work) {
     const int64_t tokens = together_ ? pass_.tokens : 1;
     for (int64_t t = 0; t < pass_.tokens; t += tokens) {
       work(pass_.rows(part, lists_[t].data(), lists_[t].size()), t, tokens);
@@ -186,7 +196,6 @@ class NeuronShare {
   }
 
   const Pass& pass_;
-  const Prepared& prepared_;
   const int64_t sum_floats_;
   std::vector<std::vector<int32_t>> lists_;  // neurons that each token needs
   bool together_;                            // the lists are the same
@@ -198,9 +207,9 @@ class NeuronShare {
 
 // Runs a share on each thread. The order of the threads is the order of the sum: the result does
 // not depend on their timing.
-void run_shares(const Pass& pass, const Prepared& prepared, float* out, int32_t* counts) {
+void run_shares(const Pass& pass, float* out, int32_t* counts) {
   std::vector<std::unique_ptr<NeuronShare>> shares(pass.threads);
-  for (auto& share : shares) share = std::make_unique<NeuronShare>(pass, prepared);
+  for (auto& share : shares) share = std::make_unique<NeuronShare>(pass);
   parallel(pass.threads, [&](int thread) { shares[thread]->run(thread); });
   const int64_t hidden = pass.ffn.hidden;
   std::fill_n(out, pass.tokens * hidden, 0.0f);
@@ -217,7 +226,8 @@ int64_t row_stride(Quant quant, int cols) {
   const int64_t payload = quant == QUANT_F16  ? cols * int64_t{2}
                           : quant == QUANT_Q8 ? cols + scales
                                               : cols / 2 + scales;
-  return (payload + ROW_ALIGNMENT - 1) / ROW_ALIGNMENT * ROW_ALIGNMENT;
+  const int64_t step = quant == QUANT_F16 ? CACHE_LINE : ROW_STEP;
+  return (payload + step - 1) / step * step;
 }
 
 void Matrix::row(int64_t index, float* out) const {
@@ -248,17 +258,28 @@ void Matrix::matmul(const float* x, float* out, int64_t tokens, int threads) con
 
 void Neurons::forward(const float* x, const float* residual, float* out, int32_t* counts,
                       int64_t tokens, Mode mode, int threads) const {
-  const int64_t stride = row_stride(quant, hidden);
-  const Kernels& kernels = kernels_of(quant);
+  const int64_t gate = row_stride(quants[kGate], hidden), up = row_stride(quants[kUp], hidden);
+  const int64_t pair = up + row_stride(quants[kDown], hidden);
+  const Kernels &of_gate = kernels_of(quants[kGate]), &of_up = kernels_of(quants[kUp]);
   for (int64_t t = 0; t < tokens; t += kTokenBlock) {
     const int64_t block = std::min(kTokenBlock, tokens - t), at = t * hidden;
     std::unique_ptr<Prediction> prediction;
     if (mode == Mode::kPredicted) {
       prediction = predictor->begin(x + at, residual + at, block, threads);
     }
-    const int some = worthwhile_threads(threads, neurons * 3 * stride, block);
-    const Pass pass{*this, kernels, stride, block, mode, prediction.get(), some};
-    const Prepared prepared(kernels, x + at, block, hidden, some);
-    run_shares(pass, prepared, out + at, counts + 3 * t);
+    const int some = worthwhile_threads(threads, neurons * (gate + pair), block);
+    const Prepared for_gates(of_gate, x + at, block, hidden, some);
+    std::optional<Prepared> for_ups;
+    if (of_up.prepare != of_gate.prepare) for_ups.emplace(of_up, x + at, block, hidden, some);
+    const Pass pass{*this,
+                    {{of_gate, gates, gate, &for_gates},
+                     {of_up, pairs, pair, for_ups ? &*for_ups : &for_gates},
+                     {kernels_of(quants[kDown]), pairs + up, pair, nullptr}},
+                    gate + pair,
+                    block,
+                    mode,
+                    prediction.get(),
+                    some};
+    run_shares(pass, out + at, counts + 3 * t);
   }
 }

@@ -42,10 +42,13 @@ enum class Mode { kDense, kExact, kPredicted };
 class Predictor;
 
 struct Neurons {
-  const uint8_t* data;  // [3 * neurons, row_stride]: gate rows, then up row, down column of each
+  enum Part { kGate, kUp, kDown };
+
+  const uint8_t* gates;  // [neurons, gate row]
+  const uint8_t* pairs;  // [neurons, up row and down column]
   int64_t neurons;
   int hidden;
-  Quant quant;
+  Quant quants[3];  // of each part
   Activation activation;
   const Predictor* predictor;  // null: there is none
 

@@ -97,5 +97,5 @@ std::unique_ptr<Prediction> Signs::begin(const float* x, const float*, int64_t t
 }
 
 int64_t Signs::bits_stride(int hidden) {
-  return (hidden + 8 * ROW_ALIGNMENT - 1) / (8 * ROW_ALIGNMENT) * ROW_ALIGNMENT;
+  return (hidden + 8 * CACHE_LINE - 1) / (8 * CACHE_LINE) * CACHE_LINE;
 }

@@ -51,7 +51,7 @@ class Block {
   T* end() const { return data_ + count_; }
 
  private:
-  static constexpr std::align_val_t kAlignment{ROW_ALIGNMENT};
+  static constexpr std::align_val_t kAlignment{CACHE_LINE};
   const int64_t count_;
   T* const data_;
 };
@@ -62,7 +62,8 @@ int64_t row_stride(int quant, int cols) {
   const int64_t payload = quant == QUANT_F16  ? cols * int64_t{2}
                           : quant == QUANT_Q8 ? cols + scales
                                               : cols / 2 + scales;
-  return (payload + ROW_ALIGNMENT - 1) / ROW_ALIGNMENT * ROW_ALIGNMENT;
+  const int64_t step = quant == QUANT_F16 ? CACHE_LINE : ROW_STEP;
+  return (payload + step - 1) / step * step;
 }
 
 // Zero, subnormal, or up to 4 in size.
@@ -277,7 +278,7 @@ void for_inputs(int64_t count, Run run) {
 
 // How many bits of the rows agree with given ones.
 void check_agreements(int words, int64_t count) {
-  const int64_t stride = (words * 8 + ROW_ALIGNMENT - 1) / ROW_ALIGNMENT * ROW_ALIGNMENT;
+  const int64_t stride = (words * 8 + CACHE_LINE - 1) / CACHE_LINE * CACHE_LINE;
   const Block<uint8_t> data(count * stride);
   for (uint8_t& byte : data) byte = static_cast<uint8_t>(random_bits());
   const Block<uint64_t> bits(words);

@@ -116,7 +116,7 @@ def test_bytes_of_predicted_mode(tmp_path: Path, predictor: str) -> None:
     engine = Engine(tmp_path / "model", mode="predicted")
     _, counts = engine.decoder([7], engine.new_cache(), mode="predicted")
     sizes = bytes_per_step(engine, counts[None].double(), positions=10)
-    row = 256 + 2 * 8 + 48  # int8 weights, scales, padding to 64
+    row = 256 + 2 * 8  # int8 weights, scales
     candidates, gate, active = counts[:, 0].double().sum(0).tolist()
     assert sizes["gates"] == pytest.approx(row * candidates)
     assert sizes["ups"] == pytest.approx(row * gate)
@@ -126,7 +126,7 @@ def test_bytes_of_predicted_mode(tmp_path: Path, predictor: str) -> None:
         share = candidates / (layers * used * neurons)
         expected = 64 * neurons * (1 + share**0.5)  # 256 bits in 64 bytes: gate, part of up
     else:
-        expected = 64 * row + neurons * 128  # fc1; fc2 of 64 int8 and 2 scales, padded
+        expected = 64 * row + neurons * 80  # fc1; fc2 of 64 int8 and 2 scales, padded to 16
     assert sizes["predictors"] == pytest.approx(layers * used * expected)
 
 
@@ -155,7 +155,7 @@ def test_bytes_of_one_token_are_those_of_the_rows_it_reads(tmp_path: Path, mode:
     engine = Engine(tmp_path / "model", mode=mode)  # type: ignore[arg-type]
     _, counts = engine.decoder([7], engine.new_cache(), mode="exact")
     sizes = bytes_per_step(engine, counts[None].double(), positions=10)
-    row = 256 + 2 * 8 + 48  # int8 weights, scales, padding to 64
+    row = 256 + 2 * 8  # int8 weights, scales
     _, gate, active = counts[:, 0].double().sum(0).tolist()
     layers, used, neurons = 2, 2, 512
     assert sizes["gates"] == pytest.approx(row * layers * used * neurons)

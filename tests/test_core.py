@@ -23,10 +23,10 @@ HALVES = HALVES[np.isfinite(HALVES)]
 # -- the formats ---------------------------------------------------------------------------------
 
 
-def pad(*parts):
-    """Joins byte arrays [rows, n] and fills the rows up to a multiple of 64 bytes."""
+def pad(*parts, step=16):
+    """Joins byte arrays [rows, n] and fills the rows up to a multiple of `step` bytes."""
     payload = np.concatenate([part.view(np.uint8) for part in parts], axis=1)
-    return np.pad(payload, ((0, 0), (0, -payload.shape[1] % 64)))
+    return np.pad(payload, ((0, 0), (0, -payload.shape[1] % step)))
 
 
 def q4_nibbles(codes):
@@ -43,7 +43,7 @@ def q4_nibbles(codes):
 def encode(quant, codes, scales):
     """codes [rows, cols], scales [rows, cols / 32] -> bytes [rows, stride]."""
     if quant == "f16":
-        return pad(decode(codes, scales).astype(np.float16))
+        return pad(decode(codes, scales).astype(np.float16), step=64)
     return pad(q4_nibbles(codes) if quant == "q4" else codes.astype(np.int8), scales)
 
 
@@ -53,8 +53,12 @@ def decode(codes, scales):
 
 
 def ffn_rows(gate, up, down):
-    """Gate rows, then the up row and the down column of each neuron."""
-    return np.concatenate([gate, np.stack([up, down], 1).reshape(-1, up.shape[1])])
+    """Gate rows; and of each neuron its up row and its down column."""
+    return gate, np.concatenate([up, down], 1)
+
+
+def neurons_of(stored, hidden, quant, activation):
+    return _core.Neurons(*stored, hidden, [quant] * 3, activation)
 
 
 def random_rows(rng, rows, cols, sign=None):
@@ -95,7 +99,7 @@ def forward(neurons, x, mode, threads=1):
 
 
 def random_ffn(rng, quant, neurons, hidden, active=None):
-    """Rows [3 * neurons, stride] and the weights (gate, up, down).
+    """Rows (gates, pairs) and the weights (gate, up, down).
 
     With `active` [neurons] a positive x has positive gates and ups for those neurons only.
     """
@@ -130,7 +134,7 @@ def integer_x(rng, tokens, hidden, low):
 
 
 def check_ffn(activation, quant, stored, weights, x, threads=1):
-    neurons = _core.Neurons(stored, x.shape[1], quant, activation)
+    neurons = neurons_of(stored, x.shape[1], quant, activation)
     expected, expected_counts = reference_ffn(activation, *weights, x)
     for mode in ("dense",) if activation in WITHOUT_ZEROS else ("dense", "exact"):
         out, counts = forward(neurons, x, mode, threads)
@@ -203,9 +207,9 @@ def test_matmul(quant, cols, rows):
 
 
 def test_no_rows_and_no_tokens():
-    empty = _core.Matrix(np.zeros((0, 64), np.uint8), 32, "q4")
+    empty = _core.Matrix(np.zeros((0, 32), np.uint8), 32, "q4")
     assert matmul(empty, np.ones((3, 32), np.float32)).shape == (3, 0)
-    matrix = _core.Matrix(np.zeros((7, 64), np.uint8), 32, "q4")
+    matrix = _core.Matrix(np.zeros((7, 32), np.uint8), 32, "q4")
     assert matmul(matrix, np.ones((0, 32), np.float32)).shape == (0, 7)
 
 
@@ -255,7 +259,7 @@ def test_exact_mode_reads_no_up_row_behind_a_closed_gate(activation):
     closed, opened = np.full((1, 32), -1.0), np.full((1, 32), 1.0)
     scales = np.ones((1, 1), np.float16)
     record = ffn_rows(*(encode("f16", w, scales) for w in (closed, opened, opened)))
-    neurons = _core.Neurons(record, 32, "f16", activation)
+    neurons = neurons_of(record, 32, "f16", activation)
     x = np.full((1, 32), np.inf, np.float32)
     assert np.isnan(forward(neurons, x, "dense")[0]).all()
     assert (forward(neurons, x, "exact")[0] == 0).all()
@@ -265,7 +269,7 @@ def test_exact_mode_reads_no_up_row_behind_a_closed_gate(activation):
 def test_same_threads_same_bits(threads):
     rng = np.random.default_rng(0)
     stored, _ = random_ffn(rng, "q8", 1023, 96)
-    neurons = _core.Neurons(stored, 96, "q8", "drelu")
+    neurons = neurons_of(stored, 96, "q8", "drelu")
     x = rng.standard_normal((3, 96), np.float32)
     first, _ = forward(neurons, x, "exact", threads=threads)
     for _ in range(5):
@@ -278,7 +282,7 @@ def test_same_threads_same_bits(threads):
 def test_nan_is_not_hidden(activation, mode):
     stored, _ = random_ffn(np.random.default_rng(0), "q4", 7, 32)
     out, _ = forward(
-        _core.Neurons(stored, 32, "q4", activation), np.full((1, 32), np.nan, np.float32), mode
+        neurons_of(stored, 32, "q4", activation), np.full((1, 32), np.nan, np.float32), mode
     )
     assert np.isnan(out).all()
 
@@ -288,15 +292,19 @@ def test_nan_is_not_hidden(activation, mode):
 
 def matrix_and_arrays():
     return (
-        _core.Matrix(np.zeros((7, 64), np.uint8), 32, "q4"),
+        _core.Matrix(np.zeros((7, 32), np.uint8), 32, "q4"),
         np.zeros((3, 32), np.float32),
         np.zeros((3, 7), np.float32),
     )
 
 
+def empty(neurons):
+    return np.zeros((neurons, 32), np.uint8), np.zeros((neurons, 64), np.uint8)
+
+
 def neurons_and_arrays(activation="drelu"):
     return (
-        _core.Neurons(np.zeros((21, 64), np.uint8), 32, "q4", activation),
+        _core.Neurons(*empty(7), 32, ["q4"] * 3, activation),
         np.zeros((3, 32), np.float32),
         np.zeros((3, 32), np.float32),
         np.zeros((3, 3), np.int32),
@@ -311,8 +319,8 @@ def read_only(array):
 @pytest.mark.parametrize(
     ("data", "cols", "quant", "error", "message"),
     [
-        (np.zeros((7, 128), np.uint8), 32, "q4", ValueError, r"\(7, 128\), expected \(7, 64\)"),
-        (np.zeros((7, 18), np.uint8), 32, "q4", ValueError, r"\(7, 18\), expected \(7, 64\)"),
+        (np.zeros((7, 128), np.uint8), 32, "q4", ValueError, r"\(7, 128\), expected \(7, 32\)"),
+        (np.zeros((7, 18), np.uint8), 32, "q4", ValueError, r"\(7, 18\), expected \(7, 32\)"),
         (np.zeros((7, 64), np.uint8), 33, "q4", ValueError, "33, expected a multiple of 32"),
         (np.zeros((7, 64), np.uint8), 33, "q8", ValueError, "33, expected a multiple of 32"),
         (np.zeros((7, 64), np.uint8), 0, "f16", ValueError, "0, expected at least 1"),
@@ -329,19 +337,23 @@ def test_matrix_refuses(data, cols, quant, error, message):
 
 
 @pytest.mark.parametrize(
-    ("data", "hidden", "quant", "activation", "error", "message"),
+    ("change", "error", "message"),
     [
-        (np.zeros((9, 128), np.uint8), 32, "q4", "drelu", ValueError, r"expected \(9, 64\)"),
-        (np.zeros((7, 64), np.uint8), 32, "q4", "drelu", ValueError, "7 rows, expected three for"),
-        (np.zeros((21, 64), np.uint8), 48, "q8", "drelu", ValueError, "hidden is 48"),
-        (np.zeros((21, 64), np.uint8), 32, "Q4", "drelu", ValueError, "quant is 'Q4'"),
-        (np.zeros((21, 64), np.uint8), 32, "q4", "gelu", ValueError, "activation is 'gelu'"),
-        (np.zeros((21, 64), np.float32), 32, "q4", "drelu", TypeError, "incompatible"),
+        ({"gates": np.zeros((7, 64), np.uint8)}, ValueError, r"gates .*expected \(7, 32\)"),
+        ({"pairs": np.zeros((7, 32), np.uint8)}, ValueError, r"pairs .*expected \(7, 64\)"),
+        ({"pairs": np.zeros((6, 64), np.uint8)}, ValueError, r"pairs .*expected \(7, 64\)"),
+        ({"hidden": 48, "quants": ["q8"] * 3}, ValueError, "hidden is 48"),
+        ({"quants": ["q4", "Q4", "q4"]}, ValueError, "quant is 'Q4'"),
+        ({"quants": ["q4"]}, ValueError, "quants must be those of gate, up and down"),
+        ({"activation": "gelu"}, ValueError, "activation is 'gelu'"),
+        ({"gates": np.zeros((7, 32), np.float32)}, TypeError, "incompatible"),
     ],
 )
-def test_neurons_refuses(data, hidden, quant, activation, error, message):
+def test_neurons_refuses(change, error, message):
+    gates, pairs = empty(7)
+    given = {"gates": gates, "pairs": pairs, "hidden": 32, "quants": ["q4"] * 3}
     with pytest.raises(error, match=message):
-        _core.Neurons(data, hidden, quant, activation)
+        _core.Neurons(**given | {"activation": "drelu"} | change)
 
 
 @pytest.mark.parametrize(
@@ -429,9 +441,11 @@ def test_the_array_lives_as_long_as_the_matrix():
 
 def test_a_read_only_memmap_will_do(tmp_path):
     stored, weights = random_ffn(np.random.default_rng(0), "q4", 63, 96)
-    stored.tofile(tmp_path / "stored")
-    mapped = np.memmap(tmp_path / "stored", np.uint8, mode="r").reshape(stored.shape)
-    neurons = _core.Neurons(mapped, 96, "q4", "drelu")
+    mapped = []
+    for number, rows in enumerate(stored):
+        rows.tofile(tmp_path / str(number))
+        mapped.append(np.memmap(tmp_path / str(number), np.uint8, mode="r").reshape(rows.shape))
+    neurons = neurons_of(mapped, 96, "q4", "drelu")
     del mapped
     gc.collect()
     x = np.ones((1, 96), np.float32)

@@ -29,7 +29,8 @@ def matrix(count: int, cols: int = HIDDEN, seed: int = 0) -> _core.Matrix:
 
 
 def neurons(hidden: int = HIDDEN, seed: int = 0) -> _core.Neurons:
-    return _core.Neurons(rows(3 * NEURONS, hidden, seed), hidden, "f16", "drelu")
+    gates, pairs = rows(NEURONS, hidden, seed), rows(2 * NEURONS, hidden, seed + 1)
+    return _core.Neurons(gates, pairs.reshape(NEURONS, -1), hidden, ["f16"] * 3, "drelu")
 
 
 def ones(count: int = HIDDEN, dtype: Any = np.float32) -> np.ndarray[Any, Any]:

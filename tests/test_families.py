@@ -162,5 +162,5 @@ def test_the_schema_is_light() -> None:
 
 def test_python_and_the_core_name_the_same_activations() -> None:
     with pytest.raises(ValueError, match="activation is 'none', expected one of ") as error:
-        _core.Neurons(np.zeros((3, 64), np.uint8), 32, "f16", "none")
+        _core.Neurons(*np.zeros((2, 1, 64), np.uint8), 32, ["f16"] * 3, "none")
     assert str(error.value).partition("one of ")[2].split(", ") == list(ACTIVATIONS)

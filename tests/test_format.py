@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,8 +19,10 @@ from safetensors import safe_open
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.inspect import validate
 from turbosparse.pack import pack
-from turbosparse.packed import format as packed_format
-from turbosparse.packed.format import PAGE, Fault, FormatError, Packed
+from turbosparse.packed import files as packed_files
+from turbosparse.packed.files import PAGE
+from turbosparse.packed.format import Packed
+from turbosparse.packed.header import Fault, FormatError
 
 Make = Callable[..., Path]
 WEIGHTS = "model-00001-of-00001.safetensors"
@@ -103,15 +106,63 @@ def repeat_a_neuron(folder: Path) -> None:
     write_at(folder, header_end(path.read_bytes()) + first, np.int32([7, 7]).tobytes())
 
 
+def edit_profile(folder: Path, **fields: Any) -> None:
+    """Give the block a sound profile, changed so."""
+    profile = {
+        "tokens": 10,
+        "nats_per_token": 2.0,
+        "active": [[0.1], [0.2]],
+        "gate_positive": [[0.3], [0.4]],
+        "expert_tokens": [[10], [10]],
+    }
+    edit_block(folder, lambda block: block.update(profile=profile | fields))
+
+
+def rename(folder: Path, name: str, new: str) -> None:
+    edit_entries(folder, lambda entries: entries.update({new: entries.pop(name)}))
+
+
+def twice(folder: Path) -> None:
+    """A key that stands in the header two times: JSON readers take the last."""
+    entries = read_entries(folder / WEIGHTS)
+    text = json.dumps(entries, separators=(",", ":"))
+    again = json.dumps({NORM: entries[NORM]}, separators=(",", ":"))[1:-1]
+    replace_header(folder / WEIGHTS, f"{text[:-1]},{again}}}".encode())
+
+
+def off_the_page(folder: Path) -> None:
+    """The norm trades places with a part of the pad behind it."""
+    entries = read_entries(folder / WEIGHTS)
+    first, last = entries[NORM]["data_offsets"]
+    pad = next(n for n, e in entries.items() if e["data_offsets"][0] == last)
+    end = entries[pad]["data_offsets"][1]
+
+    def change(table: dict[str, Any]) -> None:
+        table["pad.98"] = {"dtype": "U8", "shape": [64], "data_offsets": [first, first + 64]}
+        table[NORM]["data_offsets"] = [first + 64, last + 64]
+        table[pad] = {"dtype": "U8", "shape": [end - last - 64], "data_offsets": [last + 64, end]}
+
+    edit_entries(folder, change)
+
+
+def put_nan(folder: Path, name: str, kind: type, at: int = 0) -> None:
+    """A NaN in a tensor, in a file whose checksum is right."""
+    first, _ = read_entries(folder / WEIGHTS)[name]["data_offsets"]
+    start = header_end((folder / WEIGHTS).read_bytes())
+    write_at(folder, start + first + at, kind(np.nan).tobytes())
+    digest = hashlib.sha256((folder / WEIGHTS).read_bytes()).hexdigest()
+    edit_block(folder, lambda block: block["files"][WEIGHTS].update(sha256=digest))
+
+
 NORM = "model.norm.weight"  # F32 [64]
-FC2 = "model.layers.1.predictor.fc2"  # U8 [96, 128], of rank 64
+FC2 = "model.layers.1.predictor.fc2"  # U8 [96, 80], of rank 64
 DAMAGES: dict[str, tuple[Callable[[Path], object], Fault]] = {
     "no block": (lambda f: edit_config(f, lambda c: c.pop("turbosparse")), Fault.NOT_PACKED),
     "block of convert": (
         lambda f: edit_block(f, lambda b: b.pop("format_version")),
         Fault.NOT_PACKED,
     ),
-    "later version": (lambda f: edit_block(f, lambda b: b.update(format_version=2)), Fault.VERSION),
+    "later version": (lambda f: edit_block(f, lambda b: b.update(format_version=3)), Fault.VERSION),
     "unknown quant": (lambda f: edit_block(f, lambda b: b.update(quant="q5")), Fault.HEADER),
     "unknown key": (lambda f: edit_block(f, lambda b: b.update(colour="red")), Fault.HEADER),
     "key missing": (lambda f: edit_block(f, lambda b: b.pop("ffn")), Fault.HEADER),
@@ -145,7 +196,27 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], Fault]] = {
         lambda f: edit_predictor(f, kind="sign", quant=None, ranks=None, input="post_norm"),
         Fault.TENSOR_UNKNOWN,
     ),
-    "half a predictor": (lambda f: edit_entries(f, lambda e: e.pop(FC2)), Fault.TENSOR_MISSING),
+    "half a predictor": (lambda f: rename(f, FC2, "extra"), Fault.TENSOR_UNKNOWN),
+    "activation of another": (
+        lambda f: edit_config(f, lambda c: c.update(ffn_activation="reglu")),
+        Fault.ACTIVATION,
+    ),
+    "profile of another": (lambda f: edit_profile(f, active=[[0.5]]), Fault.PROFILE),
+    "profile of more than all": (lambda f: edit_profile(f, active=[[1.5], [0.5]]), Fault.HEADER),
+    "profile that is NaN": (lambda f: edit_profile(f, nats_per_token=float("nan")), Fault.HEADER),
+    "a threshold below zero": (
+        lambda f: edit_block(f, lambda b: b["ffn"].update(threshold=-1.0)),
+        Fault.HEADER,
+    ),
+    "clusters of another size": (
+        lambda f: edit_block(f, lambda b: b.update(cluster_neurons=7)),
+        Fault.HEADER,
+    ),
+    "tensor twice": (twice, Fault.TENSOR_TWICE),
+    "tensors that overlap": (lambda f: shift(f, FC2, -PAGE), Fault.FILE_LAYOUT),
+    "a hole": (lambda f: edit_entries(f, lambda e: e.pop(NORM)), Fault.FILE_LAYOUT),
+    "NaN in a norm": (lambda f: put_nan(f, NORM, np.float32), Fault.NOT_FINITE),
+    "NaN in a scale": (lambda f: put_nan(f, FC2, np.float16, at=64), Fault.NOT_FINITE),
     "fc2 of another shape": (lambda f: edit_entry(f, FC2, shape=[192, 64]), Fault.TENSOR_SHAPE),
     "path as file name": (
         lambda f: edit_block(f, lambda b: b.update(files={f"../{WEIGHTS}": b["files"][WEIGHTS]})),
@@ -157,18 +228,18 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], Fault]] = {
     "header too long": (lambda f: write_at(f, 0, b"\xff" * 8), Fault.FILE_HEADER),
     "header no JSON": (lambda f: write_at(f, 8, b"\xff\x00?"), Fault.FILE_HEADER),
     "header no object": (lambda f: replace_header(f / WEIGHTS, b"[1]"), Fault.FILE_HEADER),
-    "span outside": (lambda f: shift(f, NORM, 1 << 40), Fault.FILE_HEADER),
+    "span outside": (lambda f: shift(f, NORM, 1 << 40), Fault.FILE_LAYOUT),
     "span backwards": (lambda f: edit_entry(f, NORM, data_offsets=[9, 3]), Fault.FILE_HEADER),
-    "tensor missing": (lambda f: edit_entries(f, lambda e: e.pop(NORM)), Fault.TENSOR_MISSING),
+    "tensor missing": (lambda f: rename(f, NORM, "pad.99"), Fault.TENSOR_MISSING),
     "tensor unknown": (
-        lambda f: edit_entries(f, lambda e: e.update(extra=e[NORM])),
+        lambda f: rename(f, NORM, "extra"),
         Fault.TENSOR_UNKNOWN,
     ),
     "wrong shape": (lambda f: edit_entry(f, NORM, shape=[32, 2]), Fault.TENSOR_SHAPE),
     "wrong type": (lambda f: edit_entry(f, NORM, dtype="I32"), Fault.TENSOR_SHAPE),
     "span too short": (
         lambda f: edit_entry(f, NORM, data_offsets=[0, 128]),
-        Fault.TENSOR_SHAPE,
+        Fault.FILE_LAYOUT,
     ),
     "config of a wider model": (
         lambda f: edit_config(f, lambda c: c.update(intermediate_size=128)),
@@ -181,7 +252,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], Fault]] = {
         ),
         Fault.TENSOR_MISSING,
     ),
-    "off the page": (lambda f: shift(f, NORM, -64), Fault.ALIGNMENT),
+    "off the page": (off_the_page, Fault.ALIGNMENT),
     "neuron twice": (repeat_a_neuron, Fault.NEURON_ORDER),
     "flipped byte": (lambda f: write_at(f, -3, b"\x01"), Fault.CHECKSUM),
 }
@@ -204,7 +275,7 @@ def test_damage_is_named_with_the_folder_and_what_to_do(folder: Path, damage: st
 
 @pytest.mark.parametrize("quant", ["f16", "q4"])
 def test_a_block_that_names_another_quant_is_refused(folder: Path, quant: str) -> None:
-    edit_block(folder, lambda block: block.update(quant=quant))
+    edit_block(folder, lambda block: block["quant"].update(q=quant))
     with pytest.raises(FormatError, match="wrong type or shape"):
         Packed(folder)
 
@@ -259,7 +330,7 @@ def test_tensors_cannot_be_written(whole: Path) -> None:
 def test_a_model_in_several_files_opens_as_one(
     merged: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packed_format, "SHARD_BYTES", 80_000)
+    monkeypatch.setattr(packed_files, "SHARD_BYTES", 80_000)
     pack(str(merged), tmp_path / "shards", quant="q8")
     packed, one = Packed(tmp_path / "shards"), Packed(whole)
     assert len(packed.header.files) > 1
@@ -270,7 +341,7 @@ def test_a_model_in_several_files_opens_as_one(
     assert packed.tensors.keys() == one.tensors.keys()
     for name, tensor in one.tensors.items():
         assert np.array_equal(packed.tensors[name], tensor), name
-    packed.verify_checksums()
+    packed.verify()
 
 
 # --- fuzzing: opening works or raises our error, and nothing else

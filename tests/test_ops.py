@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import numpy as np
 import pytest
 import torch
 from torch.nn.functional import gelu, relu, silu
@@ -10,8 +9,8 @@ from torch.nn.functional import gelu, relu, silu
 from turbosparse import ops
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.activations import WITHOUT_ZEROS
-from turbosparse.ops.quant import dequantise, ffn_rows, quantise
-from turbosparse.ops.rows import QUANTS
+from turbosparse.ops.quant import dequantise, dequantise_ffn, quantise, quantise_ffn
+from turbosparse.ops.rows import QUANTS, FFNRows
 
 SAME_SUM = 2e-5  # relative RMS of float32 sums against float64, where terms may cancel
 
@@ -26,7 +25,7 @@ FORMULAS = {
 
 def make_ffn(
     neurons: int, hidden: int, quant: str, lean: float
-) -> tuple[np.ndarray, list[torch.Tensor]]:
+) -> tuple[FFNRows, tuple[torch.Tensor, ...]]:
     """Rows of random weights and the matrices they stand for; `lean` shifts the gates.
 
     Gates and ups lean against feature 0, which inputs set to 1: −∞ makes every neuron inactive.
@@ -34,8 +33,8 @@ def make_ffn(
     generator = torch.Generator().manual_seed(neurons * 1000 + hidden)
     parts = list(torch.randn(3, neurons, hidden, generator=generator) / hidden**0.5)
     parts[0][:, 0], parts[1][:, 0] = lean, lean
-    packed = [quantise(part, quant) for part in parts]
-    return ffn_rows(*packed).numpy(), [dequantise(p, quant, hidden) for p in packed]
+    rows = quantise_ffn(*parts, (quant,) * 3)
+    return rows, dequantise_ffn(rows)
 
 
 def inputs(tokens: int, hidden: int) -> torch.Tensor:
@@ -64,7 +63,7 @@ def test_ffn_is_the_formula(
         g, u = (x.double() @ gate.double().T), (x.double() @ up.double().T)
         combined = formula(g, u)
         truth = (combined @ down.double()).float()
-        ffn = ops.backend(backend).Neurons(stored, hidden, quant, activation, 2)
+        ffn = ops.backend(backend).Neurons(stored, activation, 2)
         first = combined if activation == "relu" else g
         expected = [torch.full((tokens,), neurons), (first > 0).sum(1), (combined != 0).sum(1)]
         for mode in ("dense",) if activation in WITHOUT_ZEROS else ("dense", "exact"):
@@ -82,9 +81,9 @@ def test_a_single_active_neuron(backend: str) -> None:
         torch.rand(neurons, hidden),
     )
     gate[41] = 1.0
-    stored = ffn_rows(*(quantise(part, "f16") for part in (gate, up, down))).numpy()
+    stored = quantise_ffn(gate, up, down, ("f16",) * 3)
     x = torch.rand(1, hidden)
-    ffn = ops.backend(backend).Neurons(stored, hidden, "f16", "drelu", 2)
+    ffn = ops.backend(backend).Neurons(stored, "drelu", 2)
     y, counts = ffn.forward(x, x, mode="exact")
     assert counts.tolist() == [[neurons, 1, 1]]
     assert relative_rms(y, x.sum() ** 2 * down[41].half().float()[None]) < SAME_SUM
@@ -94,7 +93,7 @@ def test_a_single_active_neuron(backend: str) -> None:
 @pytest.mark.parametrize("backend", ops.BACKENDS)
 def test_what_has_no_zeros_refuses_exact_mode(backend: str, activation: str) -> None:
     stored, _ = make_ffn(7, 32, "q8", 0.0)
-    ffn = ops.backend(backend).Neurons(stored, 32, "q8", activation, 1)
+    ffn = ops.backend(backend).Neurons(stored, activation, 1)
     with pytest.raises(ValueError, match="dense mode"):
         ffn.forward(inputs(1, 32), inputs(1, 32), mode="exact")
 

@@ -19,7 +19,7 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.count import RULE
 from turbosparse.hf.load import load_config
 from turbosparse.inspect import inspect, validate
-from turbosparse.ops.quant import dequantise, negative, split_ffn
+from turbosparse.ops.quant import dequantise, dequantise_ffn, negative
 from turbosparse.pack import pack
 from turbosparse.packed.format import Packed
 from turbosparse.packed.stats import Stats
@@ -130,10 +130,9 @@ def test_signs_are_those_of_the_packed_rows(sparse: Make, statistics: Make, tmp_
     done = pack(str(sparse("mixtral")), out, stats=statistics("mixtral"), predictor="sign")
     assert done.predictor == "sign predictor, threshold 0"
     packed, prefix = Packed(out), "model.layers.1.experts.3."
-    stored = torch.tensor(packed.tensors[f"{prefix}ffn"])
     bits = torch.tensor(packed.tensors[f"{prefix}predictor.signs"])
-    for rows, half in zip(split_ffn(stored)[:2], bits.chunk(2, 1), strict=True):
-        assert torch.equal(negative(half, 64), dequantise(rows, "q4", 64) < 0)
+    for weights, half in zip(dequantise_ffn(packed.ffn(prefix))[:2], bits.chunk(2, 1), strict=True):
+        assert torch.equal(negative(half, 64), weights < 0)
 
 
 def test_a_merged_predictor_is_left_out_on_request(merged: Path, tmp_path: Path) -> None:
@@ -149,7 +148,7 @@ def test_inspect_shows_the_predictor(merged: Path, tmp_path: Path) -> None:
     assert found.predictor == (
         "low_rank q8 predictor, threshold -1.5, recall 50.0%, rank 32 to 64, reads pre_norm"
     )
-    assert found.parts["predictors"] == (32 * 128 + 96 * 64) + (64 * 128 + 96 * 128)
+    assert found.parts["predictors"] == (32 * 80 + 96 * 48) + (64 * 80 + 96 * 80)
 
 
 def edited(model: Path, copy: Path, change: Callable[[dict[str, torch.Tensor]], object]) -> Path:
@@ -217,9 +216,10 @@ def test_the_parts_add_up(sparse: Make, tmp_path: Path, quant: str) -> None:
     assert 0 <= padding < 4096 * (tensors + 2)
     on_disk = sum(path.stat().st_size for path in (tmp_path / "packed").glob("*.safetensors"))
     assert found.bytes == on_disk == written.bytes
-    row = {"f16": 128, "q8": 128, "q4": 64}[quant]  # 64 weights, in cache lines
+    row = {"f16": 128, "q8": 80, "q4": 48}[quant]  # 64 weights, in steps of 16 bytes
+    end = 80 if quant == "q4" else row  # embedding and head beside q4 are q8
     assert found.parts["feed-forward"] == 2 * 4 * (96 * 3 * row + 4 * 96)
-    assert found.parts["embedding and head"] == 2 * VOCABULARY * row
+    assert found.parts["embedding and head"] == 2 * VOCABULARY * end
     assert found.parts["norms and router"] == 4 * (5 * 64 + 2 * 4 * 64)
 
 
@@ -245,7 +245,11 @@ def test_inspect_counts_activated_parameters_by_the_rule(
 def test_inspect_says_what_the_model_is(sparse: Make, tmp_path: Path) -> None:
     pack(str(sparse("mistral")), tmp_path / "packed", quant="q4")
     found = inspect(tmp_path / "packed")
-    assert (found.architecture, found.activation, found.quant) == ("drelu_mistral", "drelu", "q4")
+    assert (found.architecture, found.activation, found.quant) == (
+        "drelu_mistral",
+        "drelu",
+        "q4, embedding head q8",
+    )
     assert (found.layers, found.experts, found.neurons, found.hidden) == (2, 0, 96, 64)
     assert (found.context, found.source) == (CONTEXT, str(sparse("mistral")))
     assert found.activated_parameters is found.activation_sparsity is None  # no profile

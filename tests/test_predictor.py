@@ -13,14 +13,15 @@ from turbosparse import _core, ops
 from turbosparse.ops.predictor import PackedPredictor, Predictor
 from turbosparse.ops.quant import (
     dequantise,
-    ffn_rows,
+    dequantise_ffn,
     negative,
     quantise,
+    quantise_ffn,
     sign_bits,
-    split_ffn,
+    signs,
 )
 from turbosparse.ops.reference import low_rank_candidates, sign_candidates, sparse_ffn
-from turbosparse.ops.rows import QUANTS
+from turbosparse.ops.rows import QUANTS, FFNRows
 
 SAME_SUM = 5e-5  # relative RMS; the core rounds the features of a q4 predictor to 15 bits
 ACTIVATIONS = ("drelu", "reglu", "relu")
@@ -39,9 +40,15 @@ def random(*shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def stored(quant: str, neurons: int = NEURONS, hidden: int = HIDDEN) -> np.ndarray:
+def stored(quant: str, neurons: int = NEURONS, hidden: int = HIDDEN) -> FFNRows:
     parts = random(3, neurons, hidden) / hidden**0.5
-    return ffn_rows(*(quantise(part, quant) for part in parts)).numpy()
+    return quantise_ffn(*parts, (quant,) * 3)
+
+
+def core_neurons(
+    rows: FFNRows, activation: str, predictor: _core.Predictor | None = None
+) -> _core.Neurons:
+    return _core.Neurons(rows.gates, rows.pairs, rows.hidden, rows.quants, activation, predictor)
 
 
 def low_rank(quant: str, rank: int, threshold: float, **settings: Any) -> PackedPredictor:
@@ -58,13 +65,10 @@ def low_rank(quant: str, rank: int, threshold: float, **settings: Any) -> Packed
     return PackedPredictor(about, tensors)
 
 
-def sign(data: np.ndarray, quant: str, threshold: float, hidden: int = HIDDEN) -> PackedPredictor:
-    """That of stored, as `pack` makes it."""
-    from turbosparse.ops.quant import signs
-
+def sign(rows: FFNRows, threshold: float) -> PackedPredictor:
+    """That of these rows, as `pack` makes it."""
     about = Predictor(kind="sign", input="post_norm", threshold=threshold)
-    gate, up, _ = split_ffn(torch.from_numpy(data))
-    return PackedPredictor(about, {"signs": signs(gate, up, quant, hidden)})
+    return PackedPredictor(about, {"signs": signs(rows)})
 
 
 def inputs(tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -84,7 +88,7 @@ def forward(
     threads: int = 2,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     x, residual = inputs(tokens)
-    ffn = ops.backend(backend).Neurons(stored(quant), HIDDEN, quant, activation, threads, predictor)
+    ffn = ops.backend(backend).Neurons(stored(quant), activation, threads, predictor)
     y, counts = ffn.forward(x, residual, mode=mode)
     return y, counts
 
@@ -113,7 +117,7 @@ def relative_rms(value: torch.Tensor, truth: torch.Tensor) -> float:
 def test_a_predictor_that_lets_all_through_equals_exact_mode(
     backend: str, activation: str, kind: str
 ) -> None:
-    predictor = low_rank("q8", 32, -1e30) if kind == "low_rank" else sign(stored("q8"), "q8", -1.0)
+    predictor = low_rank("q8", 32, -1e30) if kind == "low_rank" else sign(stored("q8"), -1.0)
     y, counts = forward(backend, predictor, 3, activation=activation)
     exact, expected = forward(backend, None, 3, activation=activation, mode="exact")
     assert torch.equal(y, exact)
@@ -127,7 +131,7 @@ def test_a_predictor_that_lets_all_through_equals_exact_mode(
 def test_a_predictor_that_lets_none_through_gives_zeros(
     backend: str, activation: str, kind: str
 ) -> None:
-    predictor = low_rank("q8", 32, 1e30) if kind == "low_rank" else sign(stored("q8"), "q8", 1.01)
+    predictor = low_rank("q8", 32, 1e30) if kind == "low_rank" else sign(stored("q8"), 1.01)
     y, counts = forward(backend, predictor, 3, activation=activation)
     assert torch.equal(y, torch.zeros(3, HIDDEN))
     assert torch.equal(counts, torch.zeros(3, 3, dtype=torch.int32))
@@ -223,23 +227,21 @@ def test_the_two_inputs_pick_different_neurons() -> None:
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.usefixtures("isa")
 def test_signs_on_the_core_are_the_reference(quant: str, tokens: int) -> None:
-    predictor = sign(stored(quant), quant, 0.05)
+    predictor = sign(stored(quant), 0.05)
     assert_core_is_the_reference(predictor, quant, tokens)
 
 
 @pytest.mark.parametrize("hidden", [1, 7, 63, 172, 512, 1056])
 def test_signs_of_any_width(hidden: int) -> None:
     data = stored("f16", 37, hidden)
-    predictor = sign(data, "f16", 0.0, hidden)
+    predictor = sign(data, 0.0)
     x = random(5, hidden)
     counts = [
-        ops.backend(backend)
-        .Neurons(data, hidden, "f16", "drelu", 1, predictor)
-        .forward(x, x, mode="predicted")[1]
+        ops.backend(backend).Neurons(data, "drelu", 1, predictor).forward(x, x, mode="predicted")[1]
         for backend in ops.BACKENDS
     ]
     assert torch.equal(*counts)
-    gate, up = (dequantise(p, "f16", hidden) < 0 for p in split_ffn(torch.tensor(data))[:2])
+    gate, up = (part < 0 for part in dequantise_ffn(data)[:2])
     assert counts[0][:, 0].tolist() == sign_candidates(x, gate, up, "drelu", 0.0).sum(1).tolist()
 
 
@@ -253,8 +255,8 @@ def test_the_core_fills_every_output(kind: str) -> None:
         first, second = _core.Matrix(matrices[0], HIDDEN, "q8"), _core.Matrix(matrices[1], 32, "q8")
         predictor: _core.Predictor = _core.LowRank(first, second, 5.0, False)
     else:
-        predictor = _core.Signs(sign(data, "q8", 0).tensors["signs"], HIDDEN, "drelu", 0.1)
-    neurons = _core.Neurons(data, HIDDEN, "q8", "drelu", predictor)
+        predictor = _core.Signs(sign(data, 0).tensors["signs"], HIDDEN, "drelu", 0.1)
+    neurons = core_neurons(data, "drelu", predictor)
     x = random(17, HIDDEN).numpy()
     out = np.full(x.shape, np.nan, np.float32)
     counts = np.full((17, 3), -1, np.int32)
@@ -267,9 +269,7 @@ def test_the_core_fills_every_output(kind: str) -> None:
 
 @pytest.mark.parametrize("backend", ops.BACKENDS)
 def test_a_broken_input_shows_in_the_output(backend: str) -> None:
-    ffn = ops.backend(backend).Neurons(
-        stored("q8"), HIDDEN, "q8", "drelu", 1, low_rank("q8", 32, 0.3)
-    )
+    ffn = ops.backend(backend).Neurons(stored("q8"), "drelu", 1, low_rank("q8", 32, 0.3))
     x = torch.full((1, HIDDEN), torch.nan)
     assert ffn.forward(x, x, mode="predicted")[0].isnan().all()
 
@@ -308,9 +308,9 @@ def test_predictors_that_do_not_fit_are_refused() -> None:
         _core.Signs(np.zeros((NEURONS, 128), np.uint8), HIDDEN + 32, "drelu", 0.0),
     ):
         with pytest.raises(ValueError, match=f"the predictor is of .* expected {NEURONS} and 96"):
-            _core.Neurons(stored("q8"), HIDDEN, "q8", "drelu", predictor)
+            core_neurons(stored("q8"), "drelu", predictor)
     with pytest.raises(TypeError, match="incompatible"):
-        _core.Neurons(stored("q8"), HIDDEN, "q8", "drelu", "sign")  # type: ignore[arg-type]
+        core_neurons(stored("q8"), "drelu", "sign")  # type: ignore[arg-type]
 
 
 def test_the_weights_live_as_long_as_the_neurons() -> None:
@@ -320,9 +320,7 @@ def test_the_weights_live_as_long_as_the_neurons() -> None:
     arrays = [quantise(random(*s), "q8").numpy() for s in ((32, HIDDEN), (NEURONS, 32))]
     alive = [weakref.ref(array) for array in arrays]
     fc1, fc2 = _core.Matrix(arrays[0], HIDDEN, "q8"), _core.Matrix(arrays[1], 32, "q8")
-    neurons = _core.Neurons(
-        stored("q8"), HIDDEN, "q8", "drelu", _core.LowRank(fc1, fc2, 0.0, False)
-    )
+    neurons = core_neurons(stored("q8"), "drelu", _core.LowRank(fc1, fc2, 0.0, False))
     del fc1, fc2, arrays
     gc.collect()
     assert all(ref() is not None for ref in alive)

@@ -1,5 +1,6 @@
 """The C++ core. Arrays are taken as they are: another dtype or stride raises."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -32,9 +33,10 @@ class Signs(Predictor):
 class Neurons:
     def __init__(
         self,
-        data: NDArray[np.uint8],
+        gates: NDArray[np.uint8],
+        pairs: NDArray[np.uint8],
         hidden: int,
-        quant: str,
+        quants: Sequence[str],
         activation: str,
         predictor: Predictor | None = None,
     ) -> None: ...

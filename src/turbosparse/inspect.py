@@ -16,7 +16,8 @@ from turbosparse.packed.format import Packed
 
 # by role; what is not here is of the attention
 _PARTS = {
-    "ffn": "feed-forward",
+    "gate": "feed-forward",
+    "pairs": "feed-forward",
     "neuron_order": "feed-forward",
     "predictor": "predictors",
     **dict.fromkeys(("attention_norm", "ffn_norm", "norm", "router"), "norms and router"),
@@ -104,7 +105,7 @@ def inspect(folder: Path) -> Inspection:
     return Inspection(
         folder=str(folder),
         architecture=config.model_type,
-        quant=header.quant,
+        quant=str(header.quant),
         activation=packed.activation,
         predictor=_describe(header.ffn.predictor),
         neuron_order=header.neuron_order,
@@ -133,12 +134,12 @@ def _describe(predictor: Predictor | None) -> str | None:
 
 
 def validate(folder: Path) -> str:
-    """Check a packed folder to the last byte: structure, sizes, neuron orders and checksums.
+    """Check a packed folder to the last byte: structure, neuron orders, checksums, finite weights.
 
     Parameters
     ----------
     folder
         Packed folder.
     """
-    Packed(folder).verify_checksums()
+    Packed(folder).verify()
     return f"{folder}: whole"

@@ -1,6 +1,7 @@
 """Stage 5: a sparse Hugging Face folder becomes a packed folder that the engine reads.
 
-Streams tensor by tensor: a model of any size packs in the memory of one layer's (or expert's) FFN.
+Streams tensor by tensor: a model of any size packs in the memory of its largest matrix or of one
+feed-forward, as on disk and packed.
 With the statistics of `analyse` the neurons of each FFN are laid hot first; the function computed
 does not change.
 
@@ -12,8 +13,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
+import numpy as np
 import torch
 from numpy.typing import NDArray
 from pydantic import ValidationError
@@ -35,25 +37,15 @@ from turbosparse.hf.checkpoint import Checkpoint
 from turbosparse.hf.hub import model_folder
 from turbosparse.hf.load import activation_of, load_config, load_tokenizer
 from turbosparse.ops.predictor import Predictor
-from turbosparse.ops.quant import (
-    ffn_rows,
-    quantise,
-    signs,
-    split_ffn,
-)
-from turbosparse.ops.rows import row_bytes
-from turbosparse.packed.format import (
-    FFN,
-    VERSION,
-    Header,
-    Profile,
-    Spec,
-    ffn_prefix,
-    layout,
-    write_weights,
-)
+from turbosparse.ops.quant import quantise, signs
+from turbosparse.ops.rows import FFNRows, row_bytes
+from turbosparse.packed.files import Spec, write_weights
+from turbosparse.packed.format import cluster_neurons, ffn_prefix, layout
+from turbosparse.packed.header import FFN, VERSION, Header, Profile, QuantMap
 from turbosparse.packed.stats import FILE as STATS_FILE
 from turbosparse.packed.stats import Stats
+
+CHUNK = 1 << 20  # weights that are quantised at once
 
 
 @dataclass(frozen=True)
@@ -82,6 +74,7 @@ def pack(
     out: Path,
     *,
     quant: Literal["f16", "q8", "q4"] = "q4",
+    quant_map: str = "",
     stats: Path | None = None,
     predictor: Literal["auto", "none", "sign"] = "auto",
     predictor_quant: Literal["f16", "q8", "q4"] = "q8",
@@ -96,7 +89,10 @@ def pack(
         New packed folder.
     quant
         q4 and q8 have the numbers of GGUF Q4_0 and Q8_0; f16 is exact for bf16 weights in its
-        range.
+        range. With q4 the embedding and the head are q8.
+    quant_map
+        Another quant for some matrices, such as head=q4,down=q8: of embedding, q, k, v, o, head,
+        gate, up, down, or of attention and ffn as a whole.
     stats
         stats.turbosparse of `analyse`; by default the one in the model folder, if any.
     predictor
@@ -118,19 +114,21 @@ def pack(
     profile = _find_stats(folder, stats)
     if profile:
         profile.check(config)
-    plan = layout(config, quant, ffn.predictor)
+    quants = QuantMap.default(quant, _pairs(quant_map), tied=config.tie_word_embeddings)
+    plan = layout(config, quants, ffn.predictor)
+    choices = _Choices(quants, profile, ffn)
 
     with new_folder(out) as work:
         copy_companions(folder, work)
         if not (work / "tokenizer.json").is_file():  # the form that the engine reads
             tokenizer.backend_tokenizer.save(str(work / "tokenizer.json"))
-        tensors = track(
-            _tensors(config, checkpoint, plan, quant, profile, ffn), "packing", total=len(plan)
-        )
+        tensors = _tensors(config, checkpoint, plan, choices)
+        tensors = track(tensors, "packing", total=len(plan))
         files = write_weights(work, plan, tensors)
         header = Header(
             format_version=VERSION,
-            quant=quant,
+            quant=quants,
+            cluster_neurons=cluster_neurons(config.hidden_size, quants),
             ffn=ffn,
             neuron_order="hot_first" if profile else "model",
             source=str(model),
@@ -144,13 +142,27 @@ def pack(
         write_json(work / "config.json", raw)
     return PackedModel(
         out=str(out),
-        quant=quant,
+        quant=str(quants),
         activation=header.ffn.activation,
         predictor=str(ffn.predictor) if ffn.predictor else None,
         neuron_order=header.neuron_order,
         bytes=sum(file.bytes for file in files.values()),
         source_bytes=sum(path.stat().st_size for path in checkpoint.shards),
     )
+
+
+class _Choices(NamedTuple):
+    quants: QuantMap
+    stats: Stats | None
+    ffn: FFN
+
+
+def _pairs(text: str) -> dict[str, str]:
+    """``a=b,c=d`` as a table."""
+    pairs = [item.split("=") for item in text.replace(" ", "").split(",") if item]
+    if any(len(pair) != 2 for pair in pairs):
+        raise TurboSparseError(f"quant map {text!r} is not valid; write it like head=q8,down=q8")
+    return dict(pairs)
 
 
 def _predictor(config: Any, checkpoint: Checkpoint, choice: str, quant: str) -> Predictor | None:
@@ -198,41 +210,45 @@ def _profile(stats: Stats) -> Profile:
 
 
 def _tensors(
-    config: Any,
-    checkpoint: Checkpoint,
-    plan: dict[str, Spec],
-    quant: str,
-    stats: Stats | None,
-    ffn: FFN,
+    config: Any, checkpoint: Checkpoint, plan: dict[str, Spec], choices: _Choices
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Every tensor of `plan`, in its order."""
     ffns = {ffn_prefix(*slot): slot for slot in families.ffns(config)}
     for name, spec in plan.items():
-        if spec.role == "ffn":
-            prefix = name.removesuffix(".ffn")
-            layer, expert = ffns[f"{prefix}."]
-            order = _order(stats, layer, expert, config.intermediate_size)
-            rows = _ffn(config, checkpoint, (layer, expert), order, quant)
-            yield name, rows.numpy()
-            yield f"{prefix}.neuron_order", order.int().numpy()
-            if ffn.predictor and ffn.predictor.kind == "sign":
-                yield (
-                    f"{prefix}.predictor.signs",
-                    signs(*split_ffn(rows)[:2], quant, config.hidden_size),
-                )
-            elif ffn.predictor:
-                fc1, fc2 = (
-                    families.table(config).name(part, layer, expert) for part in ("fc1", "fc2")
-                )
-                own = str(ffn.predictor.quant)
-                yield f"{prefix}.predictor.fc1", _quantised(checkpoint, fc1, own).numpy()
-                yield f"{prefix}.predictor.fc2", _quantised(checkpoint, fc2, own, order).numpy()
-        elif spec.role in ("neuron_order", "predictor"):
-            continue  # came with the rows
-        elif spec.dtype == "U8":
-            yield name, _quantised(checkpoint, name, quant).numpy()
+        if spec.role == "gate":
+            yield from _ffn(config, checkpoint, choices, ffns[name.removesuffix("gate")])
+        elif spec.role in ("pairs", "neuron_order", "predictor"):
+            continue  # came with the gates
+        elif spec.quant:
+            yield name, _quantised(checkpoint, name, spec.quant)
         else:
-            yield name, checkpoint[name].float().numpy()
+            yield name, _finite(name, checkpoint[name].float().numpy())
+
+
+def _ffn(
+    config: Any, checkpoint: Checkpoint, choices: _Choices, slot: tuple[int, int | None]
+) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The tensors of one feed-forward, in the order of the plan."""
+    prefix = ffn_prefix(*slot)
+    gate, up, down, fc1, fc2 = (
+        families.table(config).name(role, *slot) for role in (*families.FFN_ROLES, "fc1", "fc2")
+    )
+    hidden, quants, predictor = config.hidden_size, choices.quants.ffn, choices.ffn.predictor
+    order = _order(choices.stats, *slot, config.intermediate_size)
+    gates = _quantised(checkpoint, gate, quants[0], order)
+    yield f"{prefix}gate", gates
+    width = row_bytes(quants[1], hidden)
+    pairs = np.empty((len(order), width + row_bytes(quants[2], hidden)), np.uint8)
+    _quantised(checkpoint, up, quants[1], order, out=pairs[:, :width])
+    _quantised(checkpoint, down, quants[2], order, out=pairs[:, width:], transpose=True)
+    yield f"{prefix}pairs", pairs
+    yield f"{prefix}neuron_order", order.int().numpy()
+    if predictor and predictor.kind == "sign":
+        yield f"{prefix}predictor.signs", signs(FFNRows(gates, pairs, hidden, quants))
+    elif predictor:
+        own = str(predictor.quant)
+        yield f"{prefix}predictor.fc1", _quantised(checkpoint, fc1, own)
+        yield f"{prefix}predictor.fc2", _quantised(checkpoint, fc2, own, order)
 
 
 def _order(stats: Stats | None, layer: int, expert: int | None, neurons: int) -> Tensor:
@@ -242,33 +258,33 @@ def _order(stats: Stats | None, layer: int, expert: int | None, neurons: int) ->
     return stats.active[layer, expert or 0].argsort(descending=True, stable=True)
 
 
-def _ffn(
-    config: Any,
-    checkpoint: Checkpoint,
-    slot: tuple[int, int | None],
-    order: Tensor,
-    quant: str,
-) -> Tensor:
-    gate, up, down = families.ffn(config, *slot)
-    return ffn_rows(
-        _quantised(checkpoint, gate, quant, order),
-        _quantised(checkpoint, up, quant, order),
-        _quantised(checkpoint, down, quant, order, transpose=True),
-    )
-
-
 def _quantised(
     checkpoint: Checkpoint,
     name: str,
     quant: str,
     order: Tensor | None = None,
     *,
+    out: NDArray[np.uint8] | None = None,
     transpose: bool = False,
-) -> Tensor:
-    weights = checkpoint[name]
-    if transpose:
-        weights = weights.T
-    try:
-        return quantise(weights if order is None else weights[order], quant)
-    except TurboSparseError as error:
-        raise TurboSparseError(f"{name}: {error}") from error
+) -> NDArray[np.uint8]:
+    """Packed rows, some at a time: beside them only the weights as they are on disk take memory."""
+    weights = checkpoint[name].T if transpose else checkpoint[name]
+    rows, cols = weights.shape
+    if out is None:
+        out = np.empty((rows, row_bytes(quant, cols)), np.uint8)
+    step = max(1, CHUNK // cols)
+    for at in range(0, rows, step):
+        part = slice(at, at + step)
+        try:
+            out[part] = quantise(weights[part if order is None else order[part]], quant).numpy()
+        except TurboSparseError as error:
+            raise TurboSparseError(f"{name}: {error}") from error
+    return out
+
+
+def _finite(name: str, values: NDArray[np.float32]) -> NDArray[np.float32]:
+    if not np.isfinite(values).all():
+        raise TurboSparseError(
+            f"{name} holds NaN or infinity; export the model again from a sound checkpoint"
+        )
+    return values

@@ -47,7 +47,7 @@ class LlamaCpp:
             ) from error
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "peer.gguf"
-            write_random_gguf(path, packed.config, packed.quant)
+            write_random_gguf(path, packed.config, packed.header.quant.gate)
             yield cls(path, threads=threads, prompt=prompt)
 
     def _tokens(self, count: int) -> list[int]:

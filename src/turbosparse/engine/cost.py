@@ -34,8 +34,10 @@ def bytes_per_step(engine: Engine, counts: torch.Tensor, positions: float) -> di
     share = counts / (config.intermediate_size * experts)
     candidate, gate, active = (1 - (1 - share).prod(2).mean((0, 1))).tolist()
     every = 1 - (1 - experts_in_use(config) / experts) ** batch
-    row = row_bytes(engine.packed.quant, config.hidden_size)
-    rows = config.intermediate_size * experts * config.num_hidden_layers * row
+    neurons = config.intermediate_size * experts * config.num_hidden_layers
+    gates, ups, downs = (
+        neurons * row_bytes(quant, config.hidden_size) for quant in engine.packed.header.quant.ffn
+    )
     if engine.mode == "dense":
         gate = active = every
     head = families.config_head_dim(config)
@@ -52,9 +54,9 @@ def bytes_per_step(engine: Engine, counts: torch.Tensor, positions: float) -> di
         "attention": sum(by_role.get(role, 0) for role in families.ATTENTION_ROLES),
         "head": by_role["embedding" if config.tie_word_embeddings else "head"],
         "predictors": predictors,
-        "gates": rows * candidate,
-        "ups": rows * gate,
-        "downs": rows * active,
+        "gates": gates * candidate,
+        "ups": ups * gate,
+        "downs": downs * active,
         "keys and values": batch * positions * kept,
     }
 

@@ -37,15 +37,15 @@ class Decoder:
 
     def __init__(self, packed: Packed, *, backend: str, threads: int):
         config = packed.config
-        self.config, self.quant = config, packed.quant
+        self.config = config
         self._packed, self._tensors = packed, packed.tensors
         self._threads, self._kernels = threads, ops.backend(backend)
         name = families.table(config).name
-        self.embedding = self._matrix(name("embedding"), config.hidden_size)
+        self.embedding = self._matrix(name("embedding"))
         self.layers = [Layer(self, index) for index in range(config.num_hidden_layers)]
         self.norm = self._norm(name("norm"))
         tied = config.tie_word_embeddings
-        self.head = self.embedding if tied else self._matrix(name("head"), config.hidden_size)
+        self.head = self.embedding if tied else self._matrix(name("head"))
         self.rope = Rope(config)
 
     def new_cache(self, context: int) -> Cache:
@@ -76,15 +76,14 @@ class Decoder:
         cache.length += len(tokens)
         return self.head.matmul(self.norm(x if every else x[-1:])), torch.stack(counts)
 
-    def _matrix(self, name: str, cols: int) -> Any:
-        return self._kernels.Matrix(self._tensors[name], cols, self.quant, self._threads)
+    def _matrix(self, name: str) -> Any:
+        spec = self._packed.plan[name]
+        return self._kernels.Matrix(self._tensors[name], spec.cols, spec.quant, self._threads)
 
     def _neurons(self, layer: int, expert: int | None) -> Any:
         prefix = ffn_prefix(layer, expert)
         return self._kernels.Neurons(
-            self._tensors[f"{prefix}ffn"],
-            self.config.hidden_size,
-            self.quant,
+            self._packed.ffn(prefix),
             self._packed.activation,
             self._threads,
             self._packed.predictor(prefix),
@@ -129,7 +128,7 @@ class Attention:
         for role in "qkvo":
             bias = parts.get(f"{role}.bias")
             self.projections[role] = (
-                decoder._matrix(parts[role].name, parts[role].shape[1]),
+                decoder._matrix(parts[role].name),
                 decoder._vector(bias.name) if bias else 0.0,
             )
         self.window = sliding_window(config, index)

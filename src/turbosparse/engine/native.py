@@ -31,10 +31,9 @@ class Decoder:
         config = packed.config
         self.config, self.threads = config, threads
         rope = Rope(config)
-        hidden = config.hidden_size
         name = families.table(config).name
-        embedding = _matrix(packed, name("embedding"), hidden)
-        head = embedding if config.tie_word_embeddings else _matrix(packed, name("head"), hidden)
+        embedding = _matrix(packed, name("embedding"))
+        head = embedding if config.tie_word_embeddings else _matrix(packed, name("head"))
         self.vocabulary = embedding.rows
         self._head = 2 * len(rope.frequencies)
         self._native = _core.Decoder(
@@ -120,8 +119,9 @@ class Decoder:
         return torch.from_numpy(logits), torch.from_numpy(counts)
 
 
-def _matrix(packed: Packed, name: str, cols: int) -> _core.Matrix:
-    return _core.Matrix(packed.tensors[name], cols, packed.quant)
+def _matrix(packed: Packed, name: str) -> _core.Matrix:
+    spec = packed.plan[name]
+    return _core.Matrix(packed.tensors[name], spec.cols, spec.quant)
 
 
 def _layer(packed: Packed, index: int) -> _core.Layer:
@@ -130,19 +130,13 @@ def _layer(packed: Packed, index: int) -> _core.Layer:
     vectors = {role: tensors.get(tensor.name) for role, tensor in parts.items()}
     experts: list[int | None] = list(range(families.experts(config))) or [None]
     return _core.Layer(
-        [_matrix(packed, parts[role].name, parts[role].shape[1]) for role in "qkvo"],
+        [_matrix(packed, parts[role].name) for role in "qkvo"],
         [vectors.get(f"{role}.bias") for role in "qkvo"],
         tensors[parts["attention_norm"].name],
         tensors[parts["ffn_norm"].name],
         vectors.get("router"),
         [
-            neurons(
-                tensors[f"{ffn}ffn"],
-                config.hidden_size,
-                packed.quant,
-                packed.activation,
-                packed.predictor(ffn),
-            )
+            neurons(packed.ffn(ffn), packed.activation, packed.predictor(ffn))
             for ffn in (ffn_prefix(index, expert) for expert in experts)
         ],
         sliding_window(config, index) or 0,

@@ -12,6 +12,7 @@ from torch import Tensor
 from turbosparse import _core
 from turbosparse.ops import Mode
 from turbosparse.ops.predictor import PackedPredictor
+from turbosparse.ops.rows import FFNRows
 
 
 class Matrix:
@@ -40,14 +41,12 @@ class Neurons:
 
     def __init__(
         self,
-        packed: NDArray[Any],
-        hidden: int,
-        quant: str,
+        rows: FFNRows,
         activation: str,
         threads: int,
         predictor: PackedPredictor | None = None,
     ):
-        self._neurons = neurons(packed, hidden, quant, activation, predictor)
+        self._neurons = neurons(rows, activation, predictor)
         self._threads = threads
 
     def forward(self, x: Tensor, residual: Tensor, *, mode: Mode) -> tuple[Tensor, Tensor]:
@@ -66,15 +65,11 @@ class Neurons:
 
 
 def neurons(
-    packed: NDArray[Any],
-    hidden: int,
-    quant: str,
-    activation: str,
-    predictor: PackedPredictor | None,
+    rows: FFNRows, activation: str, predictor: PackedPredictor | None = None
 ) -> _core.Neurons:
     """The core's view of one feed-forward."""
-    view = predictor and _predictor(predictor, hidden, activation)
-    return _core.Neurons(packed, hidden, quant, activation, view)
+    view = predictor and _predictor(predictor, rows.hidden, activation)
+    return _core.Neurons(rows.gates, rows.pairs, rows.hidden, rows.quants, activation, view)
 
 
 def _predictor(packed: PackedPredictor, hidden: int, activation: str) -> _core.Predictor:

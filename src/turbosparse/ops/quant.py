@@ -1,7 +1,7 @@
 """Block formats of packed weights: quantise, and dequantise, which is the truth for every kernel.
 
 ``docs/format.md`` says where each byte lies: values, then one fp16 scale for each block of 32, then
-zeros up to a multiple of 64 bytes. The numbers are those of GGUF Q8_0 and Q4_0.
+zeros up to the stride. The numbers are those of GGUF Q8_0 and Q4_0.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.ops.rows import BLOCK, TILE, row_bytes, sign_bytes
+from turbosparse.ops.rows import BLOCK, TILE, FFNRows, row_bytes, sign_bytes
 
 F16_MAX = 65504.0
 
@@ -63,25 +63,22 @@ def negative(bits: Tensor, cols: int) -> Tensor:
     return torch.from_numpy(unpacked).bool()
 
 
-def ffn_rows(gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """The rows of a feed-forward as they are packed: uint8 ``[I, row_bytes]`` each → ``[3·I, …]``.
-
-    All gate rows come first, for they are read as one stream; then each neuron's up row and down
-    column, which are read together or not at all.
-    """
-    return torch.cat((gate, torch.stack((up, down), 1).flatten(0, 1)))
+def quantise_ffn(gate: Tensor, up: Tensor, down: Tensor, quants: tuple[str, str, str]) -> FFNRows:
+    """Pack a feed-forward, one row ``[hidden]`` of each matrix for each neuron."""
+    parts = zip((gate, up, down), quants, strict=True)
+    packed = tuple(quantise(part, quant).numpy() for part, quant in parts)
+    return FFNRows.join(packed, gate.shape[1], quants)
 
 
-def split_ffn(rows: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Gate, up and down of packed `ffn_rows`."""
-    neurons = len(rows) // 3
-    return rows[:neurons], rows[neurons::2], rows[neurons + 1 :: 2]
+def dequantise_ffn(rows: FFNRows) -> tuple[Tensor, ...]:
+    """Gate, up and down, float32 ``[I, hidden]``."""
+    parts = zip(rows.split(), rows.quants, strict=True)
+    return tuple(dequantise(torch.tensor(part), quant, rows.hidden) for part, quant in parts)
 
 
-def signs(gate: Tensor, up: Tensor, quant: str, hidden: int) -> NDArray[np.uint8]:
-    """Which weights of packed gate and up rows are negative: packed bits."""
-    bits = [sign_bits(dequantise(rows, quant, hidden)) for rows in (gate, up)]
-    return torch.cat(bits, 1).numpy()
+def signs(rows: FFNRows) -> NDArray[np.uint8]:
+    """Which weights of the gate and up rows are negative: packed bits."""
+    return torch.cat([sign_bits(part) for part in dequantise_ffn(rows)[:2]], 1).numpy()
 
 
 def sqnr(reference: Tensor, approximation: Tensor) -> float:

@@ -17,7 +17,8 @@ from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.hf.ffn_activation import combined
 from turbosparse.ops import Mode
 from turbosparse.ops.predictor import PackedPredictor
-from turbosparse.ops.quant import dequantise, negative, split_ffn
+from turbosparse.ops.quant import dequantise, dequantise_ffn, negative
+from turbosparse.ops.rows import FFNRows
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x [T, H], residual [T, H] → candidates [T, I]
 
@@ -128,18 +129,14 @@ class Neurons:
 
     def __init__(
         self,
-        packed: NDArray[Any],
-        hidden: int,
-        quant: str,
+        rows: FFNRows,
         activation: str,
         threads: int,  # noqa: ARG002
         predictor: PackedPredictor | None = None,
     ):
-        self.gate, self.up, self.down = (
-            dequantise(part, quant, hidden) for part in split_ffn(_tensor(packed))
-        )
+        self.gate, self.up, self.down = dequantise_ffn(rows)
         self.activation = activation
-        self.candidates = predictor and _predictor(predictor, hidden, activation)
+        self.candidates = predictor and _predictor(predictor, rows.hidden, activation)
 
     def forward(self, x: Tensor, residual: Tensor, *, mode: Mode) -> tuple[Tensor, Tensor]:
         """See `sparse_ffn`; `residual`, which x is the norm of, is for the predictor."""

@@ -1,13 +1,20 @@
-"""How many bytes a packed row takes, by format. Loads no torch; `quant` fills the rows."""
+"""Where packed rows lie, by format. Loads no torch; `quant` fills the rows."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
 
 from turbosparse.base.errors import TurboSparseError
 
 QUANTS = ("f16", "q8", "q4")
 BLOCK = 32
 TILE = 16  # blocks
-ALIGNMENT = 64  # bytes: a cache line
+CACHE_LINE = 64  # bytes
+ROW_STEP = 16  # bytes; of f16 a cache line: see docs/format.md
 
 
 def row_bytes(quant: str, cols: int) -> int:
@@ -24,9 +31,50 @@ def row_bytes(quant: str, cols: int) -> int:
         )
     scales = 2 * cols // BLOCK
     payload = {"f16": 2 * cols, "q8": cols + scales, "q4": cols // 2 + scales}[quant]
-    return -(-payload // ALIGNMENT) * ALIGNMENT
+    step = CACHE_LINE if quant == "f16" else ROW_STEP
+    return -(-payload // step) * step
 
 
 def sign_bytes(cols: int) -> int:
     """Stride of the sign bits of a row of `cols` weights, in bytes."""
-    return -(-cols // (8 * ALIGNMENT)) * ALIGNMENT
+    return -(-cols // (8 * CACHE_LINE)) * CACHE_LINE
+
+
+@dataclass(frozen=True)
+class FFNRows:
+    """The packed rows of one feed-forward of I neurons; any first ones are a feed-forward too.
+
+    All gate rows are read as one stream; a neuron's up row and down column are read together or
+    not at all.
+    """
+
+    gates: NDArray[Any]  # uint8 [I, row_bytes]
+    pairs: NDArray[Any]  # uint8 [I, row_bytes of the up row + row_bytes of the down column]
+    hidden: int
+    quants: tuple[str, str, str]  # of gate, up and down
+
+    @classmethod
+    def join(
+        cls, parts: tuple[NDArray[Any], ...], hidden: int, quants: tuple[str, str, str]
+    ) -> Self:
+        """From the packed rows of gate, up and down."""
+        return cls(parts[0], np.concatenate(parts[1:], 1), hidden, quants)
+
+    def split(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
+        """The packed rows of gate, up and down."""
+        up = row_bytes(self.quants[1], self.hidden)
+        return self.gates, self.pairs[:, :up], self.pairs[:, up:]
+
+    def __getitem__(self, neurons: Any) -> Any:
+        return type(self)(self.gates[neurons], self.pairs[neurons], self.hidden, self.quants)
+
+
+def finite_scales(rows: NDArray[Any], quant: str, cols: int) -> bool:
+    """Whether every weight of packed rows is finite: only halves can be anything else."""
+    start = {"f16": 0, "q8": cols, "q4": cols // 2}[quant]
+    halves = rows[:, start : start + 2 * (cols if quant == "f16" else cols // BLOCK)]
+    step = max(1, (1 << 22) // max(1, halves.shape[1]))
+    return all(
+        np.isfinite(np.ascontiguousarray(halves[at : at + step]).view("<f2")).all()
+        for at in range(0, len(rows), step)
+    )

@@ -25,10 +25,12 @@ from turbosparse.base.progress import track
 from turbosparse.hf import families
 from turbosparse.hf.load import with_activation
 from turbosparse.ops.predictor import Predictor
-from turbosparse.ops.quant import ffn_rows, negative, quantise, signs
+from turbosparse.ops.quant import negative, quantise, signs
 from turbosparse.ops.reference import sign_scores
-from turbosparse.ops.rows import BLOCK, TILE, row_bytes
-from turbosparse.packed.format import FFN, VERSION, Header, Spec, layout, write_weights
+from turbosparse.ops.rows import BLOCK, TILE, FFNRows, row_bytes
+from turbosparse.packed.files import Spec, write_weights
+from turbosparse.packed.format import cluster_neurons, layout
+from turbosparse.packed.header import FFN, VERSION, Header, QuantMap
 
 # the architectures that people ask about; `layers` may be cut to fit a machine
 SHAPES: dict[str, dict[str, Any]] = {
@@ -148,13 +150,15 @@ def make_synthetic(out: Path, wanted: Wanted, *, quant: str, seed: int = 0) -> N
     config = with_activation(stock, activation)
     weights = _Weights(quant, wanted.sparsity, seed)
     predictor, weights.shared = _predicted_ffn(config, wanted, weights)
-    plan = layout(config, quant, predictor)
+    quants = QuantMap.uniform(quant)
+    plan = layout(config, quants, predictor)
     with new_folder(out) as work:
         tensors = ((name, weights.make(name, spec, config)) for name, spec in plan.items())
         files = write_weights(work, plan, track(tensors, f"making {wanted.shape}", total=len(plan)))
         header = Header(
             format_version=VERSION,
-            quant=quant,  # type: ignore[arg-type]
+            quant=quants,
+            cluster_neurons=cluster_neurons(config.hidden_size, quants),
             ffn=FFN(activation=activation, predictor=predictor),  # type: ignore[arg-type]
             neuron_order="model",
             source=str(wanted),
@@ -225,8 +229,8 @@ def _sign_ffn(
 ) -> tuple[Predictor, dict[str, NDArray[Any]]]:
     """Random rows, whose signs say little, and the threshold that lets the wanted share pass."""
     hidden = config.hidden_size
-    gate, up = weights.gates_and_ups(config.intermediate_size, hidden)
-    bits = signs(torch.from_numpy(gate), torch.from_numpy(up), weights.quant, hidden)
+    gate, up = (weights.leaning(config.intermediate_size, hidden) for _ in range(2))
+    bits = signs(FFNRows.join((gate, up, up), hidden, (weights.quant,) * 3))
     x = torch.from_numpy(weights.random.random((64, hidden)) < 0.5)
     x[:, :BLOCK] = False  # the constant features are positive
     some = torch.from_numpy(bits[:2048])
@@ -275,11 +279,11 @@ class _Weights:
             return self._small(spec)
         rows, stride = spec.shape
         hidden = config.hidden_size
-        if last == "ffn":
-            down = self._rows(rows // 3, hidden, stride, QUIET)
-            parts = [self.shared[part] for part in ("gate", "up") if part in self.shared]
-            gate, up = parts or self.gates_and_ups(rows // 3, hidden)
-            return ffn_rows(*map(torch.from_numpy, (gate, up, down))).numpy()
+        if last == "gate":
+            return self.leaning(rows, hidden)
+        if last == "pairs":
+            up = self.shared["up"] if "up" in self.shared else self.leaning(rows, hidden)
+            return np.concatenate((up, self._rows(rows, hidden, stride // 2, QUIET)), 1)
         if last == "o":
             heads = config.num_attention_heads * families.config_head_dim(config)
             return self._rows(rows, heads, stride, QUIET)
@@ -288,17 +292,13 @@ class _Weights:
             self._first_block(matrix, hidden, CONSTANT * SPREAD)
         return matrix
 
-    def gates_and_ups(
-        self, neurons: int, hidden: int
-    ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-        """Gate and up rows of neurons that are active as often as is asked."""
-        stride = row_bytes(self.quant, hidden)
-        gate, up = (self._rows(neurons, hidden, stride) for _ in range(2))
+    def leaning(self, neurons: int, hidden: int) -> NDArray[np.uint8]:
+        """Gate or up rows of neurons; together they are active as often as is asked."""
+        rows = self._rows(neurons, hidden, row_bytes(self.quant, hidden))
         if self.sparsity:
-            for rows in (gate, up):
-                share = (1 - self.sparsity) ** 0.5
-                self._first_block(rows, hidden, lean(share, hidden) * SPREAD)
-        return gate, up
+            share = (1 - self.sparsity) ** 0.5
+            self._first_block(rows, hidden, lean(share, hidden) * SPREAD)
+        return rows
 
     def _small(self, spec: Spec) -> NDArray[np.float32]:
         if spec.role in ("attention_norm", "ffn_norm", "norm"):

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from turbosparse.hf import families
-from turbosparse.ops.quant import dequantise, split_ffn
+from turbosparse.ops.quant import dequantise, dequantise_ffn
 from turbosparse.packed.format import Packed, ffn_prefix
 
 
@@ -17,16 +17,11 @@ def state_dict(packed: Packed) -> dict[str, Tensor]:
     for name, spec in packed.plan.items():
         if name in shapes:
             data = torch.tensor(packed.tensors[name])
-            quantised = spec.dtype == "U8"
-            tensors[name] = dequantise(data, packed.quant, shapes[name][1]) if quantised else data
+            tensors[name] = dequantise(data, spec.quant, spec.cols) if spec.quant else data
     for layer, expert in families.ffns(packed.config):
         prefix = ffn_prefix(layer, expert)
         order = torch.tensor(packed.tensors[f"{prefix}neuron_order"]).argsort()
-        rows = torch.tensor(packed.tensors[f"{prefix}ffn"])
-        gate, up, down = (
-            dequantise(part[order], packed.quant, packed.config.hidden_size)
-            for part in split_ffn(rows)
-        )
+        gate, up, down = (part[order] for part in dequantise_ffn(packed.ffn(prefix)))
         names = families.ffn(packed.config, layer, expert)
         tensors |= zip(names, (gate, up, down.T), strict=True)
     return tensors
