@@ -36,17 +36,16 @@ class FFN(NamedTuple):
     up: Tensor
     down: Tensor
 
-    def float(self) -> FFN:
-        return FFN(*(weight.float() for weight in self))
-
     def to(self, dtype: torch.dtype) -> FFN:
         return FFN(*(weight.to(dtype) for weight in self))
 
     def combined(self, x: Tensor, activation: str) -> Tensor:
-        return combined(linear(x, self.gate), linear(x, self.up), activation)
+        """Products in the type of the weights, the rest in float32."""
+        x = x.to(self.gate.dtype)
+        return combined(linear(x, self.gate).float(), linear(x, self.up).float(), activation)
 
     def output(self, x: Tensor, activation: str) -> Tensor:
-        return linear(self.combined(x, activation), self.down)
+        return linear(self.combined(x, activation).to(self.down.dtype), self.down).float()
 
 
 @torch.no_grad()
@@ -89,9 +88,9 @@ def fit_layer(
             seen, unseen = normed[mine & ~held_out[:, None]], normed[mine & held_out[:, None]]
         seen, unseen = (x.reshape(-1, x.shape[-1]).to(model.device) for x in (seen, unseen))
         at = f"{where}, expert {number}" if moe else where
-        made = fit(old, seen, neurons, where=at)
+        made = fit(old, seen, neurons, where=at).to(old.gate.dtype)
         shares.append(explained(old, made, unseen if len(unseen) else seen))
-        new.append(made.to(old.gate.dtype))
+        new.append(made)
     _put(mlp, new)
     for part, x in zip(model.chunks(hidden), model.chunks(normed), strict=True):
         part.add_(mlp(x.to(model.device)).to(part.device))
@@ -137,7 +136,7 @@ def _put(mlp: Any, new: list[FFN]) -> None:
 
 @torch.no_grad()
 def fit(old: FFN, x: Tensor, neurons: int, *, where: str = "the feed-forward") -> FFN:
-    """The dReLU FFN that comes near a SwiGLU FFN; float32.
+    """The dReLU FFN that comes near a SwiGLU FFN; its down projection is float32.
 
     Args:
         old: of the SwiGLU FFN.
@@ -148,15 +147,14 @@ def fit(old: FFN, x: Tensor, neurons: int, *, where: str = "the feed-forward") -
     Raises:
         TurboSparseError: its weights or outputs are NaN, infinite or too large to be real.
     """
-    old = old.float()
     kept, sign = _halves(old, x, neurons)
+    sign = sign.to(old.up.dtype)
     new = FFN(old.gate[kept], old.up[kept] * sign[:, None], old.down[:, kept] * sign)
     if not len(x):
         return new
     inner = torch.zeros(neurons, neurons, device=x.device)
-    outer = torch.zeros_like(new.down)
+    outer = torch.zeros(new.down.shape, device=x.device)
     for rows in x.split(_ROWS):
-        rows = rows.float()
         active = new.combined(rows, "drelu")
         inner.addmm_(active.T, active)
         outer.addmm_(old.output(rows, "swiglu").T, active)
@@ -165,18 +163,18 @@ def fit(old: FFN, x: Tensor, neurons: int, *, where: str = "the feed-forward") -
             f"{where}: its outputs on the text are NaN, infinite or too large to be real; "
             "check the weights of the model"
         )
-    return new._replace(down=_refit(inner, outer, new.down))
+    return new._replace(down=_refit(inner, outer, new.down.float()))
 
 
 def _halves(old: FFN, x: Tensor, neurons: int) -> tuple[Tensor, Tensor]:
     """The halves of neurons that add most on x: their numbers and signs, ``[neurons]`` each."""
     added = torch.zeros(2, len(old.gate), device=x.device)
     for rows in x.split(_ROWS):
-        rows = rows.float()
-        g, u = linear(rows, old.gate), linear(rows, old.up)
+        rows = rows.to(old.gate.dtype)
+        g, u = linear(rows, old.gate).float(), linear(rows, old.up).float()
         added[0] += combined(g, u, "drelu").square().sum(0)
         added[1] += combined(g, -u, "drelu").square().sum(0)
-    added *= old.down.square().sum(0)
+    added *= old.down.float().square().sum(0)
     kept = torch.arange(neurons, device=x.device)
     if added.any():
         kept = added.flatten().topk(neurons).indices.sort().values
@@ -213,10 +211,8 @@ def _refit(inner: Tensor, outer: Tensor, down: Tensor) -> Tensor:
 @torch.no_grad()
 def explained(old: FFN, new: FFN, x: Tensor) -> float | None:
     """Share of the variance of a SwiGLU FFN's output on x that a dReLU FFN accounts for."""
-    old, new = old.float(), new.float()
     left, square, mean = torch.zeros(3, len(old.down), device=x.device)
     for rows in x.split(_ROWS):
-        rows = rows.float()
         y = old.output(rows, "swiglu")
         left += (y - new.output(rows, "drelu")).square().sum(0)
         square += y.square().sum(0)
