@@ -314,7 +314,7 @@ def test_a_model_that_does_not_fit_runs_layer_by_layer(
     sparse: Make, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
     whole = analyse(str(sparse("llama")), data=[corpus], out=tmp_path, max_tokens=300)
-    monkeypatch.setattr("turbosparse.analyse.available_memory", lambda: 100_000)
+    monkeypatch.setattr("turbosparse.analyse.memory_available", lambda: 100_000)
     parts = analyse(str(sparse("llama")), data=[corpus], out=tmp_path, max_tokens=300)
     assert "running layer by layer" in capsys.readouterr().err
     assert parts.perplexity[str(corpus)] == pytest.approx(whole.perplexity[str(corpus)], rel=1e-4)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -39,7 +40,7 @@ def test_a_synthetic_model_computes_the_asked_sparsity(
 ) -> None:
     make_synthetic(tmp_path / "model", Wanted(shape), quant=quant)
     engine = Engine(tmp_path / "model", backend="torch")  # the truth, not the kernels
-    step = engine.step(list(range(3, 99)), engine.new_cache())
+    (step,) = engine.step([engine.sequence(range(3, 99))])
     assert step.gate_positive == pytest.approx(0.1**0.5, abs=0.03)
     assert step.active == pytest.approx(0.1, abs=0.02)
 
@@ -95,7 +96,7 @@ def test_a_synthetic_predictor_knows_its_neurons(tmp_path: Path, shape: str, qua
     assert card.candidates == pytest.approx(0.11, abs=0.03)
     assert card.activation_sparsity == pytest.approx(0.9, abs=0.03)
     engine = Engine(tmp_path / "kept", mode="exact", backend="torch")
-    step = engine.step(list(range(3, 99)), engine.new_cache())
+    (step,) = engine.step([engine.sequence(range(3, 99))])
     assert step.gate_positive == pytest.approx(0.1**0.5, abs=0.04)
     assert step.active == pytest.approx(0.1, abs=0.02)
 
@@ -114,10 +115,11 @@ def test_bytes_of_predicted_mode(tmp_path: Path, predictor: str) -> None:
     wanted = Wanted("mixtral-toy", predictor=predictor)
     make_synthetic(tmp_path / "model", wanted, quant="q8")
     engine = Engine(tmp_path / "model", mode="predicted")
-    _, counts = engine.decoder([7], engine.new_cache(), mode="predicted")
-    sizes = bytes_per_step(engine, counts[None].double(), positions=10)
+    cache = engine.decoder.new_cache(1)
+    _, counts = engine.decoder.step([[7]], [cache], mode="predicted")
+    sizes = bytes_per_step(engine, counts[None], positions=10)
     row = 256 + 2 * 8  # int8 weights, scales
-    candidates, gate, active = counts[:, 0].double().sum(0).tolist()
+    candidates, gate, active = counts[:, 0].sum(0).tolist()
     assert sizes["gates"] == pytest.approx(row * candidates)
     assert sizes["ups"] == pytest.approx(row * gate)
     assert sizes["downs"] == pytest.approx(row * active)
@@ -153,10 +155,11 @@ def test_a_synthetic_model_is_removed_unless_a_folder_is_named(
 def test_bytes_of_one_token_are_those_of_the_rows_it_reads(tmp_path: Path, mode: str) -> None:
     make_synthetic(tmp_path / "model", Wanted("mixtral-toy"), quant="q8")
     engine = Engine(tmp_path / "model", mode=mode)  # type: ignore[arg-type]
-    _, counts = engine.decoder([7], engine.new_cache(), mode="exact")
-    sizes = bytes_per_step(engine, counts[None].double(), positions=10)
+    cache = engine.decoder.new_cache(1)
+    _, counts = engine.decoder.step([[7]], [cache], mode="exact")
+    sizes = bytes_per_step(engine, counts[None], positions=10)
     row = 256 + 2 * 8  # int8 weights, scales
-    _, gate, active = counts[:, 0].double().sum(0).tolist()
+    _, gate, active = counts[:, 0].sum(0).tolist()
     layers, used, neurons = 2, 2, 512
     assert sizes["gates"] == pytest.approx(row * layers * used * neurons)
     if mode == "exact":
@@ -172,7 +175,7 @@ def test_rows_shared_by_sequences_count_once(tmp_path: Path) -> None:
     make_synthetic(tmp_path / "model", Wanted("llama-toy"), quant="q8")
     engine = Engine(tmp_path / "model")
     neurons = engine.config.intermediate_size
-    everything = torch.full((1, 2, 4, 3), float(neurons), dtype=torch.double)
+    everything = np.full((1, 2, 4, 3), float(neurons))
     half = everything / 2
     whole, shared = (bytes_per_step(engine, counts, 0)["ups"] for counts in (everything, half))
     assert shared == pytest.approx(whole * (1 - 0.5**4))

@@ -17,7 +17,7 @@ from turbosparse import _core
 from turbosparse.analyse import analyse
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.engine.engine import Engine
-from turbosparse.engine.model import Cache, causal_mask
+from turbosparse.engine.model import causal_mask
 from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.hf.load import load_config, load_model, with_activation
 from turbosparse.ops import BACKENDS
@@ -144,27 +144,30 @@ def reference_greedy(engine: Engine) -> tuple[list[int], list[int]]:
     """As `hf_greedy`, of an engine."""
     for first in range(60):
         prompt = [token + first for token in PROMPT]
-        cache = engine.new_cache()
-        step, tokens = engine.prefill(prompt, cache), []
+        sequence, tokens = engine.sequence(prompt), []
         while len(tokens) < TOKENS:
-            best = step.logits.topk(2)
+            best = torch.tensor(engine.step([sequence])[0].logits).topk(2)
             if best.values[0] - best.values[1] < CLEAR:
                 break
             tokens.append(int(best.indices[0]))
-            step = engine.step(tokens[-1:], cache)
+            sequence.extend(tokens[-1:])
         else:
             return prompt, tokens
     raise AssertionError("every prompt leads to a near tie")
 
 
 def engine_greedy(engine: Engine, prompt: list[int], chunk: int = 512) -> list[int]:
-    cache = engine.new_cache()
-    step = engine.prefill(prompt, cache, chunk=chunk)
-    tokens: list[int] = []
+    sequence = engine.sequence(prompt)
     for _ in range(TOKENS):
-        tokens.append(int(step.logits.argmax()))
-        step = engine.step(tokens[-1:], cache)
-    return tokens
+        sequence.extend([int(engine.step([sequence], chunk=chunk)[0].logits.argmax())])
+    return sequence.tokens[len(prompt) :]
+
+
+def every_logit(engine: Engine, tokens: list[int], mode: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits after every token, and what was used."""
+    cache = engine.decoder.new_cache(CONTEXT)
+    logits, counts = engine.decoder.step([tokens], [cache], mode=mode, every=True)
+    return torch.tensor(logits), torch.tensor(counts)
 
 
 @pytest.fixture
@@ -257,7 +260,7 @@ def test_a_predictor_reads_the_input_that_it_was_made_for(predicted: Make, where
         truth = model(torch.tensor([PROMPT])).logits[0]
     for backend in BACKENDS:
         engine = Engine(folder, backend=backend, mode="predicted")
-        logits, _ = engine.decoder(PROMPT, engine.new_cache(), mode="predicted", every=True)
+        logits, _ = every_logit(engine, PROMPT, "predicted")
         assert relative_rms(logits, truth) < 3e-3
 
 
@@ -268,7 +271,7 @@ def test_f16_logits_are_those_of_the_source_model(packed: Make, sparse: Make, fa
     with torch.inference_mode():
         truth = source(torch.tensor([PROMPT])).logits[0]
     engine = Engine(packed(family, "f16"), backend="torch", mode="dense")
-    logits, _ = engine.decoder(PROMPT, engine.new_cache(), mode="dense", every=True)
+    logits, _ = every_logit(engine, PROMPT, "dense")
     assert relative_rms(logits, truth) < 3e-3
 
 
@@ -278,20 +281,19 @@ def test_exact_mode_equals_dense_mode(packed: Make, family: str, backend: str) -
     results = {}
     for mode in ("dense", "exact"):
         engine = Engine(packed(family, "q4"), backend=backend, mode=mode)
-        results[mode] = engine.decoder(PROMPT, engine.new_cache(), mode=mode, every=True)
+        results[mode] = every_logit(engine, PROMPT, mode)
     (dense_logits, dense_counts), (exact_logits, exact_counts) = results["dense"], results["exact"]
     assert relative_rms(exact_logits, dense_logits) < SAME_LOGITS
     assert torch.equal(exact_counts, dense_counts)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sequences_of_a_batch_do_not_see_each_other(packed: Make, family: str) -> None:
+def test_sequences_of_a_batch_do_not_see_each_other(
+    packed: Make, family: str, backend: str
+) -> None:
     """Eight sequences of different lengths in one step give the logits that each gives alone."""
-    from turbosparse.engine.native import Decoder
-
-    decoder = Engine(packed(family, "q4")).decoder
-    assert isinstance(decoder, Decoder)
-    check_batch(decoder, "exact")
+    check_batch(Engine(packed(family, "q4"), backend=backend).decoder, "exact")
 
 
 @pytest.mark.parametrize("kind", ["pre_norm", "sign"])
@@ -299,32 +301,29 @@ def test_sequences_of_a_batch_do_not_see_each_other(packed: Make, family: str) -
 def test_sequences_of_a_predicted_batch_do_not_see_each_other(
     predicted: Make, family: str, kind: str
 ) -> None:
-    from turbosparse.engine.native import Decoder
-
-    decoder = Engine(predicted(family, kind)).decoder
-    assert isinstance(decoder, Decoder)
-    check_batch(decoder, "predicted")
+    check_batch(Engine(predicted(family, kind)).decoder, "predicted")
 
 
 def check_batch(decoder: Any, mode: str) -> None:
+    def step(texts: list[list[int]], caches: list[Any]) -> tuple[torch.Tensor, torch.Tensor]:
+        return tuple(map(torch.tensor, decoder.step(texts, caches, mode=mode)))
+
     texts = [PROMPT[:length] for length in (1, 3, 8, 13, 21, 25, 28, 30)]
     caches = [decoder.new_cache(CONTEXT) for _ in texts]
-    together, _ = decoder.step(texts, caches, mode=mode)
-    more, counts = decoder.step([[7]] * 8, caches, mode=mode)
+    together, _ = step(texts, caches)
+    more, counts = step([[7]] * 8, caches)
     for row, text in enumerate(texts):
         cache = decoder.new_cache(CONTEXT)
-        alone, _ = decoder(text, cache, mode=mode)
+        alone, _ = step([text], [cache])
         assert relative_rms(together[row], alone[0]) < SAME_LOGITS
-        alone, used = decoder([7], cache, mode=mode)
+        alone, used = step([[7]], [cache])
         assert relative_rms(more[row], alone[0]) < SAME_LOGITS
         assert (counts[:, row] - used[:, 0]).abs().max() <= 2  # signs near zero
 
 
-def test_a_full_context_of_one_sequence_changes_nothing(packed: Make) -> None:
-    from turbosparse.engine.native import Decoder
-
-    decoder = Engine(packed("llama", "q8")).decoder
-    assert isinstance(decoder, Decoder)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_full_context_of_one_sequence_changes_nothing(packed: Make, backend: str) -> None:
+    decoder = Engine(packed("llama", "q8"), backend=backend).decoder
     caches = [decoder.new_cache(CONTEXT), decoder.new_cache(4)]
     decoder.step([[5], [5, 6, 7, 8]], caches, mode="exact")
     with pytest.raises(TurboSparseError, match="5 tokens do not fit the context of 4"):
@@ -336,9 +335,11 @@ def test_a_full_context_of_one_sequence_changes_nothing(packed: Make) -> None:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_prompt_in_chunks_equals_token_by_token(packed: Make, family: str, backend: str) -> None:
     engine = Engine(packed(family, "q8"), backend=backend)
-    whole = engine.prefill(PROMPT, engine.new_cache()).logits
-    for chunk in (1, 7):
-        logits = engine.prefill(PROMPT, engine.new_cache(), chunk=chunk).logits
+    whole, *others = (
+        torch.tensor(engine.step([engine.sequence(PROMPT)], chunk=chunk)[0].logits)
+        for chunk in (512, 1, 7)
+    )
+    for logits in others:
         assert relative_rms(logits, whole) < SAME_LOGITS
 
 
@@ -353,7 +354,7 @@ def test_counts_are_those_of_the_analysis(packed: Make, corpus: Path) -> None:
     stats = measure(model, tokenizer, {"one": [text]})
     tokens = tokenizer(text)["input_ids"][:-1]  # the last token predicts nothing
     engine = Engine(folder, backend="cpu")
-    _, counts = engine.decoder(tokens, engine.new_cache(), mode="exact")
+    _, counts = every_logit(engine, tokens, "exact")
     expected = torch.stack((stats.gate_positive.sum((1, 2)), stats.active.sum((1, 2))), 1)
     counts = counts[:, :, 1:]
     # the half-precision cache may turn the sign of a pre-activation near zero
@@ -373,12 +374,12 @@ def test_neurons_stand_hot_first(packed: Make, sparse: Make, corpus: Path, tmp_p
 
 def test_the_cache_grows_to_the_context_and_not_beyond(packed: Make) -> None:
     engine = Engine(packed("llama", "q8"))
-    cache = engine.new_cache()
-    engine.prefill(list(range(2, CONTEXT + 2)), cache)
-    assert cache.length == CONTEXT
+    sequence = engine.sequence(range(2, CONTEXT + 2))
+    engine.step([sequence])
+    assert sequence.length == CONTEXT
     message = f"{CONTEXT + 1} tokens do not fit the context of {CONTEXT}"
     with pytest.raises(TurboSparseError, match=message):
-        engine.step([5], cache)
+        sequence.extend([5])
 
 
 @pytest.mark.parametrize("activation", WITHOUT_ZEROS)
@@ -393,9 +394,9 @@ def test_what_has_no_zeros_has_no_exact_mode(packed: Make, activation: str) -> N
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_decoder_without_predictor_refuses_predicted_mode(packed: Make, backend: str) -> None:
     engine = Engine(packed("llama", "q8"), backend=backend)
-    cache = engine.new_cache()
+    cache = engine.decoder.new_cache(CONTEXT)
     with pytest.raises(ValueError, match="predicted mode needs a predictor"):
-        engine.decoder([5], cache, mode="predicted")
+        engine.decoder.step([[5]], [cache], mode="predicted")
     assert cache.length == 0
 
 
@@ -433,15 +434,27 @@ def test_mask_of_a_window() -> None:
     assert causal_mask(2, 4, 2).tolist() == [[False, True, True, False], [False, False, True, True]]
 
 
-def test_cache_keeps_what_it_held_when_it_grows() -> None:
-    from types import SimpleNamespace
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
+def test_rotary_frequencies_are_those_of_transformers(dense: Make, family: str, kind: str) -> None:
+    from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-    config = SimpleNamespace(num_key_value_heads=1, num_hidden_layers=1, head_dim=2)
-    cache = Cache(config, context=200)
-    first = torch.arange(128.0).reshape(1, 64, 2)
-    cache.append(0, first, -first)
-    cache.length = 64
-    keys, values = cache.append(0, torch.ones(1, 100, 2), torch.ones(1, 100, 2))
-    assert torch.equal(keys[:, :64], first)
-    assert torch.equal(values[:, :64], -first)
-    assert keys.shape == (1, 164, 2)
+    from turbosparse.engine.positions import rope
+
+    config = load_config(dense(family))
+    config.head_dim = 64
+    config.rope_parameters = {
+        "rope_type": kind,
+        "rope_theta": 1e6,
+        "factor": 4.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 2048,
+    }
+    if kind in ("default", "linear"):
+        for name in ("low_freq_factor", "high_freq_factor", "original_max_position_embeddings"):
+            del config.rope_parameters[name]
+    truth = LlamaRotaryEmbedding(config)
+    frequencies, scale = rope(config.rope_parameters, 64)
+    assert frequencies.tolist() == pytest.approx(truth.inv_freq.tolist(), rel=1e-6)
+    assert scale == pytest.approx(truth.attention_scaling)

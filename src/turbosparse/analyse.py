@@ -22,7 +22,7 @@ from torch.nn.functional import cross_entropy
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import new_file
-from turbosparse.base.machine import available_memory
+from turbosparse.base.machine import memory_available
 from turbosparse.base.progress import note, track
 from turbosparse.hf.activations import WITHOUT_ZEROS, Activation
 from turbosparse.hf.checkpoint import shard_files
@@ -209,7 +209,7 @@ def _open(folder: Path, activation: Activation | None, device: Device, dtype: Dt
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind = getattr(torch, dtype) if dtype else None
     size = sum(shard.stat().st_size for shard in shard_files(folder))
-    room = available_memory() if device == "cpu" else torch.cuda.mem_get_info()[0]
+    room = memory_available() if device == "cpu" else torch.cuda.mem_get_info()[0]
     if size > MEMORY_SHARE * room:
         note(f"{size / 1e9:.1f} GB of weights do not fit in memory: running layer by layer")
         return Layerwise(folder, activation=activation, device=device, dtype=kind)

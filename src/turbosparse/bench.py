@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from turbosparse import _core, ops
@@ -234,7 +233,7 @@ class _Ours:
         self.engine, self.decoder, self.batch, self.prompt = engine, engine.decoder, batch, prompt
         self.random = np.random.default_rng(0)
         self.mode = engine.mode
-        self.counts: list[torch.Tensor] = []
+        self.counts: list[NDArray[np.int32]] = []
 
     def _tokens(self, count: int) -> list[int]:
         return [int(t) for t in self.random.integers(0, self.decoder.vocabulary, count)]
@@ -258,15 +257,16 @@ class _Ours:
         modes: tuple[ops.Mode, ...] = ("predicted", "exact")
         for mode in modes:
             cache = self.decoder.new_cache(self.engine.context)
-            self.decoder(before, cache, mode="exact")
-            active[mode] = float(self.decoder(text, cache, mode=mode)[1][..., 2].sum())
+            self.decoder.step([before], [cache], mode="exact")
+            _, counts = self.decoder.step([text], [cache], mode=mode)
+            active[mode] = float(counts[..., 2].sum())
         return active["predicted"] / max(1, active["exact"])
 
     def prefill(self, tokens: int) -> float:
-        cache = self.engine.new_cache()
-        began = time.perf_counter()
-        self.engine.prefill(self._tokens(tokens), cache)
-        return tokens / (time.perf_counter() - began)
+        with self.engine.sequence(self._tokens(tokens)) as sequence:
+            began = time.perf_counter()
+            self.engine.step([sequence])
+            return tokens / (time.perf_counter() - began)
 
 
 def _rounds(
@@ -312,7 +312,7 @@ def _card(
     load: float,
     peer: str | None,
 ) -> Benchmark:
-    counts = torch.stack(ours.counts).double()  # [steps, layers, batch, 3]
+    counts = np.stack(ours.counts)  # [steps, layers, batch, 3]
     used = engine.config.intermediate_size * experts_in_use(engine.config)
     candidates, gate, active = (counts.mean((0, 1, 2)) / used).tolist()
     sizes = bytes_per_step(engine, counts, ours.prompt + len(ours.counts) / len(decode[0]) / 2)

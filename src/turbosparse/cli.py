@@ -62,7 +62,8 @@ app = App(
 )
 app.meta.suppress_keyboard_interrupt = False
 for _verb, (_target, _help) in VERBS.items():
-    app.command(_target, name=_verb, help=_help)
+    names = (_verb, "analyze") if _verb == "analyse" else _verb
+    app.command(_target, name=names, help=_help)
 _data = App(name="data", help="Prepare data for training.")
 for _verb, (_target, _help) in DATA_VERBS.items():
     _data.command(_target, name=_verb, help=_help)
@@ -75,7 +76,10 @@ def _launch(
     as_json: Annotated[bool, Parameter(name="--json", negative=())] = False,
 ) -> None:
     """Run one verb and show its result."""
-    result = app(tokens, exit_on_error=False, print_error=False)
+    command, bound, injected = app.parse_args(tokens, exit_on_error=False, print_error=False)
+    if "show" in injected and not as_json:
+        bound.arguments["show"] = _show_piece
+    result = command(*bound.args, **bound.kwargs)
     if result is None or os.environ.get("RANK", "0") != "0":  # torchrun: one process speaks
         return
     if as_json:
@@ -83,18 +87,28 @@ def _launch(
         return
     from rich.console import Console
 
-    Console(stderr=True, highlight=False, markup=False).print(
-        result if hasattr(result, "__rich__") else str(result),
-        soft_wrap=not hasattr(result, "__rich__"),
+    # a table is what was asked for; a line only says what was done
+    table = hasattr(result, "__rich__")
+    Console(stderr=not table, highlight=False, markup=False).print(
+        result if table else str(result), soft_wrap=not table
     )
+
+
+def _show_piece(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 def main() -> NoReturn:
     """Entry point: a mistake in the input is one line on stderr and exit code 2."""
-    # a stop by a supervisor unwinds like Ctrl-C, so that nothing half-written is left behind
-    for number in (signal.SIGTERM, signal.SIGHUP):
+    # a stop by a supervisor, or by a terminal that closes, unwinds like Ctrl-C, so that nothing
+    # half-written is left behind
+    for number in {signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)}:
         if signal.getsignal(number) is not signal.SIG_IGN:  # nohup
-            signal.signal(number, lambda taken, _: sys.exit(128 + taken))
+            signal.signal(number, lambda number, _: sys.exit(128 + number))
+    for stream in (sys.stdout, sys.stderr):  # whatever the locale can show
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="replace")
     try:
         app.meta(sys.argv[1:], result_action="return_value")
         sys.stdout.flush()

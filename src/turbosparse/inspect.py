@@ -133,7 +133,19 @@ def _describe(predictor: Predictor | None) -> str | None:
     return f"{predictor}{rank}, reads {predictor.input}"
 
 
-def validate(folder: Path) -> str:
+@dataclass(frozen=True)
+class Validation:
+    """What `validate` read."""
+
+    folder: str
+    files: int
+    bytes: int
+
+    def __rich__(self) -> str:
+        return f"{self.folder}: whole ({self.files} files, {self.bytes:,} bytes)"
+
+
+def validate(folder: Path) -> Validation:
     """Check a packed folder to the last byte: structure, neuron orders, checksums, finite weights.
 
     Parameters
@@ -141,5 +153,7 @@ def validate(folder: Path) -> str:
     folder
         Packed folder.
     """
-    Packed(folder).verify()
-    return f"{folder}: whole"
+    packed = Packed(folder)
+    packed.verify()
+    files = packed.header.files.values()
+    return Validation(str(folder), len(files), sum(file.bytes for file in files))

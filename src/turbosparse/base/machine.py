@@ -59,14 +59,21 @@ def uses_bf16(precision: str) -> bool:
     return bool(machine.get("amx_bf16") or machine.get("avx512_bf16"))
 
 
-def available_memory() -> int:
-    """Bytes that this process can still take: of the machine, or of its container if less."""
-    found = [os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")]
-    meminfo = Path("/proc/meminfo")
-    if meminfo.is_file():
-        lines = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
-        found = [int(lines["MemAvailable"].split()[0]) * 1024]
-    limit, used = (Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory.current"))
-    if limit.is_file() and used.is_file() and limit.read_text().strip().isdigit():
-        found.append(int(limit.read_text()) - int(used.read_text()))
-    return max(0, min(found))
+def memory_available(root: Path = Path("/")) -> int:
+    """Bytes that this process could still use: of the machine, and of its control group."""
+    try:
+        lines = (root / "proc/meminfo").read_text().splitlines()
+        free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        free = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2
+    groups = root / "sys/fs/cgroup"
+    for limit, usage in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            left = int((groups / limit).read_text()) - int((groups / usage).read_text())
+        except (OSError, ValueError):  # another version, or "max": no limit
+            continue
+        free = min(free, max(0, left))
+    return free

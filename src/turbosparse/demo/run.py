@@ -23,7 +23,9 @@ from turbosparse.convert import convert
 from turbosparse.demo.corpus import make_corpus
 from turbosparse.demo.tokenizer import train_tokenizer
 from turbosparse.engine.engine import Backend, Engine, Mode
-from turbosparse.generate import stream, summarise
+from turbosparse.engine.generation import Ends, stream
+from turbosparse.engine.text import Tokenizer
+from turbosparse.generate import summarise
 from turbosparse.hf.count import RULE, count_parameters
 from turbosparse.hf.load import load_config, load_model, load_tokenizer
 from turbosparse.pack import pack
@@ -297,16 +299,17 @@ def _analyse(folder: Path, corpus: Path, settings: Settings) -> Stats:
     return stats
 
 
-def _generate(engine: Engine, tokenizer: Any, settings: Settings) -> tuple[str, float]:
+def _generate(engine: Engine, tokenizer: Tokenizer, settings: Settings) -> tuple[str, float]:
     """Greedy text without stopping, and its tokens/s."""
-    prompt = tokenizer(PROMPT)["input_ids"]
-    tokens = list(stream(engine, tokenizer, prompt, max_tokens=settings.generated_tokens))
+    prompt = tokenizer.encode(PROMPT)
+    ends = Ends(settings.generated_tokens)
+    tokens = list(stream(engine, tokenizer, prompt, ends=ends))
     done = summarise(tokens, len(prompt), engine.describe())
     return done.text, done.tokens_per_second
 
 
 def _texts(out: Path, settings: Settings) -> dict[str, str]:
-    tokenizer = load_tokenizer(out / "sparse")
+    tokenizer = Tokenizer(out / "sparse")
     return {
         f"{quant} {backend} {mode}": _generate(
             Engine(out / f"sparse-{quant}", backend=backend, mode=mode), tokenizer, settings
@@ -345,7 +348,7 @@ def _speeds(out: Path, settings: Settings, rounds: int = 3) -> dict[str, dict[st
         for backend, mode in BACKENDS
         if mode == "dense" or folder in ("surgery", "sparse")
     }
-    tokenizer = load_tokenizer(out / "sparse")
+    tokenizer = Tokenizer(out / "sparse")
     seen: dict[tuple[str, str], list[float]] = {key: [] for key in engines}
     for _ in range(rounds):
         for key, engine in engines.items():

@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
+import numpy as np
+from numpy.typing import NDArray
 
-from turbosparse.engine.engine import Engine
 from turbosparse.hf import families
 from turbosparse.ops.rows import row_bytes
 from turbosparse.packed.format import Packed
+
+if TYPE_CHECKING:
+    from turbosparse.engine.engine import Engine
 
 
 def experts_in_use(config: Any) -> int:
     return int(config.num_experts_per_tok) if families.experts(config) else 1
 
 
-def bytes_per_step(engine: Engine, counts: torch.Tensor, positions: float) -> dict[str, float]:
+def bytes_per_step(engine: Engine, counts: NDArray[np.int32], positions: float) -> dict[str, float]:
     """Bytes that a step of B sequences has to read, by part.
 
     Args:
@@ -32,7 +35,7 @@ def bytes_per_step(engine: Engine, counts: torch.Tensor, positions: float) -> di
     batch, experts = counts.shape[2], families.experts(config) or 1
     # the share of all rows of a layer, of all its experts, that one sequence needs
     share = counts / (config.intermediate_size * experts)
-    candidate, gate, active = (1 - (1 - share).prod(2).mean((0, 1))).tolist()
+    candidate, gate, active = (1 - (1 - share).prod(axis=2).mean((0, 1))).tolist()
     every = 1 - (1 - experts_in_use(config) / experts) ** batch
     neurons = config.intermediate_size * experts * config.num_hidden_layers
     gates, ups, downs = (

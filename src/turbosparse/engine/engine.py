@@ -2,61 +2,54 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from operator import index
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Literal, get_args
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from turbosparse import ops
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.machine import threads_to_use
-from turbosparse.engine import model, native
+from turbosparse.base.machine import memory_available, threads_to_use
+from turbosparse.engine import native
+from turbosparse.engine.cost import experts_in_use
+from turbosparse.engine.sampling import Sampler
+from turbosparse.engine.sequence import Budget, Cancelled, Sequence
 from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.packed.format import Packed
 
 Backend = Literal["auto", "torch", "cpu"]
 Mode = Literal["auto", "dense", "exact", "predicted"]
+Logits = NDArray[np.float32]
 
 # Recall, as measured when a predictor was made, from which `auto` trusts it: what a layer misses
 # the next ones miss too, and over 32 layers 1 % each is a quarter.
 TRUSTED_RECALL = 0.99
+CHUNK = 512  # tokens of a sequence that one pass reads
+_SMALLEST_BUDGET = 64 << 20
 
 
 @dataclass(frozen=True)
 class Step:
-    """One forward pass.
+    """What one forward pass says of one sequence.
 
-    `logits` is float32 ``[vocabulary]`` of the last token; `active` the share of neurons whose
+    `logits` is ``[vocabulary]`` after its last token; `active` the share of neurons whose
     Combined is not zero, `gate_positive` the share with positive gate and `candidates` the share
-    that a predictor let through (else 1), over the neurons in use of all layers and tokens.
+    that a predictor let through (else 1), over the neurons in use of all layers and its tokens.
     """
 
-    logits: Tensor
+    logits: Logits
     active: float
     gate_positive: float
     candidates: float
 
 
-class Cache(Protocol):
-    """The state of one sequence, of the kind that its decoder made."""
-
-    @property
-    def length(self) -> int: ...
-
-
-class Decoder(Protocol):
-    """What `model.Decoder` and `native.Decoder` have in common."""
-
-    def new_cache(self, context: int) -> Any: ...
-
-    def __call__(
-        self, tokens: list[int], cache: Any, *, mode: ops.Mode, every: bool = False
-    ) -> tuple[Tensor, Tensor]: ...
-
-
 class Engine:
-    """A packed model ready to generate.
+    """A packed model ready to generate. Several threads may use it: steps take turns.
 
     Args:
         folder: packed folder.
@@ -67,6 +60,8 @@ class Engine:
             the predictor's measured recall is at least `TRUSTED_RECALL`, else exact where the
             activation has exact zeros.
         threads: of the C++ core; by default the processors that this process may use.
+        kv_bytes: budget of the key-value caches of all sequences; by default half of the memory
+            that is available beside the weights.
 
     Raises:
         TurboSparseError: damaged folder, or a mode that the model does not have.
@@ -79,65 +74,157 @@ class Engine:
         backend: Backend = "auto",
         mode: Mode = "auto",
         threads: int | None = None,
+        kv_bytes: int | None = None,
     ):
         if mode not in get_args(Mode):
             raise TurboSparseError(f"mode {mode!r} is unknown; use {', '.join(get_args(Mode))}")
+        if backend not in get_args(Backend):
+            known = ", ".join(get_args(Backend))
+            raise TurboSparseError(f"backend {backend!r} is unknown; use {known}")
+        if kv_bytes is not None and kv_bytes < 1:
+            raise TurboSparseError(f"--kv-bytes {kv_bytes} must be 1 or more")
         self.packed = Packed(folder)
         self.mode = _mode(self.packed, mode)
         self.backend = "cpu" if backend == "auto" else backend
         self.threads = threads_to_use(threads)
         self.config = self.packed.config
-        self.context = int(self.config.max_position_embeddings)
-        self.decoder: Decoder
+        self.context = int(self.config.context)
+        self.decoder: Any
         if self.backend == "cpu":
             self.decoder = native.Decoder(self.packed, threads=self.threads)
             self.runs_on = f"cpu ({self.decoder.isa})"
         else:
-            self.decoder = model.Decoder(self.packed, backend=self.backend, threads=self.threads)
+            from turbosparse.engine import model
+
+            self.decoder = model.Decoder(self.packed)
             self.runs_on = self.backend
+        self.budget = Budget(kv_bytes or _default_budget(self.packed))
+        self._turn = threading.Lock()
 
     def describe(self) -> str:
         return (
             f"{self.packed.folder.name}: {self.packed.activation} {self.packed.quant}, "
             f"backend {self.runs_on}, mode {self.mode}{self._predictor()}, "
-            f"{self.threads} thread{'s' * (self.threads != 1)}"
+            f"{self.threads} thread{'s' * (self.threads != 1)}, "
+            f"key-value cache at most {self.budget.limit / 1e9:.2g} GB"
         )
 
     def _predictor(self) -> str:
         predictor = self.packed.header.ffn.predictor
         return f" ({predictor})" if predictor and self.mode == "predicted" else ""
 
-    def new_cache(self) -> Cache:
-        cache: Cache = self.decoder.new_cache(self.context)
-        return cache
+    def sequence(
+        self,
+        tokens: Iterable[int] = (),
+        *,
+        context: int | None = None,
+        sampler: Sampler | None = None,
+    ) -> Sequence:
+        """A new text that begins with these tokens.
 
-    def step(self, tokens: list[int], cache: Cache) -> Step:
-        """Read `tokens` after what `cache` holds and return the logits that follow.
+        Args:
+            tokens: read by the first step.
+            context: positions that it may take, at most and by default those of the model.
+            sampler: chooses its tokens; greedy by default.
+        """
+        sequence = Sequence(self, min(context or self.context, self.context), sampler)
+        sequence.extend(tokens)
+        return sequence
+
+    def check_tokens(self, tokens: Iterable[int]) -> list[int]:
+        """The tokens as whole numbers inside the vocabulary.
 
         Raises:
-            TurboSparseError: a token outside the vocabulary, or a full context.
+            TurboSparseError: names the first that is not.
         """
-        vocabulary = self.config.vocab_size
-        foreign = [token for token in tokens if not 0 <= token < vocabulary]
-        if foreign:
-            raise TurboSparseError(
-                f"token {foreign[0]} is outside the model's vocabulary of {vocabulary}; "
-                "use the tokenizer that belongs to the model"
-            )
-        logits, counts = self.decoder(tokens, cache, mode=self.mode)
-        # a token of a MoE model uses the neurons of several experts
-        used = self.config.intermediate_size * getattr(self.config, "num_experts_per_tok", 1)
-        candidates, gate, active = (counts.double().mean((0, 1)) / used).tolist()
-        return Step(logits[-1], active, gate, candidates)
+        vocabulary, found = self.config.vocab_size, []
+        for token in tokens:
+            try:
+                found.append(index(token))
+            except TypeError:
+                raise TurboSparseError(f"token {token!r} is not a whole number") from None
+            if not 0 <= found[-1] < vocabulary:
+                raise TurboSparseError(
+                    f"token {token} is outside the model's vocabulary of {vocabulary}; "
+                    "use the tokenizer that belongs to the model"
+                )
+        return found
 
-    def prefill(self, tokens: list[int], cache: Cache, *, chunk: int = 512) -> Step:
-        """Read a prompt in chunks of up to `chunk` tokens."""
-        step = None
-        for start in range(0, len(tokens), chunk):
-            step = self.step(tokens[start : start + chunk], cache)
-        if step is None:
-            raise TurboSparseError("the prompt holds no token, and the model has no start token")
-        return step
+    def step(self, sequences: Iterable[Sequence], *, chunk: int = CHUNK) -> list[Step]:
+        """Read the pending tokens of all sequences together; a weight row is read once for all.
+
+        A long prompt is read in passes of up to `chunk` tokens.
+
+        Raises:
+            TurboSparseError: nothing is pending, the budget or the memory is exhausted, or logits
+                that are not finite.
+            Cancelled: a sequence was cancelled. The passes before are kept: step again without it.
+        """
+        sequences = list(sequences)
+        if any(not sequence.pending for sequence in sequences):
+            raise TurboSparseError("a sequence has no pending token; extend it first")
+        if len({id(sequence) for sequence in sequences}) < len(sequences):
+            raise TurboSparseError("a sequence was given twice")
+        steps: dict[int, Step] = {}
+        while waiting := [sequence for sequence in sequences if sequence.pending]:
+            counts = [min(chunk, len(sequence.pending)) for sequence in waiting]
+            logits, used = self._pass(waiting, counts)
+            starts = np.cumsum([0, *counts])
+            for row, sequence in enumerate(waiting):
+                mine = used[:, starts[row] : starts[row + 1]]
+                steps[id(sequence)] = Step(logits[row], *self._shares(mine))
+        return [steps[id(sequence)] for sequence in sequences]
+
+    def logits(self, tokens: Iterable[int]) -> Iterator[Logits]:
+        """Logits after every token of a text, in pieces ``[some tokens, vocabulary]``."""
+        with self.sequence(tokens) as sequence:
+            width = max(1, min(CHUNK, (64 << 20) // (4 * self.config.vocab_size)))
+            while pending := len(sequence.pending):
+                yield self._pass([sequence], [min(width, pending)], every=True)[0]
+
+    def _pass(
+        self, sequences: list[Sequence], counts: list[int], *, every: bool = False
+    ) -> tuple[Logits, NDArray[np.int32]]:
+        with self._turn:
+            flag = self.decoder.new_cancel()
+            for sequence in sequences:
+                sequence.cancel_step = flag
+            try:
+                if any(sequence.cancelled for sequence in sequences):
+                    raise Cancelled("a sequence of this step was cancelled")
+                self.budget.reserve(
+                    [
+                        (s, self.decoder.cache_bytes(s.length + count, s.context))
+                        for s, count in zip(sequences, counts, strict=True)
+                    ]
+                )
+                logits, used = self.decoder.step(
+                    [s.pending[:count] for s, count in zip(sequences, counts, strict=True)],
+                    [s.cache for s in sequences],
+                    mode=self.mode,
+                    every=every,
+                    cancel=flag,
+                )
+            finally:
+                for sequence in sequences:
+                    sequence.cancel_step = None
+        if not np.isfinite(logits).all():
+            raise TurboSparseError(
+                f"{self.packed.folder}: the logits are not finite (NaN or infinity): the weights "
+                "are damaged or too large; pack the model again, or use another --quant"
+            )
+        return logits, used
+
+    def _shares(self, used: NDArray[np.int32]) -> tuple[float, float, float]:
+        """Active neurons, positive gates and candidates, of those that a token may use."""
+        neurons = self.config.intermediate_size * experts_in_use(self.config)
+        candidates, gate, active = (used.mean((0, 1)) / neurons).tolist()
+        return active, gate, candidates
+
+
+def _default_budget(packed: Packed) -> int:
+    weights = sum(file.bytes for file in packed.header.files.values())
+    return max(_SMALLEST_BUDGET, (memory_available() - weights) // 2)
 
 
 def _mode(packed: Packed, asked: Mode) -> ops.Mode:

@@ -1,92 +1,110 @@
 """The decoder over a packed folder, in PyTorch: the readable twin of any faster one.
 
-Shapes: T tokens of one sequence, S positions in the cache, H hidden, N query heads, K key-value
-heads, D head. All arithmetic is float32, the cache holds halves; the matrices and the
-feed-forwards are those of a backend (`turbosparse.ops`).
+Shapes: T tokens of a step, of all its sequences together, S positions in a cache, H hidden, N query
+heads, K key-value heads, D head. All arithmetic is float32, the cache holds halves; the matrices
+and the feed-forwards are those of `ops.reference`. Nothing waits for the device within a step.
 """
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from turbosparse import ops
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.engine.cost import experts_in_use
+from turbosparse.engine.positions import rope, sliding_window
+from turbosparse.engine.sequence import Cancelled
 from turbosparse.hf import families
 from turbosparse.ops import Mode
+from turbosparse.ops.reference import Matrix, Neurons
 from turbosparse.packed.format import Packed, ffn_prefix
-
-# RoPE whose frequencies do not change with the length of the text
-ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 
 
 class Decoder:
-    """A packed model, ready to run: call it with tokens and a cache.
+    """A packed model, ready to run.
 
     Args:
         packed: an open packed folder.
-        backend: kernels to run on, one of `ops.BACKENDS`.
-        threads: of the C++ core.
-
-    Raises:
-        TurboSparseError: a RoPE variant that is not supported.
+        device: where weights and caches lie, and what computes.
     """
 
-    def __init__(self, packed: Packed, *, backend: str, threads: int):
+    def __init__(self, packed: Packed, *, device: str = "cpu"):
         config = packed.config
-        self.config = config
+        self.config, self.device = config, torch.device(device)
         self._packed, self._tensors = packed, packed.tensors
-        self._threads, self._kernels = threads, ops.backend(backend)
         name = families.table(config).name
-        self.embedding = self._matrix(name("embedding"))
-        self.layers = [Layer(self, index) for index in range(config.num_hidden_layers)]
-        self.norm = self._norm(name("norm"))
-        tied = config.tie_word_embeddings
-        self.head = self.embedding if tied else self._matrix(name("head"))
-        self.rope = Rope(config)
+        with self.device:
+            self.embedding = self._matrix(name("embedding"))
+            self.layers = [Layer(self, index) for index in range(config.num_hidden_layers)]
+            self.norm = self._norm(name("norm"))
+            tied = config.tie_word_embeddings
+            self.head = self.embedding if tied else self._matrix(name("head"))
+            self.rope = Rope(config)
 
     def new_cache(self, context: int) -> Cache:
-        return Cache(self.config, context)
+        shape = self._cache_shape(context)
+        return Cache(torch.empty(shape, dtype=torch.half, device=self.device))
+
+    def cache_bytes(self, positions: int, context: int) -> int:  # noqa: ARG002
+        """Memory of a cache: it is taken for the whole context at once."""
+        return 2 * int(np.prod(self._cache_shape(context)))
+
+    def _cache_shape(self, context: int) -> tuple[int, ...]:
+        config = self.config
+        head = families.config_head_dim(config)
+        return config.num_hidden_layers, 2, config.num_key_value_heads, context, head
+
+    def new_cancel(self) -> threading.Event:
+        return threading.Event()
 
     @torch.inference_mode()
-    def __call__(
-        self, tokens: list[int], cache: Cache, *, mode: Mode, every: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Read `tokens` after what the cache holds.
+    def step(
+        self,
+        tokens: list[list[int]],
+        caches: list[Cache],
+        *,
+        mode: Mode,
+        every: bool = False,
+        cancel: threading.Event | None = None,
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
+        """See `native.Decoder.step`."""
+        counts = [len(new) for new in tokens]
+        for count, cache in zip(counts, caches, strict=True):
+            if (end := cache.length + count) > cache.context:
+                raise TurboSparseError(f"{end} tokens do not fit the context of {cache.context}")
+        with self.device:
+            starts = [cache.length for cache in caches]
+            turn = Rotation.join([self.rope(*span) for span in zip(starts, counts, strict=True)])
+            x = self.embedding.rows([token for new in tokens for token in new])
+            used = []
+            for layer in self.layers:
+                if cancel and cancel.is_set():
+                    raise Cancelled("the step was cancelled")
+                x, count_of_layer = layer(x, turn, counts, caches, mode)
+                used.append(count_of_layer)
+            last = (torch.tensor(counts).cumsum(0) - 1) if not every else slice(None)
+            logits = self.head.matmul(self.norm(x[last]))
+        for count, cache in zip(counts, caches, strict=True):
+            cache.length += count
+        return logits.cpu().numpy(), torch.stack(used).cpu().numpy()
 
-        Args:
-            tokens: T token ids; they are appended to `cache`.
-            mode: which rows of the feed-forwards are read.
-            every: return logits of every token, not only of the last.
-
-        Returns:
-            Logits, float32 ``[T or 1, vocabulary]``, and the neurons used, int32
-            ``[layers, T, 3]``: candidates, with positive gate, and active (summed over a token's
-            experts).
-        """
-        rope = self.rope(cache.length, len(tokens))
-        x = self.embedding.rows(tokens)
-        counts = []
-        for layer in self.layers:
-            x, count = layer(x, rope, cache, mode)
-            counts.append(count)
-        cache.length += len(tokens)
-        return self.head.matmul(self.norm(x if every else x[-1:])), torch.stack(counts)
-
-    def _matrix(self, name: str) -> Any:
+    def _matrix(self, name: str) -> Matrix:
         spec = self._packed.plan[name]
-        return self._kernels.Matrix(self._tensors[name], spec.cols, spec.quant, self._threads)
+        return Matrix(self._tensors[name], spec.cols, spec.quant, threads=1)
 
-    def _neurons(self, layer: int, expert: int | None) -> Any:
+    def _neurons(self, layer: int, expert: int | None) -> Neurons:
         prefix = ffn_prefix(layer, expert)
-        return self._kernels.Neurons(
+        return Neurons(
             self._packed.ffn(prefix),
             self._packed.activation,
-            self._threads,
-            self._packed.predictor(prefix),
+            threads=1,
+            predictor=self._packed.predictor(prefix),
         )
 
     def _norm(self, name: str) -> Norm:
@@ -110,11 +128,11 @@ class Layer:
             self.ffn = decoder._neurons(index, None).forward
 
     def __call__(
-        self, x: Tensor, rope: Rotation, cache: Cache, mode: Mode
+        self, x: Tensor, turn: Rotation, counts: list[int], caches: list[Cache], mode: Mode
     ) -> tuple[Tensor, Tensor]:
-        x = x + self.attention(self.input_norm(x), rope, cache)
-        y, counts = self.ffn(self.post_norm(x), x, mode=mode)
-        return x + y, counts
+        x = x + self.attention(self.input_norm(x), turn, counts, caches)
+        y, used = self.ffn(self.post_norm(x), x, mode=mode)
+        return x + y, used
 
 
 class Attention:
@@ -133,17 +151,23 @@ class Attention:
             )
         self.window = sliding_window(config, index)
 
-    def __call__(self, x: Tensor, rope: Rotation, cache: Cache) -> Tensor:
+    def __call__(self, x: Tensor, turn: Rotation, counts: list[int], caches: list[Cache]) -> Tensor:
         q, k, v = (
             self._project(kind, x).unflatten(1, (-1, self.head)).transpose(0, 1) for kind in "qkv"
         )
-        keys, values = cache.append(self.index, rope.turn(k), v)  # [K, S, D]
-        mask = causal_mask(len(x), keys.shape[1], self.window)
+        parts = zip(*(y.split(counts, 1) for y in (turn(q), turn(k), v)), caches, strict=True)
+        out = torch.cat([self._attend(*part) for part in parts])
+        return self._project("o", out)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, cache: Cache) -> Tensor:
+        """The attention of one sequence."""
+        keys, values = cache.append(self.index, k, v)  # [K, S, D]
+        mask = causal_mask(q.shape[1], keys.shape[1], self.window)
         # the extra dimension is a batch of one: grouped heads need it
         out = scaled_dot_product_attention(
-            rope.turn(q)[None], keys[None], values[None], attn_mask=mask, enable_gqa=True
+            q[None], keys[None], values[None], attn_mask=mask, enable_gqa=True
         )
-        return self._project("o", out[0].transpose(0, 1).flatten(1))
+        return out[0].transpose(0, 1).flatten(1)
 
     def _project(self, kind: str, x: Tensor) -> Tensor:
         matrix, bias = self.projections[kind]
@@ -156,7 +180,7 @@ class Mixture:
 
     def __init__(self, decoder: Decoder, index: int):
         self.router = decoder._vector(families.table(decoder.config).name("router", index))
-        self.top_k = decoder.config.num_experts_per_tok
+        self.top_k = experts_in_use(decoder.config)
         self.experts = [
             decoder._neurons(index, expert) for expert in range(families.experts(decoder.config))
         ]
@@ -164,12 +188,13 @@ class Mixture:
     def __call__(self, x: Tensor, residual: Tensor, *, mode: Mode) -> tuple[Tensor, Tensor]:
         weights, chosen = (x @ self.router.T).softmax(-1).topk(self.top_k)
         weights = weights / weights.sum(-1, keepdim=True)
-        out, counts = torch.zeros_like(x), torch.zeros((len(x), 3), dtype=torch.int32)
-        for expert in chosen.unique().tolist():
-            token, slot = torch.where(chosen == expert)
-            y, used = self.experts[expert].forward(x[token], residual[token], mode=mode)
-            out.index_add_(0, token, y * weights[token, slot, None])
-            counts.index_add_(0, token, used)
+        # every expert reads every token, and counts where it was chosen: no shape depends on values
+        out, counts = torch.zeros_like(x), x.new_zeros((len(x), 3), dtype=torch.int32)
+        for index, expert in enumerate(self.experts):
+            here = chosen == index  # [T, k]
+            y, used = expert.forward(x, residual, mode=mode)
+            out += y * (weights * here).sum(1, keepdim=True)
+            counts += used * here.sum(1, keepdim=True)
         return out, counts
 
 
@@ -184,18 +209,11 @@ class Norm:
 
 
 class Rope:
-    """Rotary position embedding of any kind whose frequencies are constant."""
+    """Rotary position embedding."""
 
     def __init__(self, config: Any):
-        from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
-
-        kind = config.rope_parameters["rope_type"]
-        if kind not in ROPE_TYPES:
-            raise TurboSparseError(
-                f"rope_type {kind!r} is not supported; supported are {', '.join(ROPE_TYPES)}"
-            )
-        rotary = LlamaRotaryEmbedding(config)  # the same for the four families
-        self.frequencies, self.scale = rotary.inv_freq, rotary.attention_scaling
+        frequencies, self.scale = rope(config.rope_parameters, families.config_head_dim(config))
+        self.frequencies = torch.tensor(frequencies)
 
     def __call__(self, start: int, count: int) -> Rotation:
         angles = torch.arange(start, start + count)[:, None] * self.frequencies
@@ -209,37 +227,44 @@ class Rotation:
     def __init__(self, cos: Tensor, sin: Tensor):
         self.cos, self.sin = cos, sin
 
-    def turn(self, x: Tensor) -> Tensor:
+    @staticmethod
+    def join(parts: list[Rotation]) -> Rotation:
+        return Rotation(torch.cat([p.cos for p in parts]), torch.cat([p.sin for p in parts]))
+
+    def __call__(self, x: Tensor) -> Tensor:
         """Rotate ``[heads, T, D]``; the pairs are (d, d + D/2)."""
         left, right = x.chunk(2, -1)
         return x * self.cos + torch.cat((-right, left), -1) * self.sin
 
 
 class Cache:
-    """Keys and values of one sequence in half precision, ``[K, S, D]`` per layer."""
+    """Keys and values of one sequence in half precision, ``[K, context, D]`` per layer.
 
-    def __init__(self, config: Any, context: int):
-        heads, head = config.num_key_value_heads, families.config_head_dim(config)
-        self.context, self.length = context, 0
-        self._store = torch.empty(config.num_hidden_layers, 2, heads, 0, head, dtype=torch.half)
+    The memory is taken once, so that a captured step may run on it again.
+    """
+
+    def __init__(self, store: Tensor, length: int = 0):
+        self.store, self.length = store, length  # [layers, 2, K, context, D]
+
+    @property
+    def context(self) -> int:
+        return self.store.shape[3]
 
     def append(self, layer: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-        """Add the T newest positions of a layer; return all."""
-        end = self.length + keys.shape[1]
-        if end > self.context:
-            raise TurboSparseError(f"{end} tokens do not fit the context of {self.context}")
-        if end > self._store.shape[3]:
-            self._grow(end)
-        both = self._store[layer]
+        """Write the T newest positions of a layer; return all."""
+        end, both = self.length + keys.shape[1], self.store[layer]
         both[0, :, self.length : end], both[1, :, self.length : end] = keys, values
         return both[0, :, :end].float(), both[1, :, :end].float()
 
-    def _grow(self, end: int) -> None:
-        room = min(self.context, max(64, 2 * end))
-        layers, two, heads, _, head = self._store.shape
-        store = torch.empty(layers, two, heads, room, head, dtype=torch.half)
-        store[:, :, :, : self.length] = self._store[:, :, :, : self.length]
-        self._store = store
+    def copy(self) -> Cache:
+        return Cache(self.store.clone(), self.length)
+
+    def truncate(self, length: int) -> None:
+        self.length = length
+
+    def free(self) -> None:
+        """Give the memory back; the cache is then of no positions."""
+        self.store, self.length = self.store.new_empty(*self.store.shape[:3], 0, 0), 0
 
 
 def causal_mask(tokens: int, positions: int, window: int | None) -> Tensor:
@@ -248,11 +273,3 @@ def causal_mask(tokens: int, positions: int, window: int | None) -> Tensor:
     key = torch.arange(positions)
     seen = key <= query
     return seen if window is None else seen & (key > query - window)
-
-
-def sliding_window(config: Any, layer: int) -> int | None:
-    """The attention window of a layer, or None for full attention."""
-    types = getattr(config, "layer_types", None)
-    if types and types[layer] != "sliding_attention":
-        return None
-    return getattr(config, "sliding_window", None)

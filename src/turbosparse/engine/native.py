@@ -1,17 +1,21 @@
-"""The decoder in C++ (`csrc/decoder.cpp`), with the interface of its twin in `model.py`."""
+"""The decoder in C++ (`csrc/decoder.cpp`), with the interface of its twin in `model.py`.
+
+Loads no torch.
+"""
 
 from __future__ import annotations
 
 import numpy as np
-import torch
-from torch import Tensor
+from numpy.typing import NDArray
 
 from turbosparse import _core
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.engine.model import Rope, sliding_window
+from turbosparse.engine.cost import experts_in_use
+from turbosparse.engine.positions import rope, sliding_window
+from turbosparse.engine.sequence import Cancelled
 from turbosparse.hf import families
 from turbosparse.ops import Mode
-from turbosparse.ops.cpu import neurons
+from turbosparse.ops.native import neurons
 from turbosparse.packed.format import Packed, ffn_prefix
 
 
@@ -19,8 +23,8 @@ class Decoder:
     """A packed model, ready to run: one call into the C++ core for each step.
 
     Raises:
-        TurboSparseError: a RoPE variant that is not supported, or an instruction set asked for by
-            TURBOSPARSE_ISA that this machine does not have.
+        TurboSparseError: an instruction set asked for by TURBOSPARSE_ISA that this machine does
+            not have.
     """
 
     def __init__(self, packed: Packed, *, threads: int):
@@ -30,39 +34,36 @@ class Decoder:
             raise TurboSparseError(str(error)) from error
         config = packed.config
         self.config, self.threads = config, threads
-        rope = Rope(config)
         name = families.table(config).name
+        head_dim = families.config_head_dim(config)
+        frequencies, scale = rope(config.rope_parameters, head_dim)
         embedding = _matrix(packed, name("embedding"))
         head = embedding if config.tie_word_embeddings else _matrix(packed, name("head"))
         self.vocabulary = embedding.rows
-        self._head = 2 * len(rope.frequencies)
+        self._shape = config.num_hidden_layers, config.num_key_value_heads, head_dim
         self._native = _core.Decoder(
             embedding,
             head,
             packed.tensors[name("norm")],
             [_layer(packed, index) for index in range(config.num_hidden_layers)],
-            rope.frequencies.numpy(),
-            rope.scale,
+            frequencies,
+            scale,
             config.num_attention_heads,
             config.num_key_value_heads,
-            config.num_experts_per_tok if families.experts(config) else 1,
+            experts_in_use(config),
             config.rms_norm_eps,
         )
 
     def new_cache(self, context: int) -> _core.Cache:
+        """Keys and values of one sequence, in half precision, growing by pages up to `context`."""
         return self._native.new_cache(context)
 
-    def cache_bytes(self, positions: int) -> int:
-        """Memory of a cache that holds `positions` tokens."""
-        config = self.config
-        shape = config.num_hidden_layers, config.num_key_value_heads, self._head
-        return _core.cache_bytes(positions, *shape)
+    def cache_bytes(self, positions: int, context: int) -> int:  # noqa: ARG002
+        """Memory of a cache that holds so many positions of its context."""
+        return _core.cache_bytes(positions, *self._shape)
 
-    def __call__(
-        self, tokens: list[int], cache: _core.Cache, *, mode: Mode, every: bool = False
-    ) -> tuple[Tensor, Tensor]:
-        """Read `tokens` after what the cache holds; see `model.Decoder`."""
-        return self.step([tokens], [cache], mode=mode, every=every)
+    def new_cancel(self) -> _core.Cancel:
+        return _core.Cancel()
 
     def step(
         self,
@@ -72,7 +73,7 @@ class Decoder:
         mode: Mode,
         every: bool = False,
         cancel: _core.Cancel | None = None,
-    ) -> tuple[Tensor, Tensor]:
+    ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """Read the next tokens of several sequences; a weight row is read once for all of them.
 
         Args:
@@ -80,17 +81,16 @@ class Decoder:
             caches: of each sequence, all different.
             mode: which rows of the feed-forwards are read.
             every: return logits of every token, not only of the last of each sequence.
-            cancel: ends the step between two layers when it is set from another thread.
+            cancel: once set, from another thread, it ends the step between two layers.
 
         Returns:
             Logits, float32 ``[sequences or tokens, vocabulary]``, and the neurons used, int32
-            ``[layers, tokens, 3]``: candidates, with positive gate, and active.
+            ``[layers, tokens, 3]``: candidates, with positive gate, and active (summed over a
+            token's experts).
 
         Raises:
-            TurboSparseError: a context is full, a cache belongs to another model or is given twice,
-                or there is no memory.
-            _core.Cancelled: `cancel` was set.
-            After both the caches are as they were before.
+            TurboSparseError: a context is full, there is no memory, or `Cancelled`; the caches
+                are as they were.
         """
         total = sum(map(len, tokens))
         rows = total if every else len(tokens)
@@ -107,16 +107,18 @@ class Decoder:
                 counts,
                 cancel,
             )
-        except ValueError as error:
-            raise TurboSparseError(str(error)) from error
+        except _core.Cancelled as error:
+            raise Cancelled(str(error)) from error
         except MemoryError as error:
             ends = [cache.length + len(new) for new, cache in zip(tokens, caches, strict=True)]
-            size = sum(map(self.cache_bytes, ends))
+            size = sum(self.cache_bytes(end, 0) for end in ends)
             raise TurboSparseError(
                 f"out of memory in a step of {total} tokens: {sum(ends)} positions need "
                 f"{size / 1e6:.1f} MB of key-value cache; use a shorter prompt or fewer sequences"
             ) from error
-        return torch.from_numpy(logits), torch.from_numpy(counts)
+        except ValueError as error:  # of the core, in words: a mode or a context
+            raise TurboSparseError(str(error)) from error
+        return logits, counts
 
 
 def _matrix(packed: Packed, name: str) -> _core.Matrix:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from turbosparse import _core
 from turbosparse.ops import Mode
+from turbosparse.ops.native import neurons
 from turbosparse.ops.predictor import PackedPredictor
 from turbosparse.ops.rows import FFNRows
 
@@ -62,20 +63,3 @@ class Neurons:
             self._threads,
         )
         return torch.from_numpy(out), torch.from_numpy(counts)
-
-
-def neurons(
-    rows: FFNRows, activation: str, predictor: PackedPredictor | None = None
-) -> _core.Neurons:
-    """The core's view of one feed-forward."""
-    view = predictor and _predictor(predictor, rows.hidden, activation)
-    return _core.Neurons(rows.gates, rows.pairs, rows.hidden, rows.quants, activation, view)
-
-
-def _predictor(packed: PackedPredictor, hidden: int, activation: str) -> _core.Predictor:
-    about, tensors = packed.about, packed.tensors
-    if about.kind == "sign":
-        return _core.Signs(tensors["signs"], hidden, activation, about.threshold)
-    fc1 = _core.Matrix(tensors["fc1"], hidden, str(about.quant))
-    fc2 = _core.Matrix(tensors["fc2"], fc1.rows, str(about.quant))
-    return _core.LowRank(fc1, fc2, about.threshold, about.input == "pre_norm")

@@ -165,4 +165,5 @@ def _predictor(packed: PackedPredictor, hidden: int, activation: str) -> Predict
 
 
 def _tensor(packed: NDArray[Any]) -> Tensor:
-    return torch.from_numpy(packed.copy())  # the map is read-only, which torch cannot express
+    # copied, for the map is read-only, which torch cannot express
+    return torch.from_numpy(packed.copy()).to(torch.get_default_device())

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from turbosparse.base.folders import read_config
 from turbosparse.hf import families
+from turbosparse.hf.config import parse
 from turbosparse.ops.predictor import PackedPredictor, Predictor
 from turbosparse.ops.rows import BLOCK, FFNRows, finite_scales, row_bytes, sign_bytes
 from turbosparse.packed.files import PAGE, Spec, map_files, verify_checksums
@@ -83,11 +84,10 @@ class Packed:
     """
 
     def __init__(self, folder: str | Path):
-        from turbosparse.hf.load import load_config
-
         self.folder = Path(folder).expanduser()
-        self.header = Header.read(self.folder, read_config(self.folder))
-        self.config = load_config(self.folder)
+        raw = read_config(self.folder)
+        self.header = Header.read(self.folder, raw)
+        self.config = parse(raw, self.folder / "config.json")
         _check_header(self.folder, self.header, self.config)
         self.plan = layout(self.config, self.header.quant, self.header.ffn.predictor)
         self.tensors = map_files(self.folder, self.header.files, self.plan)
