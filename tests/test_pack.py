@@ -257,7 +257,9 @@ def test_inspect_says_what_the_model_is(sparse: Make, tmp_path: Path) -> None:
 
 def test_validate_finds_one_flipped_bit(sparse: Make, tmp_path: Path) -> None:
     pack(str(sparse("mistral")), tmp_path / "packed", quant="q8")
-    assert validate(tmp_path / "packed") == f"{tmp_path / 'packed'}: whole"
+    whole = validate(tmp_path / "packed")
+    assert (whole.folder, whole.files) == (str(tmp_path / "packed"), 1)
+    assert whole.bytes == sum(p.stat().st_size for p in (tmp_path / "packed").glob("*.safetensors"))
     (path,) = (tmp_path / "packed").glob("*.safetensors")
     data = bytearray(path.read_bytes())
     data[5 * 4096 + 17] ^= 4

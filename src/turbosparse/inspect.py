@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from turbosparse.hf import families
 from turbosparse.hf.count import RULE, count_parameters
 from turbosparse.ops.predictor import Predictor
 from turbosparse.packed.format import Packed
@@ -112,7 +113,7 @@ def inspect(folder: Path) -> Inspection:
         source=header.source,
         packed_by=header.packed_by,
         layers=config.num_hidden_layers,
-        experts=getattr(config, "num_local_experts", 0),
+        experts=families.experts(config),
         neurons=config.intermediate_size,
         hidden=config.hidden_size,
         context=config.max_position_embeddings,
