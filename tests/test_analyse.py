@@ -20,6 +20,7 @@ from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.hf.checkpoint import Checkpoint
 from turbosparse.hf.layerwise import Layerwise
 from turbosparse.hf.load import load_model, load_tokenizer
+from turbosparse.pack import pack
 from turbosparse.packed.stats import Stats
 from turbosparse.training.meter import Meter
 from turbosparse.training.readers import documents
@@ -399,3 +400,20 @@ def test_a_token_beyond_the_embedding_is_named(sparse: Make) -> None:
     tokenizer.add_tokens(["[PAD]"])
     with pytest.raises(TurboSparseError, match=r"holds the token '\[PAD\]', number 320"):
         measure(model, tokenizer, {"boats": ["boats [PAD] boats"]})
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_packed_folder_is_measured_by_the_engine(
+    sparse: Make, corpus: Path, tmp_path: Path, family: str
+) -> None:
+    folder = sparse(family)
+    whole = analyse(str(folder), data=[corpus], out=tmp_path, max_tokens=400, dtype="float32")
+    found = {}
+    for quant in ("f16", "q4"):
+        pack(str(folder), tmp_path / quant, quant=quant)
+        found[quant] = analyse(str(tmp_path / quant), data=[corpus], max_tokens=400)
+    name = str(corpus)
+    assert found["f16"].tokens == whole.tokens
+    assert found["f16"].nats_per_token[name] == pytest.approx(whole.nats_per_token[name], rel=1e-3)
+    assert found["f16"].activation_sparsity == pytest.approx(whole.activation_sparsity, abs=2e-3)
+    assert abs(found["q4"].nats_per_token[name] - whole.nats_per_token[name]) > 1e-3

@@ -287,6 +287,32 @@ def test_nan_is_not_hidden(activation, mode):
     assert np.isnan(out).all()
 
 
+@pytest.mark.parametrize("quants", [("q4", "q8", "f16"), ("f16", "q4", "q8"), ("q8", "q4", "q4")])
+@pytest.mark.parametrize("activation", ["drelu", "relu", "swiglu"])
+def test_gate_up_and_down_may_differ_in_quant(quants, activation):
+    rng = np.random.default_rng(0)
+    parts = [random_rows(rng, 63, 96) for _ in quants]
+    rows = ffn_rows(*(encode(quant, *p) for quant, p in zip(quants, parts, strict=True)))
+    weights = [decode(*p) for p in parts]
+    x = integer_x(rng, 3, 96, low=-3)
+    expected, _ = reference_ffn(activation, *weights, x)
+    neurons = _core.Neurons(*rows, 96, list(quants), activation)
+    assert_close(forward(neurons, x, "dense", threads=2)[0], expected, "q4")
+
+
+def test_the_first_neurons_are_a_feed_forward_of_their_own():
+    """A hot part elsewhere in memory and the cold rest add up to the whole."""
+    rng = np.random.default_rng(0)
+    (gates, pairs), _ = random_ffn(rng, "q4", 63, 96)
+    x = integer_x(rng, 3, 96, low=-3)
+    whole, hot, cold = (
+        forward(_core.Neurons(gates[part], pairs[part], 96, ["q4"] * 3, "drelu"), x, "exact")
+        for part in (slice(None), slice(20), slice(20, None))
+    )
+    assert_close(hot[0] + cold[0], whole[0], "q4")
+    np.testing.assert_array_equal(hot[1] + cold[1], whole[1])
+
+
 # -- what goes wrong, and who owns what ----------------------------------------------------------
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import itertools
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -423,3 +424,24 @@ def test_at_most_one_feed_forward_is_held_in_memory(
     monkeypatch.setattr(Checkpoint, "__getitem__", read_and_count)
     pack(str(sparse("mixtral")), tmp_path / "packed", quant="q8")
     assert 1 <= most <= 3
+
+
+def test_the_quantisation_is_a_map(sparse: Make, tmp_path: Path) -> None:
+    done = pack(
+        str(sparse("mistral")), tmp_path / "p", quant="q4", quant_map="ffn=q8,down=f16,o=q8"
+    )
+    quants = Packed(tmp_path / "p").header.quant.model_dump()
+    assert quants == {
+        **dict.fromkeys(("q", "k", "v"), "q4"),
+        **dict.fromkeys(("embedding", "head", "o", "gate", "up"), "q8"),
+        "down": "f16",
+    }
+    assert done.quant == "q8, q k v q4, down f16"
+    for wrong, message in {
+        "nose=q8": "quant map: 'nose' is unknown; use attention, ffn, embedding",
+        "head=q5": "quant map: head=q5 is unknown; use f16, q8 or q4",
+        "head": "quant map 'head' is not valid; write it like head=q8,down=q8",
+    }.items():
+        with pytest.raises(TurboSparseError, match=re.escape(message)):
+            pack(str(sparse("mistral")), tmp_path / "no", quant_map=wrong)
+        assert not (tmp_path / "no").exists()

@@ -24,12 +24,15 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import new_file
 from turbosparse.base.machine import memory_available
 from turbosparse.base.progress import note, track
+from turbosparse.engine.engine import Engine
+from turbosparse.engine.perplexity import PackedAnalysis, measure_packed
 from turbosparse.hf.activations import WITHOUT_ZEROS, Activation
 from turbosparse.hf.checkpoint import shard_files
 from turbosparse.hf.hub import model_folder
 from turbosparse.hf.layerwise import Layerwise
 from turbosparse.hf.load import activation_of, load_model, load_tokenizer
 from turbosparse.hf.observe import See, observe_ffn
+from turbosparse.packed.format import is_packed
 from turbosparse.packed.stats import FILE, Stats
 from turbosparse.training.readers import documents, take_last
 
@@ -115,13 +118,16 @@ def analyse(
     activation: Activation | None = None,
     device: Device = "auto",
     dtype: Dtype | None = None,
-) -> Analysis:
+) -> Analysis | PackedAnalysis:
     """Measure perplexity and activation sparsity on a held-out corpus.
+
+    A packed folder is run by the engine, in the mode that `generate` would take: beside the model
+    that it was packed from, that shows what quantising costs. It gives no statistics file.
 
     Parameters
     ----------
     model
-        Model folder (dense or sparse) or hub id.
+        Model folder (dense or sparse), packed folder, GGUF file or hub id.
     data
         Text, JSON-lines or .gz file, or a folder of them; repeat it to measure several corpora side
         by side.
@@ -146,8 +152,15 @@ def analyse(
     dtype
         By default the type that the weights are stored in.
     """
+    data = [Path(source) for source in data]
     _check(data, last=last, window=window, max_tokens=max_tokens)
     folder = model_folder(model)
+    corpora = {
+        str(source): take_last(documents(source, template=template, separator=separator), last)
+        for source in data
+    }
+    if is_packed(folder):
+        return _analyse_packed(folder, corpora, window, truncate, max_tokens)
     if out is None and folder != Path(model).expanduser():
         raise TurboSparseError(
             f"{model} is not a local folder: say with --out where the statistics go"
@@ -155,10 +168,6 @@ def analyse(
     path = (out or folder) / FILE
     _check_writable(path)
     network = _open(folder, activation, device, dtype)
-    corpora = {
-        str(source): take_last(documents(source, template=template, separator=separator), last)
-        for source in data
-    }
     stats = measure(
         network,
         load_tokenizer(folder),
@@ -173,6 +182,25 @@ def analyse(
     except OSError as error:  # the figures are worth more than the file
         note(f"cannot write {path} ({error.strerror}): the statistics are only printed")
     return summarise(stats, str(path))
+
+
+def _analyse_packed(
+    folder: Path,
+    corpora: dict[str, Any],
+    window: int | None,
+    truncate: bool,
+    max_tokens: int | None,
+) -> PackedAnalysis:
+    engine, tokenizer = Engine(folder), load_tokenizer(folder)
+    width = min(window or 1024, engine.context)
+    vocabulary = engine.config.vocab_size
+    return measure_packed(
+        engine,
+        {
+            corpus: _windows(tokenizer, texts, width, truncate, max_tokens, vocabulary)
+            for corpus, texts in corpora.items()
+        },
+    )
 
 
 def _check(

@@ -84,6 +84,10 @@ class Engine:
         if kv_bytes is not None and kv_bytes < 1:
             raise TurboSparseError(f"--kv-bytes {kv_bytes} must be 1 or more")
         self.packed = Packed(folder)
+        if threshold := self.packed.header.ffn.threshold:
+            raise TurboSparseError(
+                f"{folder}: ffn.threshold is {threshold:g}; the engine only computes 0 so far"
+            )
         self.mode = _mode(self.packed, mode)
         self.backend = "cpu" if backend == "auto" else backend
         self.threads = threads_to_use(threads)
@@ -177,10 +181,14 @@ class Engine:
 
     def logits(self, tokens: Iterable[int]) -> Iterator[Logits]:
         """Logits after every token of a text, in pieces ``[some tokens, vocabulary]``."""
+        return (logits for logits, _ in self.read(tokens))
+
+    def read(self, tokens: Iterable[int]) -> Iterator[tuple[Logits, NDArray[np.int32]]]:
+        """As `logits`, with the neurons used, ``[layers, some tokens, 3]``: see `Step`."""
         with self.sequence(tokens) as sequence:
             width = max(1, min(CHUNK, (64 << 20) // (4 * self.config.vocab_size)))
             while pending := len(sequence.pending):
-                yield self._pass([sequence], [min(width, pending)], every=True)[0]
+                yield self._pass([sequence], [min(width, pending)], every=True)
 
     def _pass(
         self, sequences: list[Sequence], counts: list[int], *, every: bool = False

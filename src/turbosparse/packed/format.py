@@ -170,3 +170,9 @@ def _check_orders(folder: Path, plan: dict[str, Spec], tensors: dict[str, NDArra
             seen[order[(order >= 0) & (order < len(order))]] = True
             if not seen.all():
                 raise FormatError(folder, Fault.NEURON_ORDER, name)
+
+
+def is_packed(folder: Path) -> bool:
+    """Whether a folder says of itself that it is packed."""
+    block = read_config(folder).get("turbosparse")
+    return isinstance(block, dict) and "format_version" in block
