@@ -398,7 +398,7 @@ def test_weights_that_are_not_finite_are_an_error_and_not_a_figure(
 def test_a_token_beyond_the_embedding_is_named(sparse: Make) -> None:
     model, tokenizer = load_model(sparse("llama")), load_tokenizer(sparse("llama"))
     tokenizer.add_tokens(["[PAD]"])
-    with pytest.raises(TurboSparseError, match=r"holds the token '\[PAD\]', number 320"):
+    with pytest.raises(TurboSparseError, match=r"holds the token '\[PAD\]' with id 320"):
         measure(model, tokenizer, {"boats": ["boats [PAD] boats"]})
 
 

@@ -14,6 +14,7 @@ from conftest import FAMILIES, make_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
+from turbosparse.analyse import analyse
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import read_config, write_json
 from turbosparse.convert import convert
@@ -279,3 +280,35 @@ def test_the_hub_is_asked_for_what_the_index_names(
     (commit / "tokenizer.json").symlink_to("../../blobs/ab12")
     assert json.loads((commit / "tokenizer.json").read_text())
     load_tokenizer(commit)
+
+
+def test_weights_run_as_what_they_are(dense: Make, merged: Path, tmp_path: Path) -> None:
+    packed = pack(str(dense("qwen2")), tmp_path / "packed", activation="reglu")
+    assert packed.activation == "reglu"
+    config = read_config(tmp_path / "packed")
+    assert (config["model_type"], config["ffn_activation"]) == ("drelu_qwen2", "reglu")
+    text = tmp_path / "text.txt"
+    text.write_text("The small boats and the gulls went home.")
+    found = analyse(str(dense("qwen2")), data=[text], out=tmp_path, activation="drelu")
+    assert found.activation == "drelu"
+    assert found.activation_sparsity > 0.5
+    record = pack(str(merged), tmp_path / "other", predictor_input="post_norm").predictor
+    assert record
+    block = read_config(tmp_path / "other")["turbosparse"]["ffn"]["predictor"]
+    assert block["input"] == "post_norm"
+    with pytest.raises(TurboSparseError, match="--predictor-input is for a merged predictor"):
+        pack(str(dense("qwen2")), tmp_path / "none", predictor_input="pre_norm")
+
+
+def test_measuring_names_a_token_beyond_the_embedding(dense: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(dense("mistral"), folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.save_pretrained(folder)
+    (tmp_path / "text.txt").write_text("The small boats [PAD] went home. " * 40)
+    with pytest.raises(TurboSparseError, match=r"'\[PAD\]' with id 320"):
+        analyse(str(folder), data=[tmp_path / "text.txt"], out=tmp_path)
+    with pytest.raises(TurboSparseError, match=r"'\[PAD\]' with id 320"):
+        convert(str(folder), tmp_path / "out", data=[tmp_path / "text.txt"], tokens=160)
+    assert not (tmp_path / "out").exists()

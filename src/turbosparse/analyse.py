@@ -30,7 +30,7 @@ from turbosparse.hf.activations import WITHOUT_ZEROS, Activation
 from turbosparse.hf.checkpoint import shard_files
 from turbosparse.hf.hub import model_folder
 from turbosparse.hf.layerwise import Layerwise
-from turbosparse.hf.load import activation_of, load_model, load_tokenizer
+from turbosparse.hf.load import activation_of, check_ids, load_model, load_tokenizer
 from turbosparse.hf.observe import See, observe_ffn
 from turbosparse.packed.format import is_packed
 from turbosparse.packed.stats import FILE, Stats
@@ -389,12 +389,7 @@ def _windows(
 ) -> Iterator[list[int]]:
     total = 0
     for text in texts:
-        ids = tokenizer(text, verbose=False)["input_ids"]
-        if ids and max(ids) >= vocabulary:
-            raise TurboSparseError(
-                f"the text holds the token {tokenizer.decode([max(ids)])!r}, number {max(ids)}, "
-                f"and the model has embeddings for {vocabulary} only; remove it from the text"
-            )
+        ids = check_ids(tokenizer(text, verbose=False)["input_ids"], tokenizer, vocabulary)
         # each piece repeats one token, so that its first prediction has a context
         pieces = [ids[start : start + window + 1] for start in range(0, len(ids) - 1, window)]
         for piece in pieces[: 1 if truncate else None]:

@@ -119,12 +119,11 @@ def convert(
     from turbosparse.hf.conversion import convert_layers, finish
     from turbosparse.hf.layerwise import Layerwise
     from turbosparse.hf.load import (
+        activation_keys,
         check_activation,
         copy_code,
-        hidden_act,
         load_config,
         load_tokenizer,
-        sparse_keys,
     )
 
     check_activation(activation)
@@ -148,15 +147,15 @@ def convert(
     load_tokenizer(folder)
 
     if activation != "swiglu":
-        raw |= sparse_keys(raw["model_type"])
-        raw |= {"hidden_act": hidden_act(activation), "ffn_activation": activation}
+        raw |= activation_keys(raw["model_type"], activation)
     raw["turbosparse"] = {"converted_from": str(source), "activation": activation}
 
     explained = None
     if data:
         length = min(tokens, config.max_position_embeddings, 1024)
-        how = {"template": template, "separator": separator}
-        ids = _draw(data, load_tokenizer(folder), tokens=tokens, length=length, **how)
+        how: dict[str, Any] = {"template": template, "separator": separator}
+        how |= {"tokens": tokens, "length": length}
+        ids = _draw(data, load_tokenizer(folder), config.vocab_size, **how)
         model = Layerwise(folder, activation="drelu", device=device)
         neurons = _wider(config.intermediate_size, widen)
         state = Path(out).with_name(Path(out).name + ".converting")
@@ -210,9 +209,11 @@ def _wider(neurons: int, widen: float) -> int:
 
 
 def _draw(
-    data: list[Path], tokenizer: Any, *, tokens: int, length: int, **how: Any
+    data: list[Path], tokenizer: Any, vocabulary: int, *, tokens: int, length: int, **how: Any
 ) -> list[list[int]]:
     """Token ids of about so many tokens: as much of each of `data`, and in it of each file."""
+    from turbosparse.hf.load import check_ids
+
     each = -(-tokens // (length * len(data)))
     rows: list[list[int]] = []
     for path in data:
@@ -220,7 +221,8 @@ def _draw(
             packed_sequences(documents, tokenizer, length, append_eos=True)
             for documents in document_streams(path, STREAMS, **how)
         ]
-        rows += [row["input_ids"] for row in islice(_in_turn(streams), each)]
+        drawn = islice(_in_turn(streams), each)
+        rows += [check_ids(row["input_ids"], tokenizer, vocabulary) for row in drawn]
     if not rows:
         raise TurboSparseError(
             f"the text of --data has fewer than {length} tokens; give more text, or fewer --tokens"

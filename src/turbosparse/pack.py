@@ -32,10 +32,16 @@ from turbosparse.base.folders import (
 )
 from turbosparse.base.progress import track
 from turbosparse.hf import families
-from turbosparse.hf.activations import WITHOUT_ZEROS
+from turbosparse.hf.activations import WITHOUT_ZEROS, Activation
 from turbosparse.hf.checkpoint import Checkpoint
 from turbosparse.hf.hub import model_folder
-from turbosparse.hf.load import activation_of, load_config, load_tokenizer
+from turbosparse.hf.load import (
+    activation_keys,
+    activation_of,
+    load_config,
+    load_tokenizer,
+    with_activation,
+)
 from turbosparse.ops.predictor import Predictor
 from turbosparse.ops.quant import quantise, signs
 from turbosparse.ops.rows import FFNRows, row_bytes
@@ -78,6 +84,8 @@ def pack(
     stats: Path | None = None,
     predictor: Literal["auto", "none", "sign"] = "auto",
     predictor_quant: Literal["f16", "q8", "q4"] = "q8",
+    predictor_input: Literal["pre_norm", "post_norm"] | None = None,
+    activation: Activation | None = None,
 ) -> PackedModel:
     """Quantise a model and lay it out for sparse reading.
 
@@ -100,16 +108,24 @@ def pack(
         the signs of weights and inputs.
     predictor_quant
         Of the matrices of a merged predictor.
+    predictor_input
+        What a merged predictor reads, where config.json does not say it: the residual before the
+        norm, or what the feed-forward reads after it.
+    activation
+        Run the weights with this feed-forward, where config.json does not name theirs: some sparse
+        models are published as if they were stock ones.
     """
     check_free(out)
     folder = model_folder(model)
     config = load_config(folder)
+    if activation:
+        config = with_activation(config, activation)
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
     tokenizer = load_tokenizer(folder)
     ffn = FFN(
         activation=activation_of(config),  # type: ignore[arg-type]
-        predictor=_predictor(config, checkpoint, predictor, predictor_quant),
+        predictor=_predictor(config, checkpoint, predictor, predictor_quant, predictor_input),
     )
     profile = _find_stats(folder, stats)
     if profile:
@@ -137,6 +153,8 @@ def pack(
             files=files,
         )
         raw = read_config(folder)
+        if activation:
+            raw |= activation_keys(config.model_type, activation)
         raw = {key: raw[key] for key in raw if key not in ("auto_map", "predictor")}
         raw["turbosparse"] = header.model_dump(mode="json")
         write_json(work / "config.json", raw)
@@ -165,9 +183,15 @@ def _pairs(text: str) -> dict[str, str]:
     return dict(pairs)
 
 
-def _predictor(config: Any, checkpoint: Checkpoint, choice: str, quant: str) -> Predictor | None:
+def _predictor(
+    config: Any, checkpoint: Checkpoint, choice: str, quant: str, reads: str | None
+) -> Predictor | None:
     """The record of the predictor to pack; what config.json says of one of its kind holds."""
     ranks = None if choice == "sign" else checkpoint.predictor_ranks(config)
+    if reads and ranks is None:
+        raise TurboSparseError(
+            f"--predictor-input is for a merged predictor, and {checkpoint.folder} holds none"
+        )
     if choice == "none" or (choice == "auto" and ranks is None):
         return None
     if (activation := activation_of(config)) in WITHOUT_ZEROS:
@@ -183,7 +207,8 @@ def _predictor(config: Any, checkpoint: Checkpoint, choice: str, quant: str) -> 
     block = read_config(checkpoint.folder).get("predictor", {})
     try:
         said = block if block.get("kind", "low_rank") == kind["kind"] else {}
-        return Predictor.model_validate({"input": "post_norm", "threshold": 0.0} | said | kind)
+        reads = reads or said.get("input", "post_norm")
+        return Predictor.model_validate({"threshold": 0.0} | said | kind | {"input": reads})
     except (ValidationError, AttributeError, TypeError) as error:
         raise TurboSparseError(
             f'{checkpoint.folder / "config.json"}: the block "predictor" is not valid: {error}'

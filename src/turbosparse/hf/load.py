@@ -80,24 +80,14 @@ def with_activation(config: Any, activation: str) -> Any:
     """The same architecture with another FFN activation; for swiglu the stock config class."""
     from transformers import AutoConfig
 
-    check_activation(activation)
     register()
-    base = families.family(config.model_type)
-    own = {"model_type", "architectures", "auto_map", "ffn_activation", "hidden_act"}
+    keys = activation_keys(config.model_type, activation)
+    own = {"model_type", "architectures", "auto_map", "ffn_activation"}
     fields = {key: value for key, value in config.to_dict().items() if key not in own}
-    if activation == "swiglu":
-        return AutoConfig.for_model(base, **fields, hidden_act="silu")
-    return AutoConfig.for_model(
-        families.PREFIX + str(base),
-        **fields,
-        hidden_act=hidden_act(activation),
-        ffn_activation=activation,
-    )
-
-
-def hidden_act(activation: str) -> str:
-    """What config.json tells a foreign reader who does not know ``ffn_activation``."""
-    return ACTIVATIONS[activation].hidden_act
+    fields |= {
+        key: value for key, value in keys.items() if key not in ("architectures", "auto_map")
+    }
+    return AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
 @contextmanager
@@ -247,6 +237,16 @@ def check_ids(ids: list[int], tokenizer: Any, vocabulary: int) -> list[int]:
             "that belongs to the model"
         )
     return ids
+
+
+def activation_keys(model_type: str, activation: str) -> dict[str, Any]:
+    """The keys of ``config.json`` for the same weights with this FFN activation."""
+    check_activation(activation)
+    base = str(families.family(model_type))
+    own = {"hidden_act": ACTIVATIONS[activation].hidden_act}
+    if activation == "swiglu":
+        return own | {"model_type": base}
+    return own | sparse_keys(base) | {"ffn_activation": activation}
 
 
 def sparse_keys(base: str) -> dict[str, Any]:
