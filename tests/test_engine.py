@@ -7,11 +7,14 @@ import resource
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from conftest import make_model
 
+import turbosparse
 from turbosparse.base import machine
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.machine import threads_to_use
@@ -106,3 +109,87 @@ def test_a_threshold_that_the_engine_cannot_compute_is_refused(
     (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
     with pytest.raises(TurboSparseError, match=r"ffn\.threshold is 0\.25; the engine only"):
         Engine(tmp_path / "packed")
+
+
+# --- the engine for programs ----------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def packed(sparse: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("engine") / "packed"
+    pack(str(sparse("mistral")), folder, quant="q8")
+    return folder
+
+
+def test_generating_loads_neither_torch_nor_transformers(packed: Path) -> None:
+    code = (
+        "import sys\n"
+        "sys.modules['torch'] = sys.modules['transformers'] = None\n"  # importing either fails
+        "import turbosparse\n"
+        "model = turbosparse.load(sys.argv[1], threads=1)\n"
+        "print(repr(''.join(t.text for t in model.stream('The boats', max_tokens=5))))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, packed], capture_output=True, text=True, check=True
+    )
+    expected = turbosparse.load(packed, threads=1).generate("The boats", max_tokens=5)
+    assert done.stdout.strip() == repr(expected)
+
+
+def test_two_threads_with_two_engines_write_what_one_does(packed: Path) -> None:
+    alone = turbosparse.load(packed, threads=1).generate("The boats", max_tokens=40)
+    models = [turbosparse.load(packed, threads=2) for _ in range(2)]
+    with ThreadPoolExecutor(2) as pool:
+        texts = list(pool.map(lambda m: m.generate("The boats", max_tokens=40), models))
+    assert texts == [alone, alone]
+
+
+def test_a_cancelled_stream_ends_and_the_sequence_can_be_used_again(packed: Path) -> None:
+    model = turbosparse.load(packed, threads=1)
+    whole = model.generate("The boats", max_tokens=12)
+    with model.new_sequence() as sequence:
+        tokens = []
+        for token in model.stream("The boats", sequence=sequence, max_tokens=40):
+            tokens.append(token)
+            if len(tokens) == 3:
+                sequence.cancel()
+        assert tokens[-1].finish == "cancelled"
+        assert len(tokens) <= 4
+        sequence.resume()
+        again = model.stream("The boats", sequence=sequence, max_tokens=12)
+        assert "".join(token.text for token in again) == whole
+
+
+def test_a_fork_continues_on_its_own(packed: Path) -> None:
+    engine = turbosparse.load(packed, threads=1).engine
+    first = engine.sequence([5, 9, 40])
+    engine.step([first])
+    second = first.fork()
+    first.extend([7])
+    second.extend([8])
+    apart = engine.step([first, second])
+    fresh = [engine.step([engine.sequence([5, 9, 40, last])])[0] for last in (7, 8)]
+    for one, other in zip(apart, fresh, strict=True):
+        np.testing.assert_allclose(one.logits, other.logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_full_budget_is_refused_and_changes_nothing(packed: Path) -> None:
+    model = turbosparse.load(packed, threads=1, kv_bytes=100_000)
+    with pytest.raises(TurboSparseError, match=r"key-value cache needs .* of 0\.1 MB are in use"):
+        model.generate(["The boats went home. " * 4] * 12, max_tokens=60)
+    assert model.engine.budget.used == 0
+    assert len(model.generate("The", max_tokens=3)) > 0
+
+
+def test_logits_that_are_not_finite_are_an_error(packed: Path) -> None:
+    engine = turbosparse.load(packed, threads=1).engine
+    step = engine.decoder.step
+
+    def broken(*given: object, **named: object) -> object:
+        logits, used = step(*given, **named)
+        logits[0, 3] = np.nan
+        return logits, used
+
+    engine.decoder.step = broken
+    with pytest.raises(TurboSparseError, match="the logits are not finite"):
+        engine.step([engine.sequence([1, 2])])
