@@ -16,8 +16,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
-import statistics
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -28,23 +26,12 @@ from base import compare
 
 from turbosparse import _core
 from turbosparse.base.machine import threads_to_use
+from turbosparse.benchmark.harness import Memory, Spread, machine
 from turbosparse.ops import backend
 from turbosparse.ops.quant import quantise_ffn
 from turbosparse.ops.rows import QUANTS, FFNRows, row_bytes
 
 RELATIVE_RMS = 1e-4  # of a kernel against the reference, before it is timed
-
-
-def bandwidth(threads: int, size: int = 1 << 29) -> float:
-    """Read bandwidth in GB/s: torch summing a large array, best of five."""
-    torch.set_num_threads(threads)
-    data = torch.ones(size // 8, dtype=torch.int64)
-    times = []
-    for _ in range(5):
-        began = time.perf_counter()
-        data.sum()
-        times.append(time.perf_counter() - began)
-    return size / min(times) / 1e9
 
 
 def make_ffn(
@@ -130,7 +117,9 @@ def main() -> None:
         runs[f"{isa} matmul"] = isa, lambda matrices=matrices: [m.matmul(x) for m in matrices]
         sizes[f"{isa} matmul"] = stored.gates.size * args.copies
     seconds: dict[str, list[float]] = {key: [] for key in runs}
+    memory, bandwidths = Memory(threads), []
     for _ in range(args.rounds):
+        bandwidths.append(memory.read_speed())
         for key, (isa, run) in runs.items():
             if isa != "torch":
                 _core.set_isa(isa)
@@ -138,33 +127,31 @@ def main() -> None:
             run()
             seconds[key].append(time.perf_counter() - began)
 
-    ceiling = bandwidth(threads)
-    print(f"{platform.machine()}, {threads} threads, load {os.getloadavg()[0]:.1f}")
+    ceiling = Spread.of(bandwidths)
+    print(f"{machine()}, {threads} threads, load {os.getloadavg()[0]:.1f}")
     print(
         f"hidden {args.hidden}, {args.neurons} neurons, {args.quant}, {args.copies} copies, "
         f"{args.tokens} tokens"
     )
     print(
         f"gate > 0: {gate / args.neurons:.1%}, active: {active / args.neurons:.1%}; "
-        f"read bandwidth {ceiling:.1f} GB/s"
+        f"read bandwidth {ceiling} GB/s"
     )
     result = {
-        "machine": platform.platform(),
+        "machine": machine(),
         "threads": threads,
-        "bandwidth_GBps": ceiling,
+        "bandwidth_GBps": ceiling.median,
         **vars(args),
     }
     for key, times in seconds.items():
-        low, median, high = (
-            f(times) / args.copies * 1e6 for f in (min, statistics.median, max)
-        )  # µs per layer
+        layer = Spread.of([t / args.copies * 1e6 for t in times])  # µs
         packed = sizes[key] / args.copies
-        speed = packed / median / 1e3
+        speed = packed / layer.median / 1e3
         print(
-            f"  {key:14}{median:9.0f} µs/layer [{low:.0f}..{high:.0f}] {packed / 1e6:8.2f} MB "
-            f"{speed:6.2f} GB/s {speed / ceiling:6.1%} of the ceiling"
+            f"  {key:14} {layer} µs/layer {packed / 1e6:8.2f} MB "
+            f"{speed:6.2f} GB/s {speed / ceiling.median:6.1%} of the ceiling"
         )
-        result[key] = {"us_per_layer": median, "GBps": speed}
+        result[key] = {"us_per_layer": layer.median, "GBps": speed}
     print(json.dumps(result))
 
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
+import inspect
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -84,7 +87,12 @@ def test_every_verb_explains_its_parameters(run: Run, verb: str) -> None:
     shown = run(verb, "--help")
     assert (shown.code, shown.err) == (0, "")
     assert shown.out.startswith(f"Usage: turbosparse {verb}")
-    assert "--" in shown.out
+    module, function = cli.VERBS[verb][0].split(":")
+    for parameter in inspect.signature(
+        getattr(importlib.import_module(module), function)
+    ).parameters:
+        flag = f"--{parameter.replace('_', '-')}"
+        assert re.search(rf"{flag}\b(?!-)", shown.out), f"{flag} is not explained"
 
 
 def test_version(run: Run) -> None:

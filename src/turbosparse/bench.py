@@ -12,7 +12,6 @@ bandwidth are interleaved; figures are medians.
 from __future__ import annotations
 
 import os
-import platform
 import statistics
 import tempfile
 import time
@@ -28,29 +27,12 @@ from numpy.typing import NDArray
 from turbosparse import _core, ops
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.machine import threads_to_use
+from turbosparse.benchmark.harness import Memory, Spread, machine
 from turbosparse.engine import native
 from turbosparse.engine.cost import bytes_per_step, experts_in_use
 from turbosparse.engine.engine import Engine, Mode
 from turbosparse.packed.format import Packed
 from turbosparse.packed.synthetic import Wanted, make_synthetic
-
-READS = 4  # of the memory, before and after a decode: some 50 ms
-
-
-@dataclass(frozen=True)
-class Spread:
-    """Median, least and greatest of some rounds."""
-
-    median: float
-    least: float
-    greatest: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        return cls(statistics.median(values), min(values), max(values))
-
-    def __str__(self) -> str:
-        return f"{self.median:.2f} [{self.least:.2f}..{self.greatest:.2f}]"
 
 
 @dataclass(frozen=True)
@@ -116,11 +98,11 @@ def bench(
     model: Path | None = None,
     *,
     shape: str | None = None,
-    sparsity: float = 0.9,
-    quant: Literal["f16", "q8", "q4"] = "q4",
+    sparsity: float | None = None,
+    quant: Literal["f16", "q8", "q4"] | None = None,
     layers: int | None = None,
     predictor: str | None = None,
-    predictor_quant: Literal["f16", "q8", "q4"] = "q8",
+    predictor_quant: Literal["f16", "q8", "q4"] | None = None,
     mode: Mode = "auto",
     threads: int | None = None,
     batch: int = 1,
@@ -140,17 +122,17 @@ def bench(
     shape
         Make a synthetic model: mistral-7b, mixtral-8x7b, llama-1b or llama-15m.
     sparsity
-        Of the synthetic model: share of neurons that its tokens leave inactive, truly computed. 0
-        makes a swiglu model.
+        Of the synthetic model, by default 0.9: share of neurons that its tokens leave inactive,
+        truly computed. 0 makes a swiglu model.
     quant
-        Of the synthetic model.
+        Of the synthetic model, by default q4.
     layers
-        Fewer layers than the shape has, to fit a machine.
+        Of the synthetic model: fewer than the shape has, to fit a machine.
     predictor
         Of the synthetic model: rank=N makes one of two matrices that knows its neurons well, sign
         one that compares signs and knows little of random weights.
     predictor_quant
-        Of the matrices of the synthetic model's predictor.
+        Of the two matrices of the synthetic model's predictor, by default q8.
     mode
         exact skips neurons that are exactly zero; predicted also those that the predictor does not
         pick, and is what auto takes if a --predictor is asked for; dense reads all.
@@ -183,19 +165,44 @@ def bench(
             f"--tokens {tokens}, --prompt {prompt} and --rounds {rounds} must be 1 or more, "
             f"--prefill {prefill} 0 or more"
         )
-    if predictor and model:
-        raise TurboSparseError("--predictor is of a synthetic model: name a --shape, no folder")
+    synthetic: dict[str, object] = {
+        "sparsity": sparsity,
+        "quant": quant,
+        "layers": layers,
+        "predictor": predictor,
+        "predictor-quant": predictor_quant,
+        "folder": folder,
+    }
+    if model:
+        _refuse_idle(model, synthetic)
+    if predictor_quant and not (predictor or "").startswith("rank="):
+        raise TurboSparseError(f"--predictor-quant {predictor_quant} needs a --predictor rank=N")
     if predictor and mode == "auto":
         mode = "predicted"
     threads = threads_to_use(threads)
     load = os.getloadavg()[0]
-    wanted = Wanted(str(shape), sparsity, layers, predictor, predictor_quant)
-    with nullcontext(model) if model else _synthetic(folder, quant, wanted) as path:
+    wanted = Wanted(
+        str(shape),
+        0.9 if sparsity is None else sparsity,
+        layers,
+        predictor,
+        predictor_quant or "q8",
+    )
+    with nullcontext(model) if model else _synthetic(folder, quant or "q4", wanted) as path:
         engine = Engine(path, mode=mode, threads=threads)
         ours = _Ours(engine, batch, prompt)
         with _peer(peer, engine.packed, threads, prompt) as other:
             decode, prefills, bandwidths = _rounds(ours, other, rounds, tokens, prefill, threads)
         return _card(engine, ours, decode, prefills, bandwidths, batch, threads, load, peer)
+
+
+def _refuse_idle(model: Path, synthetic: dict[str, object]) -> None:
+    given = [f"--{name} {value}" for name, value in synthetic.items() if value is not None]
+    if given:
+        raise TurboSparseError(
+            f"{', '.join(given)}: only for a synthetic model; {model} is packed already, leave "
+            "them out or name a --shape instead of it"
+        )
 
 
 @contextmanager
@@ -273,7 +280,7 @@ def _rounds(
     ours: _Ours, other: Any, rounds: int, tokens: int, prefill: int, threads: int
 ) -> tuple[list[list[float]], list[list[float]], list[float]]:
     """Interleaved rounds: decode and prefill tokens/s as [ours, peer's], and GB/s."""
-    memory = np.ones(1 << 26, np.uint64)
+    memory = Memory(threads)
     decode: list[list[float]] = [[], []]
     prefills: list[list[float]] = [[], []]
     bandwidths = []
@@ -282,23 +289,15 @@ def _rounds(
         side.decode(2)
     ours.counts.clear()
     for _ in range(rounds):
-        around = [_read_speed(memory, threads)]
+        around = [memory.read_speed()]
         decode[0].append(ours.decode(tokens))
-        around.append(_read_speed(memory, threads))
+        around.append(memory.read_speed())
         bandwidths.append(statistics.fmean(around))
         if other:
             decode[1].append(other.decode(tokens))
         for index, side in enumerate(sides if prefill else []):
             prefills[index].append(side.prefill(prefill))
     return decode, prefills, bandwidths
-
-
-def _read_speed(memory: NDArray[np.uint64], threads: int) -> float:
-    """GB/s of reading an array a few times."""
-    began = time.perf_counter()
-    for _ in range(READS):
-        _core.read_all(memory, threads)
-    return READS * memory.nbytes / (time.perf_counter() - began) / 1e9
 
 
 def _card(
@@ -326,7 +325,7 @@ def _card(
     ratios = [a / b for a, b in zip(*decode, strict=False)]
     return Benchmark(
         model=engine.packed.header.source,
-        machine=f"{platform.system()} {platform.machine()}, {os.cpu_count()} processors",
+        machine=machine(),
         isa=_core.isa(),
         threads=threads,
         load=load,
