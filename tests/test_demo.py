@@ -39,5 +39,25 @@ def test_a_second_run_keeps_what_is_made(made: Path) -> None:
 
 
 def test_a_folder_of_other_sizes_is_refused(made: Path) -> None:
-    with pytest.raises(TurboSparseError, match="holds a demo of other sizes"):
+    with pytest.raises(TurboSparseError, match="or one of other sizes"):
         demo(out=made, quick=False)
+
+
+def test_stages_and_the_verdict_are_told(made: Path) -> None:
+    log = (made / "demo.log").read_text()
+    assert log.count(" done in ") % 9 == 0
+    assert f"turbosparse generate {made}/sparse-q8" in log
+    result = json.loads((made / "result.json").read_text())
+    rows = {row["model"]: row for row in result["rows"]}
+    more = rows["recovered"]["held_out_perplexity"] / rows["dense control"]["held_out_perplexity"]
+    side = "above" if more > 1 else "below"
+    assert f"perplexity is {abs(more - 1):.1%} {side} its dense control's" in result["verdict"]
+    assert "noise" in result["verdict"]
+
+
+@pytest.mark.parametrize("name", ["config.json", "thesis.txt"])
+def test_a_folder_that_is_no_demo_is_left_alone(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("{}")
+    with pytest.raises(TurboSparseError, match="exists already"):
+        demo(out=tmp_path, quick=True)
+    assert [path.name for path in tmp_path.iterdir()] == [name]

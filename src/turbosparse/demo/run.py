@@ -5,20 +5,23 @@ turbosparse demo
 
 from __future__ import annotations
 
-import json
+import shlex
 import statistics
+import sys
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import yaml
-from rich.console import Console
+from rich.console import Group
 from rich.table import Table
 
 from turbosparse.analyse import measure
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import new_folder, read_config, write_json
+from turbosparse.base.folders import check_free, new_folder, read_config, write_json
 from turbosparse.convert import convert
 from turbosparse.demo.corpus import make_corpus
 from turbosparse.demo.tokenizer import train_tokenizer
@@ -44,6 +47,7 @@ MODELS = (
     ("after surgery", "surgery", "dReLU put in, nothing trained"),
     ("recovered", "sparse", "dReLU, trained on"),
 )
+QUANTS: tuple[Literal["f16", "q8", "q4"], ...] = ("f16", "q8", "q4")
 BACKENDS: tuple[tuple[Backend, Mode], ...] = (
     ("torch", "dense"),
     ("torch", "exact"),
@@ -92,6 +96,7 @@ class Demo:
     rows: list[Row]
     texts: dict[str, str]  # "quant backend mode" → what the recovered model wrote
     backends_agree: bool
+    verdict: str
 
     def __rich__(self) -> Any:
         table = Table(title="Sparsity, quality and speed (tokens/s of the q8 packing)")
@@ -112,7 +117,7 @@ class Demo:
             lines.append((f"tokens/s {backend} {mode}", cells))
         for name, cells in lines:
             table.add_row(name, *cells)
-        return table
+        return Group(table, self.verdict)
 
 
 def demo(*, out: Path = Path("demo"), quick: bool = False) -> Demo:
@@ -130,82 +135,103 @@ def demo(*, out: Path = Path("demo"), quick: bool = False) -> Demo:
         A minute instead of some: far too little training for good text.
     """
     settings = QUICK if quick else Settings()
-    say = Console(stderr=True, highlight=False)
     _open(out, settings)
-
-    _stage(
-        say,
-        1,
-        "A corpus",
-        "Code and English from Python's standard library, worked arithmetic, questions.",
-    )
-    corpus = _corpus(out, settings)
-    _stage(say, 2, "A tokenizer", f"Byte-level BPE with {settings.vocabulary} tokens.")
-    tokenizer = _tokenizer(out, corpus, settings)
-
-    _stage(
-        say, 3, "A dense model", "A small Mistral with the usual SwiGLU feed-forward, from scratch."
-    )
-    _train(out, "dense", _recipe(tokenizer, settings, None), corpus)
-    _stage(
-        say,
-        4,
-        "Surgery",
-        "convert: relu(gate) · relu(up) replaces silu(gate) · up, fitted to it on the corpus.",
-    )
-    _once(
-        out / "surgery",
-        lambda folder: convert(str(out / "dense"), folder, data=_training_files(corpus)),
-    )
-    _stage(say, 5, "Recovery", "train: the dReLU model learns on.")
-    _train(out, "sparse", _recipe(tokenizer, settings, str(out / "surgery")), corpus)
-    _stage(
-        say, 6, "The dense control", "train: the dense model on the same tokens in the same order."
-    )
-    _train(out, "control", _recipe(tokenizer, settings, str(out / "dense")), corpus)
-
-    _stage(say, 7, "What happens inside", "analyse: held-out perplexity, and which neurons fire.")
-    stats = {folder: _analyse(out / folder, corpus, settings) for _, folder, _ in MODELS}
-    _stage(say, 8, "Packing", "pack: one record per neuron, hot neurons first, in f16, q8 and q4.")
-    for _, folder, _ in MODELS:
-        for quant in ("f16", "q8", "q4") if folder == "sparse" else ("q8",):
-            _once(
-                out / f"{folder}-{quant}",
-                lambda to, f=folder, q=quant: pack(str(out / f), to, quant=q),
-            )
-    _stage(
-        say,
-        9,
-        "Text from every backend",
-        "generate: the PyTorch reference and the C++ core, dense and exact.",
-    )
-    texts = _texts(out, settings)
-    rows = _rows(out, settings, stats)
+    stages = _Stages(out / "demo.log")
+    with stages("a corpus of library code, its docs, worked arithmetic and questions"):
+        corpus = _corpus(out, settings)
+    with stages(f"a tokenizer: byte-level BPE with {settings.vocabulary} tokens"):
+        tokenizer = _tokenizer(out, corpus, settings)
+    with stages("a dense model: a small Mistral with a SwiGLU feed-forward, from scratch"):
+        _train(out, "dense", _recipe(tokenizer, settings, None), corpus)
+    with stages("surgery: relu(gate) · relu(up) replaces silu(gate) · up, fitted on the corpus"):
+        data = _training_files(corpus)
+        _once(out / "surgery", lambda to: convert(str(out / "dense"), to, data=data))
+    with stages("recovery: the dReLU model is trained on"):
+        _train(out, "sparse", _recipe(tokenizer, settings, str(out / "surgery")), corpus)
+    with stages("the dense control: the dense model on the same tokens in the same order"):
+        _train(out, "control", _recipe(tokenizer, settings, str(out / "dense")), corpus)
+    with stages("what happens inside: held-out perplexity, and which neurons fire"):
+        stats = {folder: _analyse(out / folder, corpus, settings) for _, folder, _ in MODELS}
+    with stages("packing: gates apart from pairs of up and down, hot neurons first; f16, q8, q4"):
+        _pack(out)
+    with stages("text and speed of every backend: PyTorch and the C++ core, dense and exact"):
+        texts = _texts(out, settings)
+        rows = _rows(out, settings, stats)
     agree = _agree(texts)
-    _show(say, texts, agree)
-    result = Demo(str(out), rows, texts, agree)
+    result = Demo(str(out), rows, texts, agree, _verdict(rows, quick))
     write_json(out / "result.json", asdict(result))
-    say.print(f"\n{RULE}", style="dim")
-    say.print(
-        f"Everything is kept in {out}/. Try: turbosparse generate {out}/sparse-q8 "
-        "--chat --prompt 'What is 12 + 7?'"
-    )
+    stages.end(texts, agree, out)
     return result
 
 
-def _stage(say: Console, number: int, title: str, text: str) -> None:
-    say.print(f"\n[bold]{number}. {title}.[/bold] {text}")
+class _Stages:
+    """Says what the demo does and how long it took, on standard error and in a log."""
+
+    def __init__(self, log: Path):
+        self._log, self._number, self._began = log, 0, time.monotonic()
+        self._say("turbosparse demo")
+
+    @contextmanager
+    def __call__(self, what: str) -> Iterator[None]:
+        self._number += 1
+        number, began = self._number, time.monotonic()
+        self._say(f"{number}. {what} ...")
+        yield
+        self._say(f"{number}. done in {time.monotonic() - began:.1f} s")
+
+    def end(self, texts: dict[str, str], agree: bool, out: Path) -> None:
+        self._say(f"prompt: {PROMPT!r}")
+        for quant in QUANTS:
+            self._say(f"{quant}: {texts[f'{quant} cpu exact']!r}")
+        same = "wrote the same text" if agree else "DISAGREE: please report this"
+        self._say(f"PyTorch and C++, dense and exact {same}.")
+        self._say(RULE)
+        self._say(f"All in {time.monotonic() - self._began:.1f} s, kept in {out}. Now try:")
+        folder = shlex.quote(f"{out}/sparse-q8")
+        self._say(f"turbosparse generate {folder} --chat --prompt 'What is 12 + 7?'")
+
+    def _say(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+        with self._log.open("a", encoding="utf-8") as log:
+            log.write(line + "\n")
+
+
+def _verdict(rows: list[Row], quick: bool) -> str:
+    """What the rows say, in words."""
+    row = {row.model: row for row in rows}
+    recovered, control = row["recovered"], row["dense control"]
+    more = recovered.held_out_perplexity / control.held_out_perplexity - 1
+    speeds = recovered.tokens_per_second
+    words = (
+        f"The recovered dReLU model's perplexity is {abs(more):.1%} "
+        f"{'above' if more > 0 else 'below'} its dense control's at "
+        f"{recovered.activation_sparsity:.0%} zeros; exact mode decodes "
+        f"{speeds['cpu exact'] / speeds['cpu dense']:.2f} times as fast as dense mode on this "
+        "machine."
+    )
+    noise = " With --quick these figures are noise: the models saw far too little text."
+    return words + noise if quick else words
 
 
 def _open(out: Path, settings: Settings) -> None:
-    """Make the demo's folder, or make sure that what stands in it is of the same settings."""
+    """Make the demo's folder, or make sure that what is there is a demo of the same settings."""
     stored = out / "settings.json"
-    if stored.is_file() and json.loads(stored.read_text()) != asdict(settings):
+    if (out / "config.json").exists() or not stored.is_file():
+        check_free(out)
+        out.mkdir(parents=True, exist_ok=True)
+        write_json(stored, asdict(settings))
+    elif read_config(out, "settings.json") != asdict(settings):
         raise TurboSparseError(
-            f"{out} holds a demo of other sizes (--quick or not); remove it or choose another --out"
+            f"{out} holds no demo, or one of other sizes (--quick or not); remove it or choose "
+            "another --out"
         )
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(stored, asdict(settings))
+
+
+def _pack(out: Path) -> None:
+    for _, folder, _ in MODELS:
+        for quant in QUANTS if folder == "sparse" else QUANTS[1:2]:
+            to = out / f"{folder}-{quant}"
+            _once(to, lambda to, f=folder, q=quant: pack(str(out / f), to, quant=q))
 
 
 def _once(folder: Path, make: Any) -> None:
@@ -314,7 +340,7 @@ def _texts(out: Path, settings: Settings) -> dict[str, str]:
         f"{quant} {backend} {mode}": _generate(
             Engine(out / f"sparse-{quant}", backend=backend, mode=mode), tokenizer, settings
         )[0]
-        for quant in ("f16", "q8", "q4")
+        for quant in QUANTS
         for backend, mode in BACKENDS
     }
 
@@ -325,14 +351,6 @@ def _agree(texts: dict[str, str]) -> bool:
     for name, text in texts.items():
         by_quant.setdefault(name.split()[0], set()).add(text)
     return all(len(found) == 1 for found in by_quant.values())
-
-
-def _show(say: Console, texts: dict[str, str], agree: bool) -> None:
-    say.print(f"  prompt: {PROMPT!r}", markup=False)
-    for quant in ("f16", "q8", "q4"):
-        say.print(f"  {quant}: {texts[f'{quant} cpu exact']!r}", markup=False)
-    verdict = "wrote the same text" if agree else "DISAGREE: please report this"
-    say.print(f"  PyTorch and C++, dense and exact {verdict}.")
 
 
 def _rows(out: Path, settings: Settings, stats: dict[str, Stats]) -> list[Row]:
