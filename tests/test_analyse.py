@@ -417,3 +417,13 @@ def test_a_packed_folder_is_measured_by_the_engine(
     assert found["f16"].nats_per_token[name] == pytest.approx(whole.nats_per_token[name], rel=1e-3)
     assert found["f16"].activation_sparsity == pytest.approx(whole.activation_sparsity, abs=2e-3)
     assert abs(found["q4"].nats_per_token[name] - whole.nats_per_token[name]) > 1e-3
+
+
+def test_a_corpus_is_read_only_as_far_as_it_is_measured(sparse: Make, tmp_path: Path) -> None:
+    """The broken row behind it is never reached."""
+    rows = [json.dumps({"text": "The boats went home. " * 20})] * 40 + ["not JSON"]
+    (tmp_path / "long.jsonl").write_text("\n".join(rows))
+    data = [tmp_path / "long.jsonl"]
+    assert analyse(str(sparse("llama")), data=data, out=tmp_path, max_tokens=150).tokens >= 150
+    with pytest.raises(TurboSparseError, match="long.jsonl:41 is not valid JSON"):
+        analyse(str(sparse("llama")), data=data, out=tmp_path)

@@ -52,7 +52,7 @@ class Analysis:
     activation: str
     tokens: int
     nats_per_token: dict[str, float]
-    perplexity: dict[str, float]
+    perplexity: dict[str, float | None]  # None beyond what a float holds
     activation_sparsity: float
     sparsity_of: dict[str, float]  # of each corpus
     sparsity: list[list[float]]  # [layer][expert]
@@ -77,7 +77,7 @@ class Analysis:
             corpora.add_row(
                 corpus,
                 f"{nats:.4f}",
-                f"{self.perplexity[corpus]:.3f}",
+                f"{self.perplexity[corpus] or math.inf:.3f}",
                 f"{self.sparsity_of[corpus]:.2%}",
             )
         title = (
@@ -156,8 +156,9 @@ def analyse(
     _check(data, last=last, window=window, max_tokens=max_tokens)
     folder = model_folder(model)
     corpora = {
-        str(source): take_last(documents(source, template=template, separator=separator), last)
+        str(source): take_last(found, last) if last else found
         for source in data
+        for found in [documents(source, template=template, separator=separator)]
     }
     if is_packed(folder):
         return _analyse_packed(folder, corpora, window, truncate, max_tokens)
@@ -244,6 +245,10 @@ def _open(folder: Path, activation: Activation | None, device: Device, dtype: Dt
     return load_model(folder, activation=activation, dtype=kind).to(device)
 
 
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None  # JSON has no infinity
+
+
 def summarise(stats: Stats, out: str) -> Analysis:
     """The figures of `stats` for people and for JSON."""
     share = stats.tokens / stats.tokens.sum(-1, keepdim=True).clamp(min=1)
@@ -252,7 +257,7 @@ def summarise(stats: Stats, out: str) -> Analysis:
         activation=stats.about["activation"],
         tokens=sum(stats.predicted.values()),
         nats_per_token={corpus: stats.nats_per_token(corpus) for corpus in stats.nats},
-        perplexity={corpus: stats.perplexity(corpus) for corpus in stats.nats},
+        perplexity={corpus: _finite(stats.perplexity(corpus)) for corpus in stats.nats},
         activation_sparsity=stats.activation_sparsity(),
         sparsity_of=stats.sparsity,
         sparsity=(1 - stats.active_ratio()).tolist(),
