@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import shutil
 from collections.abc import Callable
@@ -425,5 +426,5 @@ def test_a_corpus_is_read_only_as_far_as_it_is_measured(sparse: Make, tmp_path: 
     (tmp_path / "long.jsonl").write_text("\n".join(rows))
     data = [tmp_path / "long.jsonl"]
     assert analyse(str(sparse("llama")), data=data, out=tmp_path, max_tokens=150).tokens >= 150
-    with pytest.raises(TurboSparseError, match="long.jsonl:41 is not valid JSON"):
+    with pytest.raises(TurboSparseError, match=r"long\.jsonl:41 is not valid JSON"):
         analyse(str(sparse("llama")), data=data, out=tmp_path)
