@@ -252,7 +252,8 @@ def test_a_file_that_is_no_statistics_is_refused(sparse: Make, tmp_path: Path, d
         if damage == "folder":
             path.mkdir()
     with pytest.raises(
-        TurboSparseError, match=r"stats\.turbosparse is no statistics file .*`turbosparse analyse`"
+        TurboSparseError,
+        match=r"turbosparse is not a statistics file .*`turbosparse analyse`",
     ):
         Stats.load(path)
 

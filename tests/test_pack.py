@@ -303,7 +303,7 @@ def test_a_file_without_statistics_is_refused(
         save_file(tensors, path)
     else:
         path.write_bytes(b"not safetensors")
-    refused(sparse("mistral"), tmp_path / "packed", f"{path} is no statistics file", stats=path)
+    refused(sparse("mistral"), tmp_path / "packed", f"{path} is not a statistics file", stats=path)
 
 
 def with_tensor(model: Path, name: str, value: float, copy: Path) -> Path:

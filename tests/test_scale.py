@@ -378,7 +378,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(
     path = stopped_run(recipe, out, monkeypatch)
     for file in (tmp_path / "out.training").glob("checkpoint-*/model.safetensors"):
         file.write_bytes(b"")
-    with pytest.raises(TurboSparseError, match="holds no checkpoint that is whole; remove it"):
+    with pytest.raises(TurboSparseError, match="has no complete checkpoint; remove it"):
         train(path, out=out)
 
 

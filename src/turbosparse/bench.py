@@ -145,14 +145,14 @@ def bench(
     prompt
         Tokens that each sequence holds before.
     prefill
-        Also measure reading a prompt of so many tokens.
+        Also measure reading a prompt of this many tokens.
     rounds
         Rounds; engine, peer and bandwidth take turns.
     peer
         llama.cpp: the dense model of the same shape and quantisation (needs the bench extra and
         llama-cpp-python).
     folder
-        Keep the synthetic model here and use it again; by default it is made anew and removed.
+        Keep the synthetic model here and use it again; by default it is removed after the run.
     """
     if (model is None) == (shape is None):
         raise TurboSparseError("give either a packed folder or a --shape")

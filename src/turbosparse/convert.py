@@ -106,7 +106,7 @@ def convert(
     tokens
         Fit on about this many tokens; an eighth of them is kept apart to measure the fit.
     widen
-        Give each FFN so many times its neurons, from 1 to 2: at 2 none of a dense neuron's two
+        Multiply the neurons of each FFN by this, from 1 to 2: at 2 none of a dense neuron's two
         halves is lost. Needs --data.
     device
         Where the layers run: auto takes a GPU if there is one.
@@ -211,7 +211,7 @@ def _wider(neurons: int, widen: float) -> int:
 def _draw(
     data: list[Path], tokenizer: Any, vocabulary: int, *, tokens: int, length: int, **how: Any
 ) -> list[list[int]]:
-    """Token ids of about so many tokens: as much of each of `data`, and in it of each file."""
+    """Token ids of about this many tokens: as much of each of `data`, and in it of each file."""
     from turbosparse.hf.load import check_ids
 
     each = -(-tokens // (length * len(data)))

@@ -203,7 +203,7 @@ def _predictor(
     if ranks is not None:
         kind = {"kind": "low_rank", "quant": quant, "ranks": ranks}
         for rank in {rank for layer in ranks for rank in layer}:
-            row_bytes(quant, rank)  # raises if it is no multiple of a block
+            row_bytes(quant, rank)  # raises unless it is a multiple of a block
     block = read_config(checkpoint.folder).get("predictor", {})
     try:
         said = block if block.get("kind", "low_rank") == kind["kind"] else {}

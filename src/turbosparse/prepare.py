@@ -145,14 +145,14 @@ def prepare(
 
 
 def _begin(out: Path, request: dict[str, Any]) -> dict[str, Shard]:
-    """Begin the folder, or go on with one of the very same request: with its shards by file."""
+    """Begin the folder, or resume one of the same request; returns its shards by file."""
     done = {}
     if (out / MANIFEST).is_file():
         old = read_config(out, MANIFEST)
         if changed := [key for key in request if request[key] != old.get(key)]:
             raise TurboSparseError(
                 f"{out} was begun with other settings ({', '.join(changed)}); "
-                "remove it to start anew, or give the old settings to go on"
+                "remove it to start again, or give the old settings to resume"
             )
         shards = [Shard(**fields) for fields in old["shards"]]
         done = {shard.file: shard for shard in shards if file_size(out / shard.file) == shard.bytes}

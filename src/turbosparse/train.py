@@ -42,7 +42,7 @@ from turbosparse.training.mixture import Skips
 from turbosparse.training.plan import Plan, plan_training
 from turbosparse.training.recipe import Recipe, read_recipe, tokenizer_of
 
-# What a stopped run may go on with: the first row changes what is learnt, the second only how.
+# What may change when a run resumes: the first row changes what is learnt, the second only how.
 _MAY_CHANGE = {"learning_rate", "min_learning_rate", "clip_norm"}
 _MAY_CHANGE |= {"micro_batch_size", "gradient_checkpointing", "checkpoint_every", "report_to"}
 
@@ -214,7 +214,7 @@ def _find_work(recipe: Recipe, out: Path) -> Path:
         if fixed := [key for key in changed if key not in _MAY_CHANGE]:
             raise TurboSparseError(
                 f"{work} holds a stopped run with other settings ({', '.join(fixed)}); "
-                "remove it to start anew, or give the old settings to resume"
+                "remove it to start again, or give the old settings to resume"
             )
         for key in changed:
             note(f"the stopped run resumes with {key} {mine[key]} instead of {old.get(key)}")

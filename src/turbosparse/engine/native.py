@@ -59,7 +59,7 @@ class Decoder:
         return self._native.new_cache(context)
 
     def cache_bytes(self, positions: int, context: int) -> int:  # noqa: ARG002
-        """Memory of a cache that holds so many positions of its context."""
+        """Memory of a cache that holds this many positions of its context."""
         return _core.cache_bytes(positions, *self._shape)
 
     def new_cancel(self) -> _core.Cancel:

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
-# buffers that older versions of transformers saved, computed anew by every reader
+# buffers that older versions of transformers saved, computed again by every reader
 _HARMLESS = re.compile(r"model\.(layers\.\d+\.self_attn\.)?rotary_emb\.inv_freq", re.ASCII)
 _ROWS = 4096  # of two tables to compare at a time
 # what a folder without safetensors weights may hold, and what its user should do
@@ -52,7 +52,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
                 raise TurboSparseError(
                     f"{path} cannot be read as safetensors ({error}); download or export it again"
                 ) from error
-            for name in shard.keys():  # noqa: SIM118 (it is no mapping)
+            for name in shard.keys():  # noqa: SIM118 (it is not a mapping)
                 if name in self._home:
                     raise TurboSparseError(
                         f"{folder}: {name} stands in {self._home[name][0]} and in {path.name}; "

@@ -40,7 +40,7 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
 
 
 def _imported(path: Path) -> Path:
-    """The folder of a GGUF file in the cache: made anew when the file has changed."""
+    """The folder of a GGUF file in the cache: made again when the file has changed."""
     from turbosparse.base.progress import note
     from turbosparse.hf.gguf import import_gguf
 

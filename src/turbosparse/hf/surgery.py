@@ -5,7 +5,7 @@ pre-activations, d its column of the down projection. Where g > 0 that is the su
 neurons: ``relu(g)·relu(u)·d``, and ``relu(g)·relu(-u)·(-d)``, for the other half of u. An FFN of I
 neurons has 2·I such halves; dReLU by itself keeps the first of each pair, whatever it adds
 (Turbo Sparse §3.2). Here those are kept that add most to the output on a text, and the down
-projection is fitted anew, so that what is kept comes as near the dense output as it can.
+projection is fitted again, so that what is kept comes as near the dense output as it can.
 
 The layers are changed in order, each on the hidden states that the changed layers before it give.
 """

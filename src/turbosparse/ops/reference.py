@@ -78,7 +78,7 @@ def low_rank_candidates(h: Tensor, fc1: Tensor, fc2: Tensor, threshold: float) -
             norm.
         fc1: ``[R, H]``.
         fc2: ``[I, R]``.
-        threshold: of the logits ``fc2 · relu(fc1 · h)``. A logit that is no number is a candidate.
+        threshold: of the logits ``fc2 · relu(fc1 · h)``. A NaN logit is a candidate.
     """
     return ~(relu(h @ fc1.T) @ fc2.T < threshold)
 

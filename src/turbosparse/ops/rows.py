@@ -21,7 +21,7 @@ def row_bytes(quant: str, cols: int) -> int:
     """Stride of a row of `cols` weights, in bytes.
 
     Raises:
-        TurboSparseError: unknown format, or `cols` is no multiple of the block.
+        TurboSparseError: unknown format, or `cols` is not a multiple of the block.
     """
     if quant not in QUANTS:
         raise TurboSparseError(f"quant {quant!r} is unknown; use {', '.join(QUANTS)}")

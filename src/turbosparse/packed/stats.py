@@ -97,7 +97,7 @@ class Stats:
                 about = json.loads(file.metadata()["turbosparse"])
                 counts = (file.get_tensor(n) for n in ("active", "gate_positive", "tokens"))
                 stats = cls(*counts, **about)
-            stats.nats_per_token()  # raises if these are no numbers
+            stats.nats_per_token()  # raises unless these are numbers
             return stats
         except (
             SafetensorError,
@@ -108,7 +108,7 @@ class Stats:
             AttributeError,
         ) as error:
             raise TurboSparseError(
-                f"{path} is no statistics file ({error}); make one with `turbosparse analyse`"
+                f"{path} is not a statistics file ({error}); make one with `turbosparse analyse`"
             ) from error
 
     def check(self, config: Any) -> None:

@@ -61,7 +61,7 @@ def newest_whole(work: Path, accelerator: Any, say: Callable[[str], None]) -> Pa
         accelerator.wait_for_everyone()
     if finished:
         raise TurboSparseError(
-            f"{work} holds no checkpoint that is whole; remove it to start anew, or put an older "
+            f"{work} has no complete checkpoint; remove it to start again, or put an older "
             "copy of a checkpoint there"
         )
     return None

@@ -51,7 +51,7 @@ class Meter:
             yield
 
     def read(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
-        """The figures of a log line, then start anew; `add_up` sums a tensor over processes.
+        """The figures of a log line; the counts restart. `add_up` sums a tensor over processes.
 
         ``sparsity`` is the share of exact zeros in Combined, ``expert_load`` an expert's share of
         what the router gives out (even: 1 / experts), ``router_entropy`` is in nats.

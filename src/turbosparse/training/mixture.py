@@ -300,7 +300,7 @@ def training_stream(
 ) -> datasets.IterableDataset:
     """An endless, reproducible stream of ``{input_ids, labels}`` rows; small sources repeat.
 
-    A source is read from its beginning in each pass and shuffled anew, by the seed and the pass.
+    A source is read from its beginning in each pass and shuffled again, by the seed and the pass.
 
     Unreadable documents that a source allows to be skipped are noted in `skips`.
 
