@@ -39,7 +39,7 @@ def test_a_second_run_keeps_what_is_made(made: Path) -> None:
 
 
 def test_a_folder_of_other_sizes_is_refused(made: Path) -> None:
-    with pytest.raises(TurboSparseError, match="or one of other sizes"):
+    with pytest.raises(TurboSparseError, match="holds a demo of other sizes"):
         demo(out=made, quick=False)
 
 

@@ -222,8 +222,7 @@ def _open(out: Path, settings: Settings) -> None:
         write_json(stored, asdict(settings))
     elif read_config(out, "settings.json") != asdict(settings):
         raise TurboSparseError(
-            f"{out} holds no demo, or one of other sizes (--quick or not); remove it or choose "
-            "another --out"
+            f"{out} holds a demo of other sizes (--quick or not); remove it or choose another --out"
         )
 
 
