@@ -73,8 +73,8 @@ class QuantMap(_Record):
     def default(cls, quant: str, overrides: dict[str, str], *, tied: bool) -> Self:
         """What `pack` writes: `overrides` by kind, or for the groups ``attention`` and ``ffn``.
 
-        Beside q4 the embedding and the head are q8: of a model of 135 M parameters that halves
-        what quantising costs, for a few per cent of the bytes of a large one.
+        Beside q4 the embedding and the head are q8: for SmolLM2 of 135 M parameters quantising
+        then costs 24 % of perplexity instead of 33 % (20,000 tokens of Wikipedia).
         """
         ends = dict.fromkeys(("embedding", "head"), "q8" if quant == "q4" else quant)
         kinds = dict.fromkeys(cls.model_fields, quant) | ends
