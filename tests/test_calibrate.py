@@ -294,7 +294,7 @@ def test_text_is_drawn_from_every_file(dense: Make, tmp_path: Path) -> None:
     for number in range(5):
         (tmp_path / f"{number}.txt").write_text(f"{'abcde'[number]} " * 2000)
     tokenizer = load_tokenizer(dense("mistral"))
-    rows = _draw([tmp_path], tokenizer, tokens=320, length=32, template="{text}", separator=None)
+    rows = _draw([tmp_path], tokenizer, 320, tokens=320, length=32)
     texts = [tokenizer.decode(row) for row in rows]
     assert len(rows) == 10
     assert all(sum(letter in text for text in texts) == 2 for letter in "bcde")

@@ -233,6 +233,7 @@ def test_a_stop_from_outside_unwinds_like_any_error(
 ) -> None:
     """So that what is half-written goes; but nohup's wish is followed."""
     handlers: dict[int, Any] = {}
+    monkeypatch.setattr("signal.getsignal", lambda _: signal.SIG_DFL)
     monkeypatch.setattr("signal.signal", lambda which, what: handlers.update({which: what}))
     monkeypatch.setattr("sys.argv", ["turbosparse", "--version"])
     with pytest.raises(SystemExit):
