@@ -283,6 +283,7 @@ def render(source: str, values: dict[str, Any], where: object) -> str:
             capture_output=True,
             timeout=2 * template.SECONDS,
             check=True,
+            env={},  # nothing that is preloaded, and nothing to learn from
         )
         answer = json.loads(done.stdout)
     except (TypeError, UnicodeError) as error:
