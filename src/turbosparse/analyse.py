@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryFile
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -21,7 +22,6 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import new_file
 from turbosparse.base.machine import memory_available
 from turbosparse.base.progress import note, track
 from turbosparse.engine.engine import Engine
@@ -217,19 +217,13 @@ def _check(
 def _check_writable(path: Path) -> None:
     """Before an hour of measuring: that the statistics can be written afterwards."""
     try:
-        with new_file(path) as work:
-            work.write_bytes(bytes(4096))
-            raise _Tried
-    except _Tried:
-        pass
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryFile(dir=path.parent) as file:
+            file.write(bytes(4096))
     except OSError as error:
         raise TurboSparseError(
             f"cannot write {path} ({error.strerror}); choose another folder with --out"
         ) from error
-
-
-class _Tried(Exception):
-    pass
 
 
 def _open(folder: Path, activation: Activation | None, device: Device, dtype: Dtype | None) -> Any:

@@ -6,6 +6,7 @@ Shapes: N sequences, T tokens each, H hidden. What passes from layer to layer is
 from __future__ import annotations
 
 import copy
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -74,16 +75,23 @@ class Layerwise:
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm."""
+        normed: Tensor = self._norm(hidden)
+        return normed
+
+    @cached_property
+    def _norm(self) -> Any:
         norm = self._shell(0).layers[0].post_attention_layernorm  # of the same kind
         norm.weight = Parameter(self.checkpoint[self._table.name("norm")].to(self.dtype))
-        normed: Tensor = norm(hidden)
-        return normed
+        return norm
 
     def head(self, hidden: Tensor) -> Tensor:
         """Logits of normed states ``[..., H]``."""
+        return linear(hidden, self._head)
+
+    @cached_property
+    def _head(self) -> Tensor:
         tied = self.config.tie_word_embeddings
-        weight = self.checkpoint[self._table.name("embedding" if tied else "head")]
-        return linear(hidden, weight.to(hidden.dtype))
+        return self.checkpoint[self._table.name("embedding" if tied else "head")].to(self.dtype)
 
     def chunks(self, hidden: Tensor) -> list[Tensor]:
         """Views of some sequences each."""
