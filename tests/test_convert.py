@@ -310,7 +310,11 @@ MISTAKES: dict[str, tuple[Callable[[Path], str | Path], str]] = {
         lambda f: edit_config(f, rms_norm_eps="x"),
         "config.json is not val",
     ),
-    "not SwiGLU": (lambda f: edit_config(f, hidden_act="gelu"), "hidden_act is 'gelu', not 'silu'"),
+    "not SwiGLU": (lambda f: edit_config(f, hidden_act="relu"), "hidden_act is 'relu', not 'silu'"),
+    "unknown activation": (
+        lambda f: edit_config(f, hidden_act="fatrelu"),
+        "hidden_act 'fatrelu' is not supported; known are relu, silu, swish",
+    ),
     "no tokenizer": (lambda f: remove(f, "tokenizer.json"), "has no tokenizer (tokenizer.json, "),
     "tensor missing": (
         lambda f: remove_tensor(f, UP),

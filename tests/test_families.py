@@ -82,6 +82,7 @@ def test_the_schema_reads_as_transformers_does(
         {"rope_theta": 5e5, "num_key_value_heads": 4, "head_dim": None},
         {"rope_scaling": {"type": "linear", "factor": 2.0}, "rope_theta": 7},
         {"rope_scaling": {"type": "yarn", "factor": 4, "beta_fast": 16}, "eos_token_id": [1, 2]},
+        {"bos_token_id": None, "eos_token_id": -1, "pad_token_id": -1, "hidden_act": "silu"},
     ],
 )
 @pytest.mark.parametrize("family", FAMILIES)
@@ -109,6 +110,14 @@ def test_defaults_and_older_keys(tmp_path: Path, family: str, fields: dict[str, 
         ({"eos_token_id": [[]]}, "eos_token_id"),
         ({"pad_token_id": 999_999}, "pad_token_id 999999 is outside vocab_size 32000"),
         ({"pad_token_id": -600}, "pad_token_id is -600"),
+        ({"bos_token_id": 32000}, "bos_token_id 32000 is outside vocab_size 32000"),
+        ({"eos_token_id": 32064}, "eos_token_id 32064 is outside vocab_size 32000"),
+        ({"eos_token_id": [2, 32007]}, "eos_token_id 32007 is outside vocab_size 32000"),
+        ({"hidden_act": "fatrelu"}, "hidden_act 'fatrelu' is not supported; known are relu, silu"),
+        (
+            {"model_type": "drelu_llama", "hidden_act": "fatrelu"},
+            "hidden_act 'fatrelu' is not supported; known are gelu, relu, silu",
+        ),
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),
         ({"hidden_size": True}, "hidden_size is True"),

@@ -27,4 +27,6 @@ ACTIVATIONS: dict[str, Record] = {
     "swiglu": Record("silu(gate) * up", True, False, "silu"),
 }
 assert tuple(ACTIVATIONS) == get_args(Activation)
+# what ``hidden_act`` says where the model is of a stock class
+STOCK = {"silu": "swiglu", "swish": "swiglu", "relu": "reglu"}
 WITHOUT_ZEROS = tuple(name for name, record in ACTIVATIONS.items() if not record.exact_zeros)

@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import read_config
 from turbosparse.hf import families
-from turbosparse.hf.activations import Activation
+from turbosparse.hf.activations import ACTIVATIONS, STOCK, Activation
 
 # RoPE whose frequencies do not change with the length of the text
 RopeType = Literal["default", "linear", "llama3", "yarn"]
@@ -170,9 +170,25 @@ class ModelConfig(BaseModel):
         used, experts = self.num_experts_per_tok or 0, self.num_local_experts or 0
         if families.experts(self) and used > experts:
             raise ValueError(f"num_experts_per_tok {used} is more than num_local_experts {experts}")
-        if (self.pad_token_id or 0) >= self.vocab_size:
+        return self
+
+    @model_validator(mode="after")
+    def _has_its_tokens(self) -> Self:
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(self, name)
+            for token in ids if isinstance(ids, list) else [ids]:
+                if (token or 0) >= self.vocab_size:
+                    raise ValueError(f"{name} {token} is outside vocab_size {self.vocab_size}")
+        return self
+
+    @model_validator(mode="after")
+    def _hidden_act_is_known(self) -> Self:
+        ours = self.model_type.startswith(families.PREFIX)
+        known = {record.hidden_act for record in ACTIVATIONS.values()} if ours else set(STOCK)
+        if self.hidden_act not in known:
             raise ValueError(
-                f"pad_token_id {self.pad_token_id} is outside vocab_size {self.vocab_size}"
+                f"hidden_act {self.hidden_act!r:.80} is not supported; "
+                f"known are {', '.join(sorted(known))}"
             )
         return self
 

@@ -12,11 +12,10 @@ from typing import Any
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import companions, read_config
 from turbosparse.hf import families
-from turbosparse.hf.activations import ACTIVATIONS
+from turbosparse.hf.activations import ACTIVATIONS, STOCK
 from turbosparse.hf.config import parse
 from turbosparse.hf.hub import model_folder
 
-_STOCK_ACTIVATION = {"silu": "swiglu", "swish": "swiglu", "relu": "reglu"}
 _CODE = ("ffn_activation.py", "modeling_drelu.py", "modeling_drelu_moe.py")
 
 
@@ -67,13 +66,7 @@ def activation_of(config: Any) -> str:
         activation = str(config.ffn_activation)
         check_activation(activation)
         return activation
-    try:
-        return _STOCK_ACTIVATION[config.hidden_act]
-    except KeyError:
-        raise TurboSparseError(
-            f"hidden_act {config.hidden_act!r} is not supported; "
-            f"known are {', '.join(sorted(_STOCK_ACTIVATION))}"
-        ) from None
+    return STOCK[config.hidden_act]
 
 
 def with_activation(config: Any, activation: str) -> Any:
