@@ -104,38 +104,38 @@ void add_sum(const float* sum, int cols, float* out) { axpy(1, sum, out, cols); 
 
 using Dequantise = void(const uint8_t* row, float* out, int cols);
 
-// Calls visit(i, row i as floats).
-template <Dequantise* dequantise, typename Visit>
-void for_rows(const Rows& rows, int cols, Visit visit) {
-  std::vector<float> row(cols);
-  for (int64_t i = 0; i < rows.count; ++i) {
-    dequantise(rows.data + (rows.indices ? rows.indices[i] : i) * rows.stride, row.data(), cols);
-    visit(i, row.data());
-  }
+const uint8_t* row_of(const Rows* rows, int64_t i) {
+  return rows->data + (rows->indices ? rows->indices[i] : i) * rows->stride;
 }
 
 template <Dequantise* dequantise>
 void dots(const Rows* rows, const void* prepared, int64_t tokens, int cols, float* out,
           int64_t out_stride) {
   const float* x = static_cast<const float*>(prepared);
-  for_rows<dequantise>(*rows, cols, [&](int64_t i, const float* row) {
-    for (int64_t t = 0; t < tokens; ++t) out[t * out_stride + i] = dot(row, x + t * cols, cols);
-  });
+  std::vector<float> row(cols);
+  for (int64_t i = 0; i < rows->count; ++i) {
+    dequantise(row_of(rows, i), row.data(), cols);
+    for (int64_t t = 0; t < tokens; ++t) {
+      out[t * out_stride + i] = dot(row.data(), x + t * cols, cols);
+    }
+  }
 }
 
 template <Dequantise* dequantise>
 void axpys(const Rows* rows, const float* coefficients, int64_t stride, int64_t tokens, int cols,
            float* sums) {
-  for_rows<dequantise>(*rows, cols, [&](int64_t i, const float* row) {
+  std::vector<float> row(cols);
+  for (int64_t i = 0; i < rows->count; ++i) {
+    dequantise(row_of(rows, i), row.data(), cols);
     for (int64_t t = 0; t < tokens; ++t) {
-      axpy(coefficients[t * stride + i], row, sums + t * cols, cols);
+      axpy(coefficients[t * stride + i], row.data(), sums + t * cols, cols);
     }
-  });
+  }
 }
 
 void agreements(const Rows* rows, const uint64_t* bits, int words, int32_t* out) {
   for (int64_t i = 0; i < rows->count; ++i) {
-    const uint8_t* row = rows->data + (rows->indices ? rows->indices[i] : i) * rows->stride;
+    const uint8_t* row = row_of(rows, i);
     out[i] = 0;
     for (int w = 0; w < words; ++w) {
       uint64_t word;
