@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, make_model
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import relu, silu
@@ -176,6 +176,31 @@ def test_a_calibrated_model_is_nearer_to_the_dense_one(
     assert distance["wide1"] < 0.5 * distance["plain"]
     pack(str(tmp_path / "wide2"), tmp_path / "packed", quant="f16")
     assert Packed(tmp_path / "packed").config.intermediate_size == 192
+
+
+@pytest.mark.parametrize(("neurons", "widen", "wide"), [(128, 1.3, 192), (96, 1.3, 125)])
+def test_a_multiple_of_64_neurons_stays_one(
+    corpus: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    neurons: int,
+    widen: float,
+    wide: int,
+) -> None:
+    source = make_model("llama", tmp_path / "dense", intermediate_size=neurons)
+    loaded: list[Path] = []
+
+    def load_once(folder: Path) -> Any:
+        loaded.append(folder)
+        return load_tokenizer(folder)
+
+    monkeypatch.setattr("turbosparse.hf.load.load_tokenizer", load_once)
+    convert(str(source), tmp_path / "out", data=[corpus], widen=widen)
+    assert loaded == [source], "the tokenizer is loaded once"
+    assert json.loads((tmp_path / "out/config.json").read_text())["intermediate_size"] == wide
+    for shard in (tmp_path / "out").glob("*.safetensors"):
+        shapes = {name: tensor.shape for name, tensor in load_file(shard).items()}
+        assert all(shape[1] == wide for name, shape in shapes.items() if "down_proj" in name)
 
 
 @pytest.mark.parametrize(

@@ -107,7 +107,7 @@ def convert(
         Fit on about this many tokens; an eighth of them is kept apart to measure the fit.
     widen
         Multiply the neurons of each FFN by this, from 1 to 2: at 2 none of a dense neuron's two
-        halves is lost. Needs --data.
+        halves is lost. A multiple of 64 stays one: it is rounded up. Needs --data.
     device
         Where the layers run: auto takes a GPU if there is one.
     """
@@ -144,7 +144,7 @@ def convert(
         )
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
-    load_tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
 
     if activation != "swiglu":
         raw |= activation_keys(raw["model_type"], activation)
@@ -155,7 +155,7 @@ def convert(
         length = min(tokens, config.max_position_embeddings, 1024)
         how: dict[str, Any] = {"template": template, "separator": separator}
         how |= {"tokens": tokens, "length": length}
-        ids = _draw(data, load_tokenizer(folder), config.vocab_size, **how)
+        ids = _draw(data, tokenizer, config.vocab_size, **how)
         model = Layerwise(folder, activation="drelu", device=device)
         neurons = _wider(config.intermediate_size, widen)
         state = Path(out).with_name(Path(out).name + ".converting")
