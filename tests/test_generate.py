@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import cProfile
 import json
 import shutil
 from collections import Counter
@@ -560,3 +561,22 @@ def test_scores_are_the_log_probabilities_of_transformers(sparse: Make, tmp_path
     assert loaded.score(ids).shape == (len(ids) - 1,)
     with pytest.raises(TurboSparseError, match="a text of 1 tokens has nothing to score"):
         loaded.score([5])
+
+
+def test_loading_does_not_grow_faster_than_the_added_tokens(model: Path, tmp_path: Path) -> None:
+    def calls(count: int) -> int:
+        folder = shutil.copytree(model, tmp_path / str(count))
+        fields = json.loads((folder / "tokenizer.json").read_text())
+        plain = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": True}
+        fields["added_tokens"] += [
+            {"id": 320 + n, "content": f"<extra {n}>", "special": n % 2 == 0, **plain}
+            for n in range(count)
+        ]
+        (folder / "tokenizer.json").write_text(json.dumps(fields))
+        profile = cProfile.Profile()
+        tokenizer = profile.runcall(Tokenizer, folder)
+        assert tokenizer.encode(f"<extra {count - 1}>", special=False) == [319 + count]
+        return sum(entry.callcount for entry in profile.getstats())
+
+    small, large = calls(1000), calls(4000)
+    assert large - small <= 3000, "at most one call for each added token"

@@ -39,7 +39,8 @@ class Tokenizer:
             token for token, added in self._tokenizer.get_added_tokens_decoder().items()
             if added.special
         }  # fmt: skip
-        decoder = json.loads(self._tokenizer.to_str()).get("decoder") or {}
+        decoder = self._tokenizer.decoder  # alone: the whole tokenizer as JSON takes half a second
+        decoder = {} if decoder is None else json.loads(decoder.__getstate__())
         self._decoders = {decoder.get("type")} | {
             part.get("type") for part in decoder.get("decoders", [])
         }
