@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.engine.engine import Engine
 from turbosparse.inspect import validate
 from turbosparse.pack import pack
 from turbosparse.packed import files as packed_files
@@ -259,7 +260,8 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], Fault]] = {
 
 
 def test_every_fault_has_a_damage() -> None:
-    assert {fault for _, fault in DAMAGES.values()} == set(Fault)
+    later = {Fault.FILE_CHANGED}  # of a folder that is open
+    assert {fault for _, fault in DAMAGES.values()} | later == set(Fault)
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
@@ -291,6 +293,41 @@ def test_shapes_are_integers(folder: Path) -> None:
     """JSON knows 64.0, which equals 64 in Python."""
     edit_entry(folder, NORM, shape=[64.0])
     assert Packed(folder).tensors[NORM].shape == (64,)
+
+
+# --- a folder that changes while it is open
+# ---------------------------------------------------------------------------------------------
+
+
+def copy_over(folder: Path) -> None:
+    """As `cp` writes: into the same file, of the same size."""
+    (folder / WEIGHTS).write_bytes((folder / WEIGHTS).read_bytes())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda folder: os.truncate(folder / WEIGHTS, PAGE), copy_over],
+    ids=["truncated", "written over"],
+)
+def test_a_file_that_changes_while_it_is_open_is_named(
+    folder: Path, change: Callable[[Path], object]
+) -> None:
+    engine, packed = Engine(folder, threads=1), Packed(folder)
+    sequence = engine.sequence([5, 9])
+    change(folder)
+    for use in (lambda: engine.step([sequence]), packed.verify):
+        with pytest.raises(FormatError, match=WEIGHTS) as caught:
+            use()
+        assert caught.value.fault is Fault.FILE_CHANGED
+    assert sequence.pending == [5, 9]
+
+
+def test_a_file_that_is_replaced_stays_open(folder: Path) -> None:
+    engine = Engine(folder, threads=1)
+    before = engine.step([engine.sequence([5, 9])])[0].logits
+    (folder / "new").write_bytes(b"the weights of another model")
+    (folder / "new").replace(folder / WEIGHTS)
+    assert np.array_equal(engine.step([engine.sequence([5, 9])])[0].logits, before)
 
 
 # --- what a whole folder holds

@@ -160,8 +160,8 @@ class Engine:
         A long prompt is read in passes of up to `chunk` tokens.
 
         Raises:
-            TurboSparseError: nothing is pending, the budget or the memory is exhausted, or logits
-                that are not finite.
+            TurboSparseError: nothing is pending, the budget or the memory is exhausted, a weight
+                file was changed, or logits that are not finite.
             Cancelled: a sequence was cancelled. The passes before are kept: step again without it.
         """
         sequences = list(sequences)
@@ -194,6 +194,7 @@ class Engine:
         self, sequences: list[Sequence], counts: list[int], *, every: bool = False
     ) -> tuple[Logits, NDArray[np.int32]]:
         with self._turn:
+            self.packed.check_unchanged()
             flag = self.decoder.new_cancel()
             for sequence in sequences:
                 sequence.cancel_step = flag

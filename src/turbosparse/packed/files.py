@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
+import weakref
 from collections.abc import Iterable, Iterator
 from math import prod
+from mmap import ACCESS_READ, mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -112,18 +115,52 @@ def _shard_bytes(
         yield bytes(-spec.nbytes % PAGE)
 
 
-def map_files(
-    folder: Path, files: dict[str, File], plan: dict[str, Spec]
+class WeightFile:
+    """A weight file, mapped to read: `data` are its bytes.
+
+    It stays open, so a file that replaces it under its name changes nothing. One that is written
+    into does: to read behind a new end kills the process.
+
+    Raises:
+        FormatError: it is missing, or not of the size that the header says.
+    """
+
+    def __init__(self, folder: Path, name: str, file: File):
+        self.folder, self.name = folder, name
+        if not _FILE_NAME.fullmatch(name):
+            detail = f"files: {name!r:.80} is not a weight file's name"
+            raise FormatError(folder, Fault.HEADER, detail)
+        if not (folder / name).is_file():
+            raise FormatError(folder, Fault.FILE_MISSING, name)
+        self._descriptor = os.open(folder / name, os.O_RDONLY)
+        weakref.finalize(self, os.close, self._descriptor)
+        self._opened = self._state()
+        if (size := self._opened[0]) != file.bytes or size < PAGE:
+            raise FormatError(folder, Fault.FILE_SIZE, f"{name}: {size} bytes, not {file.bytes}")
+        self.data = np.frombuffer(mmap(self._descriptor, 0, access=ACCESS_READ), np.uint8)
+
+    def _state(self) -> tuple[int, int]:
+        about = os.fstat(self._descriptor)
+        return about.st_size, about.st_mtime_ns
+
+    def check_unchanged(self) -> None:
+        """Raise FormatError if another program wrote into the file, or cut it."""
+        if self._state() != self._opened:
+            raise FormatError(self.folder, Fault.FILE_CHANGED, self.name)
+
+
+def named_tensors(
+    folder: Path, files: list[WeightFile], plan: dict[str, Spec]
 ) -> dict[str, NDArray[Any]]:
     """The tensors of `plan` by name, read-only views of the mapped files.
 
     Raises:
-        FormatError: a file or tensor is missing, damaged, or not what `plan` asks for.
+        FormatError: a tensor is missing, damaged, or not what `plan` asks for.
     """
     tensors: dict[str, NDArray[Any]] = {}
-    for name, file in files.items():
-        data = _map(folder, name, file)
-        for entry in _entries(folder, name, data):
+    for file in files:
+        data = file.data
+        for entry in _entries(folder, file.name, data):
             if _is_pad(entry):
                 continue
             _check(folder, entry, plan)
@@ -139,18 +176,6 @@ def map_files(
 
 def _is_pad(entry: _Entry) -> bool:
     return entry.name.startswith("pad.") and entry.end - entry.start < PAGE
-
-
-def _map(folder: Path, name: str, file: File) -> NDArray[np.uint8]:
-    if not _FILE_NAME.fullmatch(name):
-        raise FormatError(folder, Fault.HEADER, f"files: {name!r:.80} is not a weight file's name")
-    path = folder / name
-    if not path.is_file():
-        raise FormatError(folder, Fault.FILE_MISSING, name)
-    size = path.stat().st_size
-    if size != file.bytes or size < PAGE:
-        raise FormatError(folder, Fault.FILE_SIZE, f"{name}: {size} bytes, not {file.bytes}")
-    return np.memmap(path, mode="r", dtype=np.uint8)
 
 
 def _check(folder: Path, entry: _Entry, plan: dict[str, Spec]) -> None:

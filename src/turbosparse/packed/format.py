@@ -17,7 +17,7 @@ from turbosparse.hf import families
 from turbosparse.hf.config import parse
 from turbosparse.ops.predictor import PackedPredictor, Predictor
 from turbosparse.ops.rows import BLOCK, FFNRows, finite_scales, row_bytes, sign_bytes
-from turbosparse.packed.files import PAGE, Spec, map_files, verify_checksums
+from turbosparse.packed.files import PAGE, Spec, WeightFile, named_tensors, verify_checksums
 from turbosparse.packed.header import Fault, FormatError, Header, QuantMap
 
 CLUSTER_BYTES = 64 << 10  # the least that a read from flash should fetch
@@ -90,7 +90,9 @@ class Packed:
         self.config = parse(raw, self.folder / "config.json")
         _check_header(self.folder, self.header, self.config)
         self.plan = layout(self.config, self.header.quant, self.header.ffn.predictor)
-        self.tensors = map_files(self.folder, self.header.files, self.plan)
+        named = self.header.files.items()
+        self.files = [WeightFile(self.folder, name, file) for name, file in named]
+        self.tensors = named_tensors(self.folder, self.files, self.plan)
         _check_orders(self.folder, self.plan, self.tensors)
 
     @property
@@ -115,10 +117,17 @@ class Packed:
         found = {part: self.tensors[f"{prefix}predictor.{part}"] for part in parts}
         return PackedPredictor(about, found)
 
+    def check_unchanged(self) -> None:
+        """Raise FormatError if another program wrote into a weight file since it was opened."""
+        for file in self.files:
+            file.check_unchanged()
+
     def verify(self) -> None:
         """Read every byte: checksums, and whether every weight is finite."""
+        self.check_unchanged()
         verify_checksums(self.folder, self.header.files)
         for name, tensor in self.tensors.items():
+            self.check_unchanged()
             if not self._finite(name, tensor):
                 raise FormatError(self.folder, Fault.NOT_FINITE, name)
 

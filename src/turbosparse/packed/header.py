@@ -28,6 +28,7 @@ class Fault(Enum):
     PROFILE = "has the profile of another model; pack the model again"
     FILE_MISSING = "lacks a weight file; copy the folder again"
     FILE_SIZE = "has a weight file of the wrong size; copy the folder again"
+    FILE_CHANGED = "has a weight file that was changed while it was open; open the folder again"
     FILE_HEADER = "has a weight file with a damaged header; copy the folder again"
     FILE_LAYOUT = "has a weight file with overlapping tensors or holes; pack the model again"
     TENSOR_MISSING = "lacks a tensor that config.json calls for; pack the model again"
