@@ -55,7 +55,7 @@ void row(const OwningMatrix& self, int64_t index, Array<float, 1> out) {
 
 void init_neurons(OwningNeurons* self, Bytes gates, Bytes pairs, int hidden,
                   const std::vector<std::string>& quants, const char* activation_name,
-                  const Predictor* predictor) {
+                  const Predictor* predictor, float threshold) {
   if (quants.size() != 3) fail("quants must be those of gate, up and down");
   Quant parsed[3];
   for (int i = 0; i < 3; ++i) {
@@ -63,6 +63,8 @@ void init_neurons(OwningNeurons* self, Bytes gates, Bytes pairs, int hidden,
     check_cols("hidden", hidden, parsed[i]);
   }
   const auto activation = parse<Activation>("activation", activation_name, kActivations);
+  if (!(threshold >= 0))
+    fail("threshold is " + std::to_string(threshold) + ", expected at least 0");
   const int64_t neurons = gates.shape(0);
   check_shape("gates", gates, neurons, row_stride(parsed[0], hidden));
   check_shape("pairs", pairs, neurons,
@@ -78,6 +80,7 @@ void init_neurons(OwningNeurons* self, Bytes gates, Bytes pairs, int hidden,
                             hidden,
                             {parsed[0], parsed[1], parsed[2]},
                             activation,
+                            threshold,
                             predictor},
                            gates,
                            pairs,
@@ -133,9 +136,10 @@ NB_MODULE(_core, m) {
   nb::class_<OwningNeurons>(m, "Neurons",
                             "An FFN: gate rows, and for each neuron its up row and down column.")
       .def("__init__", &init_neurons, "gates"_a.noconvert(), "pairs"_a.noconvert(), "hidden"_a,
-           "quants"_a, "activation"_a, "predictor"_a.none() = nb::none())
+           "quants"_a, "activation"_a, "predictor"_a.none() = nb::none(), "threshold"_a = 0.0f)
       .def("forward", &forward, "x"_a.noconvert(), "residual"_a.noconvert(), "out"_a.noconvert(),
            "counts"_a.noconvert(), "mode"_a, "threads"_a,
-           "out[T, hidden] = FFN(x); counts[T, 3] = candidates, positive gates, Combined not zero");
+           "out[T, hidden] = FFN(x); counts[T, 3] = candidates, gates above the threshold, "
+           "Combined not zero");
   bind_decoder(m);
 }

@@ -36,8 +36,10 @@ int worthwhile_threads(int threads, int64_t bytes, int64_t tokens) {
   return static_cast<int>(std::min<int64_t>(threads, 1 + bytes * tokens / kBytesPerThread));
 }
 
-// A relu that keeps NaN, so that a broken input shows in the output.
-float relu(float x) { return x < 0 ? 0 : x; }
+// Zero up to the threshold. It keeps NaN, so that a broken input shows in the output.
+float cut(float x, float threshold) { return x <= threshold ? 0 : x; }
+
+float relu(float x) { return cut(x, 0); }
 
 float silu(float x) { return x / (1 + std::exp(-x)); }
 
@@ -45,17 +47,17 @@ float silu(float x) { return x / (1 + std::exp(-x)); }
 float gelu(float x) { return static_cast<float>(0.5 * x * std::erfc(x * -0.7071067811865476)); }
 
 // gate[i] becomes Combined.
-void combine(Activation activation, float* gate, const float* up, size_t count) {
+void combine(Activation activation, float threshold, float* gate, const float* up, size_t count) {
   const auto each = [&](auto formula) {
     for (size_t i = 0; i < count; ++i) gate[i] = formula(gate[i], up[i]);
   };
   switch (activation) {
     case Activation::kDrelu:
-      return each([](float g, float u) { return relu(g) * relu(u); });
+      return each([=](float g, float u) { return cut(g, threshold) * relu(u); });
     case Activation::kGeglu:
       return each([](float g, float u) { return gelu(g) * u; });
     case Activation::kReglu:
-      return each([](float g, float u) { return relu(g) * u; });
+      return each([=](float g, float u) { return cut(g, threshold) * u; });
     case Activation::kRelu:
       return each([](float, float u) { return relu(u); });
     case Activation::kSwiglu:
@@ -138,11 +140,13 @@ class NeuronShare {
       counts_[3 * t] += lists_[t].size();
     }
     project(pass_.gated ? Neurons::kGate : Neurons::kUp, values_);
-    compact(1, [](float gate) { return !(gate <= 0); });  // a NaN is kept, so that it shows
+    const float threshold = pass_.ffn.threshold;
+    compact(1, [=](float gate) { return !(gate <= threshold); });  // a NaN is kept, so it shows
     if (pass_.gated) project(Neurons::kUp, ups_);
     const std::vector<float>& ups = pass_.gated ? ups_ : values_;
     for (int64_t t = 0; t < pass_.tokens; ++t) {
-      combine(pass_.ffn.activation, &values_[t * width_], &ups[t * width_], lists_[t].size());
+      combine(pass_.ffn.activation, threshold, &values_[t * width_], &ups[t * width_],
+              lists_[t].size());
     }
     compact(2, [](float combined) { return combined != 0; });
     const Kernels& kernels = pass_.kernels(Neurons::kDown);

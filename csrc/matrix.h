@@ -50,13 +50,14 @@ struct Neurons {
   int hidden;
   Quant quants[3];  // of each part
   Activation activation;
+  float threshold;             // a gate at most this large is inactive: FATReLU
   const Predictor* predictor;  // null: there is none
 
   // out[T, H] = Combined · Wdown, with Combined[T, neurons] = activation(x · Wgateᵀ, x · Wupᵀ).
-  // counts[T, 3] = candidates (outside predicted mode all neurons), of these those with a positive
-  // gate, and those whose Combined is not zero.
-  // residual[T, H], which x is the norm of, is for the predictor. Outside dense mode the activation
-  // must have exact zeros. The same number of threads gives the same bits.
+  // counts[T, 3] = candidates (outside predicted mode all neurons), of these those with a gate
+  // above the threshold, and those whose Combined is not zero. residual[T, H], which x is the norm
+  // of, is for the predictor. Outside dense mode the activation must have exact zeros. The same
+  // number of threads gives the same bits.
   void forward(const float* x, const float* residual, float* out, int32_t* counts, int64_t tokens,
                Mode mode, int threads) const;
 };

@@ -372,6 +372,8 @@ def test_matrix_refuses(data, cols, quant, error, message):
         ({"quants": ["q4", "Q4", "q4"]}, ValueError, "quant is 'Q4'"),
         ({"quants": ["q4"]}, ValueError, "quants must be those of gate, up and down"),
         ({"activation": "gelu"}, ValueError, "activation is 'gelu'"),
+        ({"threshold": -0.5}, ValueError, "threshold is -0.5"),
+        ({"threshold": float("nan")}, ValueError, "threshold is nan"),
         ({"gates": np.zeros((7, 32), np.float32)}, TypeError, "incompatible"),
     ],
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import resource
 import subprocess
 import sys
@@ -19,7 +18,6 @@ from turbosparse.base import machine
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.machine import threads_to_use
 from turbosparse.convert import convert
-from turbosparse.engine.engine import Engine
 from turbosparse.pack import pack
 
 QUOTAS = [
@@ -98,17 +96,6 @@ def test_a_step_without_memory_is_named_and_changes_nothing(tmp_path: Path):
         "use a shorter prompt or fewer sequences\n"
     )
     assert done.stdout == 2 * expected
-
-
-def test_a_threshold_that_the_engine_cannot_compute_is_refused(
-    sparse: Callable[..., Path], tmp_path: Path
-) -> None:
-    pack(str(sparse("llama", "reglu")), tmp_path / "packed", quant="q8")
-    config = json.loads((tmp_path / "packed" / "config.json").read_text())
-    config["turbosparse"]["ffn"]["threshold"] = 0.25
-    (tmp_path / "packed" / "config.json").write_text(json.dumps(config))
-    with pytest.raises(TurboSparseError, match=r"ffn\.threshold is 0\.25; the engine only"):
-        Engine(tmp_path / "packed")
 
 
 # --- the engine for programs ----------------------------------------------------------------------

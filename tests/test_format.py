@@ -202,6 +202,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], Fault]] = {
         lambda f: edit_config(f, lambda c: c.update(ffn_activation="reglu")),
         Fault.ACTIVATION,
     ),
+    "threshold of another": (
+        lambda f: edit_config(f, lambda c: c.update(ffn_threshold=0.25)),
+        Fault.ACTIVATION,
+    ),
     "profile of another": (lambda f: edit_profile(f, active=[[0.5]]), Fault.PROFILE),
     "profile of more than all": (lambda f: edit_profile(f, active=[[1.5], [0.5]]), Fault.HEADER),
     "profile that is NaN": (lambda f: edit_profile(f, nats_per_token=float("nan")), Fault.HEADER),

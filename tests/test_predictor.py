@@ -51,9 +51,17 @@ def core_neurons(
     return _core.Neurons(rows.gates, rows.pairs, rows.hidden, rows.quants, activation, predictor)
 
 
-def low_rank(quant: str, rank: int, threshold: float, **settings: Any) -> PackedPredictor:
+def low_rank(
+    quant: str,
+    rank: int,
+    threshold: float,
+    *,
+    neurons: int = NEURONS,
+    hidden: int = HIDDEN,
+    **settings: Any,
+) -> PackedPredictor:
     """A random one; its logits have deviations around 1."""
-    fc1, fc2 = random(rank, HIDDEN, seed=1) / HIDDEN**0.5, random(NEURONS, rank, seed=2) / rank**0.5
+    fc1, fc2 = random(rank, hidden, seed=1) / hidden**0.5, random(neurons, rank, seed=2) / rank**0.5
     about = Predictor(
         kind="low_rank",
         quant=quant,
@@ -150,6 +158,27 @@ def test_neurons_that_are_no_candidates_add_nothing(activation: str) -> None:
     assert relative_rms(y, (combined @ down.double()).float()) < SAME_SUM
     expected = [candidates.sum(1), ((first > 0) & candidates).sum(1), combined.ne(0).sum(1)]
     assert counts.tolist() == torch.stack(expected, 1).tolist()
+
+
+@pytest.mark.parametrize("mode", ["dense", "exact", "predicted"])
+@pytest.mark.parametrize("activation", ["drelu", "reglu"])
+@pytest.mark.usefixtures("isa")
+def test_a_gate_up_to_the_threshold_is_inactive(activation: str, mode: ops.Mode) -> None:
+    """FATReLU by hand: the first gates are below, at and above the threshold, the last one NaN."""
+    values = torch.tensor([-1.0, 0.125, 0.25, 0.375, 2.0])
+    gate, up, down = torch.zeros(3, 5, 32)
+    gate[:, 0], up[:, 1], down[:, 0] = values, torch.tensor([1.0, 1, 1, -2, 4]), 1.0
+    x = torch.zeros(2, 32)
+    x[:, :2] = 1
+    x[1, 0] = float("nan")
+    expected = {"drelu": (8.0, 1), "reglu": (8 - 0.75, 2)}[activation]
+    predictor = low_rank("f16", 32, -1e30, neurons=5, hidden=32) if mode == "predicted" else None
+    rows = quantise_ffn(gate, up, down, ("f16",) * 3)
+    for backend in ops.BACKENDS:
+        ffn = ops.backend(backend).Neurons(rows, activation, 2, predictor, threshold=0.25)
+        y, counts = ffn.forward(x, x, mode=mode)
+        assert (float(y[0, 0]), counts[0].tolist()) == (expected[0], [5, 2, expected[1]]), backend
+        assert y[1].isnan().any(), "a NaN shows"
 
 
 def test_low_rank_candidates_by_hand() -> None:

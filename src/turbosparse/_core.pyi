@@ -39,6 +39,7 @@ class Neurons:
         quants: Sequence[str],
         activation: str,
         predictor: Predictor | None = None,
+        threshold: float = 0.0,
     ) -> None: ...
     def forward(
         self,

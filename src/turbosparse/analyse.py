@@ -30,7 +30,13 @@ from turbosparse.hf.activations import WITHOUT_ZEROS, Activation
 from turbosparse.hf.checkpoint import shard_files
 from turbosparse.hf.hub import model_folder
 from turbosparse.hf.layerwise import Layerwise
-from turbosparse.hf.load import activation_of, check_ids, load_model, load_tokenizer
+from turbosparse.hf.load import (
+    activation_of,
+    check_ids,
+    load_model,
+    load_tokenizer,
+    threshold_of,
+)
 from turbosparse.hf.observe import See, observe_ffn
 from turbosparse.packed.format import is_packed
 from turbosparse.packed.stats import FILE, Stats
@@ -325,7 +331,7 @@ def _logits(
     model.eval()
     for ids in batches:
         inputs = ids[:, :-1].clamp(min=0).to(model.device)
-        with observe_ffn(model, _counting(stats, near, ids)):
+        with observe_ffn(model, _counting(stats, near, ids, model.config)):
             yield ids, model(inputs, use_cache=False).logits.cpu()
 
 
@@ -336,22 +342,25 @@ def _layer_by_layer(
     for index in track(range(model.config.num_hidden_layers), "layers"):
         shell = model.layer(index)
         for number, ids in enumerate(batches):
-            with observe_ffn(SimpleNamespace(model=shell), _counting(stats, near, ids, index)):
+            see = _counting(stats, near, ids, model.config, index)
+            with observe_ffn(SimpleNamespace(model=shell), see):
                 hidden[number] = model.run(shell, hidden[number])
     for ids, states in zip(batches, hidden, strict=True):
         yield ids, model.head(model.norm(states))
 
 
-def _counting(stats: Stats, near: _NearZero | None, ids: Tensor, first: int = 0) -> See:
+def _counting(
+    stats: Stats, near: _NearZero | None, ids: Tensor, config: Any, first: int = 0
+) -> See:
     """Count the neurons that fire at the inputs of predicted tokens; padding is left out."""
-    real = (ids[:, 1:] >= 0).flatten()
+    real, threshold = (ids[:, 1:] >= 0).flatten(), threshold_of(config)
 
     def see(layer: int, expert: int | None, gate: Tensor, active: Tensor, rows: Tensor) -> None:
         keep = real.to(rows.device)[rows]
         at = first + layer, expert or 0
         active = active[keep]
         stats.active[at] += (active != 0).sum(0).cpu()
-        stats.gate_positive[at] += (gate[keep] > 0).sum(0).cpu()
+        stats.gate_positive[at] += (gate[keep] > threshold).sum(0).cpu()
         stats.tokens[at] += int(keep.sum())
         if near:
             near.see(active)

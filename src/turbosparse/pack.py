@@ -40,6 +40,7 @@ from turbosparse.hf.load import (
     activation_of,
     load_config,
     load_tokenizer,
+    threshold_of,
     with_activation,
 )
 from turbosparse.ops.predictor import Predictor
@@ -125,6 +126,7 @@ def pack(
     tokenizer = load_tokenizer(folder)
     ffn = FFN(
         activation=activation_of(config),  # type: ignore[arg-type]
+        threshold=threshold_of(config),
         predictor=_predictor(config, checkpoint, predictor, predictor_quant, predictor_input),
     )
     profile = _find_stats(folder, stats)

@@ -84,10 +84,6 @@ class Engine:
         if kv_bytes is not None and kv_bytes < 1:
             raise TurboSparseError(f"--kv-bytes {kv_bytes} must be 1 or more")
         self.packed = Packed(folder)
-        if threshold := self.packed.header.ffn.threshold:
-            raise TurboSparseError(
-                f"{folder}: ffn.threshold is {threshold:g}; the engine only computes 0 so far"
-            )
         self.mode = _mode(self.packed, mode)
         self.backend = "cpu" if backend == "auto" else backend
         self.threads = threads_to_use(threads)

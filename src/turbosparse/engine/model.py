@@ -105,6 +105,7 @@ class Decoder:
             self._packed.activation,
             threads=1,
             predictor=self._packed.predictor(prefix),
+            threshold=self._packed.header.ffn.threshold,
         )
 
     def _norm(self, name: str) -> Norm:

@@ -138,7 +138,12 @@ def _layer(packed: Packed, index: int) -> _core.Layer:
         tensors[parts["ffn_norm"].name],
         vectors.get("router"),
         [
-            neurons(packed.ffn(ffn), packed.activation, packed.predictor(ffn))
+            neurons(
+                packed.ffn(ffn),
+                packed.activation,
+                packed.predictor(ffn),
+                packed.header.ffn.threshold,
+            )
             for ffn in (ffn_prefix(index, expert) for expert in experts)
         ],
         sliding_window(config, index) or 0,

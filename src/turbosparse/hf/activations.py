@@ -18,6 +18,11 @@ class Record(NamedTuple):
     exact_zeros: bool  # whether there is anything to skip
     hidden_act: str  # what config.json tells a reader who does not know ``ffn_activation``
 
+    @property
+    def cuts(self) -> bool:
+        """Whether a gate may be cut to zero above zero too, as FATReLU does."""
+        return self.gated and self.exact_zeros
+
 
 ACTIVATIONS: dict[str, Record] = {
     "drelu": Record("relu(gate) * relu(up)", True, True, "relu"),

@@ -113,6 +113,7 @@ class ModelConfig(BaseModel):
     mlp_bias: bool = False
     hidden_act: str = "silu"
     ffn_activation: Activation | None = None
+    ffn_threshold: Annotated[float, Field(ge=0)] | None = None
     rope_parameters: dict[str, Any]
     use_sliding_window: bool = False
     sliding_window: Size | None = None
@@ -146,7 +147,8 @@ class ModelConfig(BaseModel):
             if name in _DEFAULTS[base] and fields[name] is None:
                 raise ValueError(f"{name} is None")
         if str(raw["model_type"]).startswith(families.PREFIX):
-            fields = {"ffn_activation": "drelu", "hidden_act": "relu"} | fields
+            own = {"ffn_activation": "drelu", "ffn_threshold": 0.0, "hidden_act": "relu"}
+            fields = own | fields
         return fields
 
     @model_validator(mode="after")
@@ -160,6 +162,8 @@ class ModelConfig(BaseModel):
             raise ValueError(
                 "mlp_bias=true is not supported: a packed feed-forward has no room for biases"
             )
+        if self.ffn_threshold and not ACTIVATIONS[self.ffn_activation or "swiglu"].cuts:
+            raise ValueError(f"ffn_threshold is not for ffn_activation {self.ffn_activation!r}")
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, an odd number: it cannot be rotated")
         if self.layer_types and len(self.layer_types) != self.num_hidden_layers:

@@ -69,13 +69,18 @@ def activation_of(config: Any) -> str:
     return STOCK[config.hidden_act]
 
 
+def threshold_of(config: Any) -> float:
+    """A gate at most this large is inactive; 0 but for FATReLU."""
+    return float(getattr(config, "ffn_threshold", None) or 0)
+
+
 def with_activation(config: Any, activation: str) -> Any:
     """The same architecture with another FFN activation; for swiglu the stock config class."""
     from transformers import AutoConfig
 
     register()
     keys = activation_keys(config.model_type, activation)
-    own = {"model_type", "architectures", "auto_map", "ffn_activation"}
+    own = {"model_type", "architectures", "auto_map", "ffn_activation", "ffn_threshold"}
     fields = {key: value for key, value in config.to_dict().items() if key not in own}
     fields |= {
         key: value for key, value in keys.items() if key not in ("architectures", "auto_map")

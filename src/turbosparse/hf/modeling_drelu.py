@@ -29,13 +29,13 @@ class SparseMLP(nn.Module):
     def __init__(self, config: Any) -> None:
         super().__init__()
         hidden, neurons = config.hidden_size, config.intermediate_size
-        self.activation = config.ffn_activation
+        self.activation, self.threshold = config.ffn_activation, config.ffn_threshold
         self.gate_proj = nn.Linear(hidden, neurons, bias=False)
         self.up_proj = nn.Linear(hidden, neurons, bias=False)
         self.down_proj = nn.Linear(neurons, hidden, bias=False)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        active = combined(self.gate_proj(x), self.up_proj(x), self.activation)
+        active = combined(self.gate_proj(x), self.up_proj(x), self.activation, self.threshold)
         y: torch.Tensor = self.down_proj(active)
         return y
 
@@ -51,6 +51,7 @@ class DReLUMistralConfig(MistralConfig):
     model_type = "drelu_mistral"
     hidden_act: str = "relu"
     ffn_activation: str = "drelu"
+    ffn_threshold: float = 0.0
 
 
 class DReLUMistralForCausalLM(MistralForCausalLM):
@@ -66,6 +67,7 @@ class DReLULlamaConfig(LlamaConfig):
     model_type = "drelu_llama"
     hidden_act: str = "relu"
     ffn_activation: str = "drelu"
+    ffn_threshold: float = 0.0
 
 
 class DReLULlamaForCausalLM(LlamaForCausalLM):
@@ -81,6 +83,7 @@ class DReLUQwen2Config(Qwen2Config):
     model_type = "drelu_qwen2"
     hidden_act: str = "relu"
     ffn_activation: str = "drelu"
+    ffn_threshold: float = 0.0
 
 
 class DReLUQwen2ForCausalLM(Qwen2ForCausalLM):

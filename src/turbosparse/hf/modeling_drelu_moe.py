@@ -31,6 +31,7 @@ class DReLUMixtralConfig(MixtralConfig):
     model_type = "drelu_mixtral"
     hidden_act: str = "relu"
     ffn_activation: str = "drelu"
+    ffn_threshold: float = 0.0
 
 
 @use_experts_implementation
@@ -39,12 +40,12 @@ class SparseExperts(MixtralExperts):
 
     def __init__(self, config: Any) -> None:
         super().__init__(config)
-        self.activation = config.ffn_activation
+        self.activation, self.threshold = config.ffn_activation, config.ffn_threshold
 
     def _apply_gate(self, gate_up: torch.Tensor) -> torch.Tensor:
         """What the fused implementations (``grouped_mm``, ``batched_mm``, …) call."""
         gate, up = gate_up.chunk(2, dim=-1)
-        return combined(gate, up, self.activation)
+        return combined(gate, up, self.activation, self.threshold)
 
     def forward(
         self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor

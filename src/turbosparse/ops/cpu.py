@@ -46,8 +46,9 @@ class Neurons:
         activation: str,
         threads: int,
         predictor: PackedPredictor | None = None,
+        threshold: float = 0.0,
     ):
-        self._neurons = neurons(rows, activation, predictor)
+        self._neurons = neurons(rows, activation, predictor, threshold)
         self._threads = threads
 
     def forward(self, x: Tensor, residual: Tensor, *, mode: Mode) -> tuple[Tensor, Tensor]:

@@ -8,11 +8,16 @@ from turbosparse.ops.rows import FFNRows
 
 
 def neurons(
-    rows: FFNRows, activation: str, predictor: PackedPredictor | None = None
+    rows: FFNRows,
+    activation: str,
+    predictor: PackedPredictor | None = None,
+    threshold: float = 0.0,
 ) -> _core.Neurons:
     """The core's view of one feed-forward."""
     view = predictor and _predictor(predictor, rows.hidden, activation)
-    return _core.Neurons(rows.gates, rows.pairs, rows.hidden, rows.quants, activation, view)
+    return _core.Neurons(
+        rows.gates, rows.pairs, rows.hidden, rows.quants, activation, view, threshold
+    )
 
 
 def _predictor(packed: PackedPredictor, hidden: int, activation: str) -> _core.Predictor:

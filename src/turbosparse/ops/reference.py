@@ -32,6 +32,7 @@ def sparse_ffn(
     *,
     mode: Mode,
     candidates: Tensor | None = None,
+    threshold: float = 0.0,
 ) -> tuple[Tensor, Tensor]:
     """The feed-forward of T tokens (Turbo Sparse §2).
 
@@ -39,15 +40,16 @@ def sparse_ffn(
         x: ``[T, H]``.
         gate, up, down: ``[I, H]``, one row per neuron (`down` is the transposed down projection).
         activation: of the FFN record.
-        mode: ``dense`` reads every row. ``exact`` reads an up row only where a gate is positive,
+        mode: ``dense`` reads every row. ``exact`` reads an up row only where a gate is active,
             and a down row only where Combined is not zero; nothing is lost: what is skipped is
             exactly zero. ``predicted`` does so with the candidates, and takes the other neurons
             for inactive.
         candidates: of each token, bool ``[T, I]``; for predicted mode.
+        threshold: of the FFN record: a gate at most this large is inactive.
 
     Returns:
         The output ``[T, H]``, and per token the number of candidates (all neurons in the other
-        modes), of these those with positive gate, and those with Combined ≠ 0, int32 ``[T, 3]``.
+        modes), of these those with an active gate, and those with Combined ≠ 0, int32 ``[T, 3]``.
         In the ungated ``relu`` up is its own gate.
     """
     if mode != "dense" and activation in WITHOUT_ZEROS:
@@ -60,10 +62,10 @@ def sparse_ffn(
     if candidates is not None:
         g, offered = torch.where(candidates, g, 0.0), candidates.sum(1)
     if mode != "dense":
-        read = relu(g).ne(0).any(0).nonzero().squeeze(1)
+        read = (~(g <= threshold)).any(0).nonzero().squeeze(1)  # a NaN is kept
         g, up, down = g[:, read], up[read], down[read]
-    c = combined(g, x @ up.T if gated else g, activation)
-    counts = torch.stack((offered, g.gt(0).sum(1), c.ne(0).sum(1)), 1).int()
+    c = combined(g, x @ up.T if gated else g, activation, threshold)
+    counts = torch.stack((offered, g.gt(threshold).sum(1), c.ne(0).sum(1)), 1).int()
     if mode != "dense":
         read = c.ne(0).any(0).nonzero().squeeze(1)
         c, down = c[:, read], down[read]
@@ -133,9 +135,10 @@ class Neurons:
         activation: str,
         threads: int,  # noqa: ARG002
         predictor: PackedPredictor | None = None,
+        threshold: float = 0.0,
     ):
         self.gate, self.up, self.down = dequantise_ffn(rows)
-        self.activation = activation
+        self.activation, self.threshold = activation, threshold
         self.candidates = predictor and _predictor(predictor, rows.hidden, activation)
 
     def forward(self, x: Tensor, residual: Tensor, *, mode: Mode) -> tuple[Tensor, Tensor]:
@@ -146,7 +149,14 @@ class Neurons:
                 raise ValueError("predicted mode needs a predictor")
             candidates = self.candidates(x, residual)
         return sparse_ffn(
-            x, self.gate, self.up, self.down, self.activation, mode=mode, candidates=candidates
+            x,
+            self.gate,
+            self.up,
+            self.down,
+            self.activation,
+            mode=mode,
+            candidates=candidates,
+            threshold=self.threshold,
         )
 
 

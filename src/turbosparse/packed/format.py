@@ -144,10 +144,11 @@ class Packed:
 
 def _check_header(folder: Path, header: Header, config: Any) -> None:
     """Raise unless the block is of the model that the rest of config.json describes."""
-    from turbosparse.hf.load import activation_of
+    from turbosparse.hf.load import activation_of, threshold_of
 
-    if (own := activation_of(config)) != header.ffn.activation:
-        detail = f"{header.ffn.activation}, not {own}"
+    own = activation_of(config), threshold_of(config)
+    if own != (said := (header.ffn.activation, header.ffn.threshold)):
+        detail = "{} {:g}, not {} {:g}".format(*said, *own)
         raise FormatError(folder, Fault.ACTIVATION, detail)
     experts = max(1, families.experts(config))
     if header.profile and not header.profile.fits(config.num_hidden_layers, experts):

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Final, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.hf.activations import WITHOUT_ZEROS, Activation
+from turbosparse.hf.activations import ACTIVATIONS, WITHOUT_ZEROS, Activation
 from turbosparse.ops.predictor import Predictor
 
 VERSION: Final = 2
@@ -115,14 +115,16 @@ class FFN(_Record):
     """The record that describes a model's feed-forward."""
 
     activation: Activation
-    # a gate at most this large is inactive (FATReLU); the engine computes 0 only
+    # a gate at most this large is inactive (FATReLU)
     threshold: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     predictor: Predictor | None = None
 
     @model_validator(mode="after")
     def _has_zeros(self) -> Self:
-        if (self.predictor or self.threshold) and self.activation in WITHOUT_ZEROS:
-            raise ValueError(f"{self.activation} has no zeros to predict and no threshold")
+        if self.predictor and self.activation in WITHOUT_ZEROS:
+            raise ValueError(f"{self.activation} has no zeros to predict")
+        if self.threshold and not ACTIVATIONS[self.activation].cuts:
+            raise ValueError(f"{self.activation} has no threshold")
         return self
 
 
