@@ -37,6 +37,7 @@ VERBS = {
     "pack": ("turbosparse.pack:pack", "Quantise a model and lay it out for sparse reading."),
     "inspect": ("turbosparse.inspect:inspect", "Print what a packed folder holds."),
     "validate": ("turbosparse.inspect:validate", "Check a packed folder to the last byte."),
+    "export": ("turbosparse.export:export", "Write a sparse model in the form of another program."),
     "generate": ("turbosparse.generate:generate", "Continue a prompt with a packed model."),
     "bench": (
         "turbosparse.bench:bench",

@@ -127,9 +127,9 @@ def pack(
     ffn = FFN(
         activation=activation_of(config),  # type: ignore[arg-type]
         threshold=threshold_of(config),
-        predictor=_predictor(config, checkpoint, predictor, predictor_quant, predictor_input),
+        predictor=find_predictor(config, checkpoint, predictor, predictor_quant, predictor_input),
     )
-    profile = _find_stats(folder, stats)
+    profile = find_stats(folder, stats)
     if profile:
         profile.check(config)
     quants = QuantMap.default(quant, _pairs(quant_map), tied=config.tie_word_embeddings)
@@ -185,8 +185,12 @@ def _pairs(text: str) -> dict[str, str]:
     return dict(pairs)
 
 
-def _predictor(
-    config: Any, checkpoint: Checkpoint, choice: str, quant: str, reads: str | None
+def find_predictor(
+    config: Any,
+    checkpoint: Checkpoint,
+    choice: str = "auto",
+    quant: str = "f16",
+    reads: str | None = None,
 ) -> Predictor | None:
     """The record of the predictor to pack; what config.json says of one of its kind holds."""
     ranks = None if choice == "sign" else checkpoint.predictor_ranks(config)
@@ -217,7 +221,8 @@ def _predictor(
         ) from error
 
 
-def _find_stats(folder: Path, stats: Path | None) -> Stats | None:
+def find_stats(folder: Path, stats: Path | None = None) -> Stats | None:
+    """Those in a file, or in a model folder; None if it holds none."""
     if stats is not None and not stats.is_file():
         raise TurboSparseError(
             f"no such statistics file: {stats}; make one with `turbosparse analyse`"

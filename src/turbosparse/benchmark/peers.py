@@ -10,10 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf import families
+from turbosparse.hf.config import ModelConfig
 from turbosparse.hf.gguf import gguf_table
+from turbosparse.hf.gguf_writer import write_gguf
 from turbosparse.packed.format import Packed
 
 
@@ -69,55 +72,25 @@ class LlamaCpp:
         return tokens / (time.perf_counter() - began)
 
 
-def write_random_gguf(path: Path, config: Any, quant: str) -> None:
+def write_random_gguf(path: Path, config: ModelConfig, quant: str) -> None:
     """Write a dense GGUF model with random weights in the shape of `config`, streaming to disk."""
-    import gguf
-
-    kind = {
-        "f16": gguf.GGMLQuantizationType.F16,
-        "q8": gguf.GGMLQuantizationType.Q8_0,
-        "q4": gguf.GGMLQuantizationType.Q4_0,
-    }[quant]
-    experts = families.experts(config)
-    writer = gguf.GGUFWriter(path, "llama")
-    writer.add_context_length(4096)
-    writer.add_embedding_length(config.hidden_size)
-    writer.add_block_count(config.num_hidden_layers)
-    writer.add_feed_forward_length(config.intermediate_size)
-    writer.add_head_count(config.num_attention_heads)
-    writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_rope_dimension_count(families.config_head_dim(config))
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("no_vocab")
-    if experts:
-        writer.add_expert_count(experts)
-        writer.add_expert_used_count(config.num_experts_per_tok)
+    kind = {"f16": "F16", "q8": "Q8_0", "q4": "Q4_0"}[quant]
     tensors = list(gguf_table(config, biases=False).tensors(config))
-    for name, row, *_, shape in tensors:
-        if row.packed != "float":
-            size = (
-                int(np.prod(shape))
-                // gguf.GGML_QUANT_SIZES[kind][0]
-                * gguf.GGML_QUANT_SIZES[kind][1]
-            )
-            packed = (*shape[:-1], size // int(np.prod(shape[:-1])))
-            writer.add_tensor_info(name, packed, np.dtype(np.uint8), size, raw_dtype=kind)
-        else:
-            size = 4 * int(np.prod(shape))
-            writer.add_tensor_info(name, shape, np.dtype(np.float32), size)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_ti_data_to_file()
+    data = _random_tensors(tensors, quant)
+    write_gguf(
+        path, "llama", config, kind, tensors, data, lambda w: w.add_tokenizer_model("no_vocab")
+    )
+
+
+def _random_tensors(tensors: list[families.Tensor], quant: str) -> Iterator[NDArray[Any]]:
     random = np.random.default_rng(0)
     for tensor in tensors:
         if tensor.row.packed != "float":
-            writer.write_tensor_data(_random_blocks(random, tensor.shape, quant))
+            yield _random_blocks(random, tensor.shape, quant)
         elif tensor.role == "router":
-            writer.write_tensor_data(random.standard_normal(tensor.shape, dtype=np.float32))
+            yield random.standard_normal(tensor.shape, dtype=np.float32)
         else:
-            writer.write_tensor_data(np.ones(tensor.shape, np.float32))
-    writer.close()
+            yield np.ones(tensor.shape, np.float32)
 
 
 def _random_blocks(random: np.random.Generator, shape: tuple[int, ...], quant: str) -> Any:

@@ -21,7 +21,7 @@ from turbosparse.hf.config import ModelConfig, parse
 SHARD_BYTES = 2 << 30
 ARCHITECTURES = ("llama", "qwen2")
 # metadata of an architecture → config.json
-_CONFIG = {
+CONFIG = {
     "block_count": "num_hidden_layers",
     "context_length": "max_position_embeddings",
     "embedding_length": "hidden_size",
@@ -40,7 +40,7 @@ _REQUIRED = ("block_count", "context_length", "embedding_length", "feed_forward_
 # they repeat what the fields above say, which `_config` checks, or tell nothing about the function
 _REPEATED = ("attention.value_length", "rope.dimension_count", "rope.scaling.finetuned")
 _ROPE = ("rope.scaling.type", "rope.scaling.factor", "rope.scaling.original_context_length")
-_SPECIAL = {
+SPECIAL = {
     "bos_token_id": "bos_token",
     "eos_token_id": "eos_token",
     "unknown_token_id": "unk_token",
@@ -98,13 +98,13 @@ def _config(source: Path, fields: dict[str, Any], tensors: set[str]) -> tuple[di
         for key, value in fields.items()
         if key.startswith(f"{kind}.")
     }
-    known = {*_CONFIG, *_REPEATED, *_ROPE}
+    known = {*CONFIG, *_REPEATED, *_ROPE}
     if unknown := sorted(own.keys() - known):
         raise TurboSparseError(f"{source}: {kind}.{unknown[0]} is a setting that is not supported")
     if missing := [key for key in _REQUIRED if key not in own]:
         raise TurboSparseError(f"{source}: {kind}.{missing[0]} is missing; download the file again")
     moe = bool(own.get("expert_count"))
-    config = {_CONFIG[key]: value for key, value in own.items() if key in _CONFIG}
+    config = {CONFIG[key]: value for key, value in own.items() if key in CONFIG}
     config |= {
         "model_type": "mixtral" if moe else kind,
         "architectures": [_CLASSES["mixtral" if moe else kind]],
@@ -169,7 +169,7 @@ def _write_tokenizer(source: Path, fields: dict[str, Any], work: Path) -> None:
     fast.save(str(work / "tokenizer.json"))
     settings: dict[str, Any] = {"tokenizer_class": "PreTrainedTokenizerFast"}
     settings |= {"clean_up_tokenization_spaces": False}
-    for key, name in _SPECIAL.items():
+    for key, name in SPECIAL.items():
         if (number := ggml.get(key)) is not None:
             settings[name] = ggml["tokens"][number]
     if template := fields.get("tokenizer.chat_template"):
@@ -212,8 +212,13 @@ def _byte_level(source: Path, ggml: dict[str, Any]) -> Any:
     return fast
 
 
-def gguf_table(config: Any, *, biases: bool = True) -> families.Table:
-    """The weights by their names in a GGUF file, where the experts of a layer are one tensor."""
+def gguf_table(config: Any, *, biases: bool = True, sparse: bool = False) -> families.Table:
+    """The weights by their names in a GGUF file, where the experts of a layer are one tensor.
+
+    Args:
+        biases: whether q, k, v and o may have one.
+        sparse: as PowerInfer names them: with a predictor, and the down projection transposed.
+    """
     stacked = "_exps" if families.experts(config) else ""
     patterns = {
         "embedding": "token_embd.weight",
@@ -228,6 +233,9 @@ def gguf_table(config: Any, *, biases: bool = True) -> families.Table:
         if biases:
             patterns[f"{role}.bias"] = f"blk.{{layer}}.attn_{part}.bias"
     patterns |= {role: f"blk.{{layer}}.ffn_{role}{stacked}.weight" for role in families.FFN_ROLES}
+    if sparse:
+        patterns |= {role: f"blk.{{layer}}.{role}.weight" for role in ("fc1", "fc2")}
+        patterns["down"] = "blk.{layer}.ffn_down_t.weight"
     return families.table(config).renamed(patterns)
 
 
@@ -278,6 +286,12 @@ def _rotary_order(weight: NDArray[Any], heads: int) -> NDArray[Any]:
     """Rows of q or k from pairs of neighbours to pairs half a head apart."""
     pairs = weight.reshape(heads, -1, 2, *weight.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(weight.shape)
+
+
+def pair_order(weight: NDArray[Any], heads: int) -> NDArray[Any]:
+    """The way back: rows of q or k to pairs of neighbours."""
+    halves = weight.reshape(heads, 2, -1, *weight.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(weight.shape)
 
 
 def _write_weights(work: Path, tensors: Iterator[tuple[str, NDArray[Any]]]) -> None:
