@@ -174,7 +174,8 @@ void bind_decoder(nb::module_& m) {
       .def_prop_ro("length", &Cache::length)
       .def_prop_ro("context", &Cache::context)
       .def_prop_ro("nbytes", nb::overload_cast<>(&Cache::bytes, nb::const_))
-      .def("copy", &Cache::copy, nb::call_guard<nb::gil_scoped_release>())
+      .def("copy", &Cache::copy, nb::call_guard<nb::gil_scoped_release>(), "length"_a,
+           "Its first `length` positions.")
       .def("truncate", &Cache::truncate, nb::call_guard<nb::gil_scoped_release>(), "length"_a,
            "Forget all positions from `length` on and give their memory back.")
       .def("free", [](Cache& self) { self.truncate(0); }, nb::call_guard<nb::gil_scoped_release>());

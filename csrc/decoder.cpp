@@ -38,25 +38,29 @@ int64_t Cache::bytes(int64_t positions, int layers, int kv_heads, int head) {
   return pages * kPage * 2 * layers * kv_heads * row_stride(QUANT_F16, head);
 }
 
-std::unique_ptr<Cache> Cache::copy() const {
+std::unique_ptr<Cache> Cache::copy(int length) const {
   const std::lock_guard<ForkMutex> lock(*turn_);
+  check_length(length);
   auto other = std::make_unique<Cache>(turn_, layers_, kv_heads_, head_, context_);
-  other->reserve(length_);
+  other->reserve(length);
   for (size_t i = 0; i < other->pages_.size(); ++i) {
     std::copy_n(pages_[i].get(), page_halves(), other->pages_[i].get());
   }
-  other->length_ = length();
+  other->length_ = length;
   return other;
 }
 
 void Cache::truncate(int length) {
   const std::lock_guard<ForkMutex> lock(*turn_);
-  if (length < 0 || length > length_) {
-    throw std::invalid_argument("length is " + std::to_string(length) + ", expected 0 to the " +
-                                std::to_string(length_) + " positions of the cache");
-  }
+  check_length(length);
   length_ = length;
   trim();
+}
+
+void Cache::check_length(int length) const {
+  if (length >= 0 && length <= length_) return;
+  throw std::invalid_argument("length is " + std::to_string(length) + ", expected 0 to the " +
+                              std::to_string(length_) + " positions of the cache");
 }
 
 void Cache::reserve(int end) {

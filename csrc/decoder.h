@@ -49,7 +49,8 @@ class Cache {
   int64_t bytes() const { return bytes_; }
   static int64_t bytes(int64_t positions, int layers, int kv_heads, int head);
 
-  std::unique_ptr<Cache> copy() const;
+  // Its first `length` positions.
+  std::unique_ptr<Cache> copy(int length) const;
   // Forgets all positions from `length` on and gives their memory back.
   void truncate(int length);
 
@@ -61,6 +62,7 @@ class Cache {
   // Makes room for positions up to `end`; throws std::bad_alloc if there is none: what the cache
   // holds stays as it is.
   void reserve(int end);
+  void check_length(int length) const;  // throws std::invalid_argument
   // Gives back the pages behind the positions.
   void trim();
   // The D halves of a position's key (part 0) or value (part 1).

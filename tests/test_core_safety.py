@@ -153,10 +153,12 @@ def test_a_cache_is_copied_cut_and_freed():
     step(model, [cache], [[n % VOCABULARY for n in range(100)]])
     assert cache.nbytes == _core.cache_bytes(100, *shape) == 2 * _core.cache_bytes(1, *shape)
 
-    other = cache.copy()
+    other = cache.copy(cache.length)
     assert (other.length, other.context, other.nbytes) == (100, 1000, cache.nbytes)
     expected = step(model, [cache], [[7, 8]])
     np.testing.assert_array_equal(step(model, [other], [[7, 8]]), expected)
+    part = cache.copy(PAGE)
+    assert (part.length, part.nbytes) == (PAGE, _core.cache_bytes(PAGE, *shape))
     for cut in (cache, other):
         cut.truncate(100)
     step(model, [other], [[9]])
@@ -167,6 +169,8 @@ def test_a_cache_is_copied_cut_and_freed():
     for length in (-1, PAGE + 1):
         with pytest.raises(ValueError, match=f"length is {length}, expected 0 to the 64"):
             cache.truncate(length)
+        with pytest.raises(ValueError, match=f"length is {length}, expected 0 to the 64"):
+            cache.copy(length)
     cache.free()
     assert (cache.length, cache.nbytes) == (0, 0)
     fresh = step(model, [model.new_cache(9)], [[3]])
@@ -178,7 +182,7 @@ def test_a_cache_outlives_its_decoder():
     cache = model.new_cache(9)
     step(model, [cache], [[1]])
     del model
-    assert cache.copy().length == 1
+    assert cache.copy(1).length == 1
 
 
 def test_a_cancelled_step_leaves_the_cache_as_it_was():

@@ -160,6 +160,33 @@ def test_a_fork_continues_on_its_own(packed: Path) -> None:
         np.testing.assert_allclose(one.logits, other.logits, rtol=1e-4, atol=1e-4)
 
 
+def test_a_dropped_cache_and_a_fork_of_a_part_are_read_again(packed: Path) -> None:
+    engine = turbosparse.load(packed, threads=1).engine
+    tokens = [n % 300 for n in range(100)]
+    sequence = engine.sequence(tokens)
+    expected = engine.step([sequence])[0].logits
+    part = sequence.fork(70)
+    assert (part.tokens, part.length, part.pending) == (tokens[:70], 70, [])
+    used = engine.budget.used
+    sequence.drop()
+    assert engine.budget.used == used - engine.decoder.cache_bytes(100, engine.context)
+    assert sequence.pending == tokens
+    part.extend(tokens[70:])
+    for step in engine.step([sequence, part]):
+        np.testing.assert_allclose(step.logits, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_a_pass_reads_what_it_is_told_and_shows_each_layer(packed: Path) -> None:
+    engine = turbosparse.load(packed, threads=1).engine
+    first, second = engine.sequence([5, 9, 40]), engine.sequence([7])
+    steps = engine.advance([first, second], [2, 1])
+    assert (first.length, first.pending, second.pending) == (2, [40], [])
+    for step in steps:
+        assert step.layers.shape == (engine.config.num_hidden_layers, 3)
+        assert step.active == pytest.approx(step.layers[:, 2].mean())
+        assert 0 < step.active <= step.gate_positive < step.candidates == 1
+
+
 def test_a_full_budget_is_refused_and_changes_nothing(packed: Path) -> None:
     model = turbosparse.load(packed, threads=1, kv_bytes=100_000)
     with pytest.raises(TurboSparseError, match=r"key-value cache needs .* of 0\.1 MB are in use"):

@@ -138,6 +138,27 @@ def test_tokens_are_drawn_by_their_probability(
     assert [share == 0 for share in found] == [share == 0 for share in expected]
 
 
+def test_a_bias_and_a_grammar_decide_what_may_come() -> None:
+    assert shares(logit_bias={0: 100.0, 2: -100.0}) == [1, 0, 0, 0]
+
+    class Even:
+        came: list[int] = []  # noqa: RUF012
+
+        def mask(self, logits: Any) -> Any:
+            return np.where(np.arange(len(logits)) % 2 == 0, logits, -np.inf)
+
+        def accept(self, token: int) -> None:
+            self.came.append(token)
+
+    grammar = Even()
+    for sampling in (Sampling(), Sampling(temperature=1e9, top_p=0.99, min_p=0.01, seed=1)):
+        sampler = Sampler(sampling, grammar=grammar)
+        for _ in range(20):
+            sampler.choose(np.array([0, 5, 1, 9], np.float32))
+    assert grammar.came[:20] == [2] * 20
+    assert set(grammar.came[20:]) == {0, 2}
+
+
 @pytest.mark.parametrize("top_p", [0.1, 0.5, 0.9, 0.999])
 @pytest.mark.parametrize("width", [0.01, 1.0, 5.0])
 def test_a_nucleus_of_a_large_vocabulary_is_that_of_a_sort(width: float, top_p: float) -> None:

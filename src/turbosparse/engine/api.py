@@ -115,4 +115,6 @@ class Model:
         if unknown:
             known = ", ".join(["max_tokens", "stop", "stop_tokens", *Sampling.__dataclass_fields__])
             raise TurboSparseError(f"setting {unknown[0]!r} is unknown; use {known}")
-        return Sampling(**settings), ends
+        sampling = Sampling(**settings)
+        self.engine.check_tokens(sampling.logit_bias)
+        return sampling, ends

@@ -37,15 +37,26 @@ _SMALLEST_BUDGET = 64 << 20
 class Step:
     """What one forward pass says of one sequence.
 
-    `logits` is ``[vocabulary]`` after its last token; `active` the share of neurons whose
-    Combined is not zero, `gate_positive` the share with positive gate and `candidates` the share
-    that a predictor let through (else 1), over the neurons in use of all layers and its tokens.
+    `logits` is ``[vocabulary]`` after its last token. `layers` is ``[layers, 3]``, shares of the
+    neurons in use, mean over its tokens: that a predictor let through (else 1), with positive
+    gate, and active (Combined is not zero). `candidates`, `gate_positive` and `active` are their
+    means.
     """
 
     logits: Logits
-    active: float
-    gate_positive: float
-    candidates: float
+    layers: NDArray[np.float64]
+
+    @property
+    def candidates(self) -> float:
+        return float(self.layers[:, 0].mean())
+
+    @property
+    def gate_positive(self) -> float:
+        return float(self.layers[:, 1].mean())
+
+    @property
+    def active(self) -> float:
+        return float(self.layers[:, 2].mean())
 
 
 class Engine:
@@ -168,12 +179,22 @@ class Engine:
         steps: dict[int, Step] = {}
         while waiting := [sequence for sequence in sequences if sequence.pending]:
             counts = [min(chunk, len(sequence.pending)) for sequence in waiting]
-            logits, used = self._pass(waiting, counts)
-            starts = np.cumsum([0, *counts])
-            for row, sequence in enumerate(waiting):
-                mine = used[:, starts[row] : starts[row + 1]]
-                steps[id(sequence)] = Step(logits[row], *self._shares(mine))
+            for sequence, step in zip(waiting, self.advance(waiting, counts), strict=True):
+                steps[id(sequence)] = step
         return [steps[id(sequence)] for sequence in sequences]
+
+    def advance(self, sequences: list[Sequence], counts: list[int]) -> list[Step]:
+        """One pass: read the next `counts` pending tokens, at least one, of each sequence.
+
+        Raises:
+            As `step`; a pass that fails changes nothing.
+        """
+        logits, used = self._pass(sequences, counts)
+        neurons = self.config.intermediate_size * experts_in_use(self.config)
+        parts = np.split(used, np.cumsum(counts)[:-1], axis=1)
+        return [
+            Step(row, part.mean(axis=1) / neurons) for row, part in zip(logits, parts, strict=True)
+        ]
 
     def logits(self, tokens: Iterable[int]) -> Iterator[Logits]:
         """Logits after every token of a text, in pieces ``[some tokens, vocabulary]``."""
@@ -219,12 +240,6 @@ class Engine:
                 "are damaged or too large; pack the model again, or use another --quant"
             )
         return logits, used
-
-    def _shares(self, used: NDArray[np.int32]) -> tuple[float, float, float]:
-        """Active neurons, positive gates and candidates, of those that a token may use."""
-        neurons = self.config.intermediate_size * experts_in_use(self.config)
-        candidates, gate, active = (used.mean((0, 1)) / neurons).tolist()
-        return active, gate, candidates
 
 
 def _default_budget(packed: Packed) -> int:

@@ -257,8 +257,8 @@ class Cache:
         both[0, :, self.length : end], both[1, :, self.length : end] = keys, values
         return both[0, :, :end].float(), both[1, :, :end].float()
 
-    def copy(self) -> Cache:
-        return Cache(self.store.clone(), self.length)
+    def copy(self, length: int) -> Cache:
+        return Cache(self.store.clone(), length)
 
     def truncate(self, length: int) -> None:
         self.length = length

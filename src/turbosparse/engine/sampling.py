@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +23,7 @@ _COLDEST = 1e-30  # a temperature that float32 holds; as good as greedy
 class Sampling:
     """How tokens are chosen; the defaults are greedy.
 
-    Penalties come first, then temperature, `top_k`, `top_p` and `min_p`, in this order.
+    Penalties and biases come first, then temperature, `top_k`, `top_p` and `min_p`, in this order.
 
     Raises:
         TurboSparseError: a value out of its range.
@@ -36,6 +37,7 @@ class Sampling:
     presence_penalty: float = 0.0  # subtracted from the logits of tokens in the text
     frequency_penalty: float = 0.0  # the same, times how often the token came
     seed: int | None = None  # makes drawing repeatable
+    logit_bias: Mapping[int, float] = field(default_factory=dict)  # added to the logits of tokens
 
     def __post_init__(self) -> None:
         for name, (kind, low, high) in _RANGES.items():
@@ -62,11 +64,27 @@ _RANGES: dict[str, tuple[type, float, float]] = {
 }
 
 
+class Grammar(Protocol):
+    """Says which tokens may come next, as a grammar does."""
+
+    def mask(self, logits: Logits) -> Logits:
+        """The logits, with minus infinity for tokens that may not come; one at least may."""
+
+    def accept(self, token: int) -> None:
+        """This token came."""
+
+
 class Sampler:
     """Chooses the tokens of one text: the settings, the random state, and what it has seen."""
 
-    def __init__(self, settings: Sampling | None = None, prompt: Iterable[int] = ()):
+    def __init__(
+        self,
+        settings: Sampling | None = None,
+        prompt: Iterable[int] = (),
+        grammar: Grammar | None = None,
+    ):
         self.settings = settings or Sampling()
+        self._grammar = grammar
         self._random = np.random.Generator(np.random.PCG64(self.settings.seed))
         self._prompt = frozenset(prompt)
         self._text: Counter[int] = Counter()
@@ -78,7 +96,9 @@ class Sampler:
     def choose(self, logits: Logits) -> int:
         """The next token of finite ``[vocabulary]`` logits."""
         settings = self.settings
-        logits = self._penalised(logits)
+        logits = self._biased(self._penalised(logits))
+        if self._grammar:
+            logits = self._grammar.mask(logits)
         if settings.temperature == 0:
             token = int(logits.argmax())
         else:
@@ -89,7 +109,15 @@ class Sampler:
             drawn = _draw(weights, self._random.random())
             token = int(drawn if ids is None else ids[drawn])
         self._text[token] += 1
+        if self._grammar:
+            self._grammar.accept(token)
         return token
+
+    def _biased(self, logits: Logits) -> Logits:
+        if bias := self.settings.logit_bias:
+            logits = logits.copy()
+            logits[list(bias)] += np.fromiter(bias.values(), np.float32, len(bias))
+        return logits
 
     def _penalised(self, logits: Logits) -> Logits:
         s = self.settings

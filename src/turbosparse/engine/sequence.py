@@ -81,11 +81,17 @@ class Sequence:
         self.truncate(same)
         self.extend(new[same:])
 
-    def fork(self) -> Sequence:
-        """A copy that continues on its own, from the same cache and sampler state."""
+    def fork(self, length: int | None = None) -> Sequence:
+        """A copy that continues on its own, from the same cache and sampler state.
+
+        With a `length` it is of the first so many tokens.
+        """
+        end = len(self.tokens) if length is None else min(length, len(self.tokens))
+        cached = min(end, self.length)
         other = Sequence(self.engine, self.context, self.sampler.copy())
-        self.engine.budget.reserve([(other, self.reserved)])
-        other.tokens, other.cache = list(self.tokens), self.cache.copy()
+        needed = self.engine.decoder.cache_bytes(cached, self.context)
+        self.engine.budget.reserve([(other, needed)])
+        other.tokens, other.cache = self.tokens[:end], self.cache.copy(cached)
         return other
 
     def cancel(self) -> None:
@@ -99,6 +105,11 @@ class Sequence:
 
     def resume(self) -> None:
         self.cancelled = False
+
+    def drop(self) -> None:
+        """Forget the cache and keep the tokens: the next step reads them all again."""
+        self.cache.truncate(0)
+        self.engine.budget.reserve([(self, self.engine.decoder.cache_bytes(0, self.context))])
 
     def free(self) -> None:
         """Forget everything and give the memory back."""

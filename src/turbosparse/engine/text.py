@@ -115,8 +115,12 @@ class Tokenizer:
         stream = Detokenizer(self)
         return "".join(map(stream.step, ids)) + stream.finish()
 
-    def chat(self, messages: Sequence[Message]) -> list[int]:
+    def chat(
+        self, messages: Sequence[Message], tools: Sequence[dict[str, Any]] | None = None
+    ) -> list[int]:
         """Tokens of a conversation in the model's chat template, up to where the answer begins.
+
+        `tools` are JSON schemas of functions that the template tells the model of.
 
         Raises:
             TurboSparseError: there is no template, or it fails or needs too much.
@@ -126,7 +130,12 @@ class Tokenizer:
             for name, token in self.settings.items()
             if name.endswith("_token") and isinstance(token, (str, dict))
         }
-        values = {"messages": list(messages), "add_generation_prompt": True, **special}
+        values = {
+            "messages": list(messages),
+            "tools": list(tools) if tools else None,
+            "add_generation_prompt": True,
+            **special,
+        }
         return self.encode(render(self._template(), values, self.folder), special=False)
 
     def _template(self) -> str:
