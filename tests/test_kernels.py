@@ -1,237 +1,364 @@
-"""Every instruction set of this machine against float64, on the shapes that kernels get wrong."""
+"""Every kernel on every instruction set of this machine against the reference in float64.
 
-import os
-import subprocess
-import sys
+The axes of the matrix are the lists below; formats and activations are those of the program.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
 import torch
 
 from turbosparse import _core
-from turbosparse.ops.quant import dequantise, quantise
-from turbosparse.ops.rows import FFNRows
+from turbosparse.hf.activations import ACTIVATIONS, WITHOUT_ZEROS
+from turbosparse.ops.native import neurons as core_neurons
+from turbosparse.ops.predictor import PackedPredictor, Predictor
+from turbosparse.ops.quant import dequantise, dequantise_ffn, quantise, quantise_ffn, signs
+from turbosparse.ops.reference import Neurons, sparse_ffn
+from turbosparse.ops.rows import BLOCK, QUANTS, FFNRows, row_bytes
 
-SUM = {"f16": 2e-5, "q8": 2e-5, "q4": 1e-4}  # relative RMS; q4 rounds x to 15 bits
-LONG_SUM = {"f16": 1e-6, "q8": 1e-6, "q4": 1e-4}  # of 4096 random terms with outliers
-
-QUANTS = ["f16", "q8", "q4"]
-SHAPES = [(quant, cols) for quant in QUANTS for cols in (32, 96, 512, 544, 1056, 4096)]
-SHAPES += [("f16", cols) for cols in (1, 7, 63, 172)]
-TOKENS = [1, 2, 3, 17, 40]
+ROUNDED = ("q4",)  # their products round x to 15 bits
+BITS = {"f16": 0, "q8": 8, "q4": 4}  # of a weight, before the halves of a row
+CALLS = [(1, 1), (1, 5), (3, 2), (18, 1), (40, 5)]  # tokens, threads
+TOKENS = max(tokens for tokens, _ in CALLS)
+ODD = (1, 7, 63, 172)  # widths that only f16 can have
+WIDTHS = [(quant, cols) for quant in QUANTS for cols in (32, 96, 512, 544, 1056)]
+WIDTHS += [("f16", cols) for cols in ODD]
+# of gate, up, down and predictor: all the same, or all different
+SAME = [(quant,) * 4 for quant in QUANTS]
+MIXED = [tuple(QUANTS[(at + i) % len(QUANTS)] for i in range(4)) for at in range(len(QUANTS))]
+SIZES = [(1, 32), (7, 96), (63, 512), (203, 1056), (1023, 64)]  # neurons, hidden
+FFNS = [(quants, *size) for quants in SAME for size in SIZES]
+FFNS += [(quants, 203, 544) for quants in MIXED]
+FFNS += [(("f16",) * 4, 63, hidden) for hidden in ODD]
+ACTIVE = ("none", "one", "some", "all")  # neurons of the first token
+# and a threshold, of FATReLU, that some gates are near to
+FORMULAS = [(name, 0.0) for name in ACTIVATIONS]
+FORMULAS += [(name, 4.0) for name, record in ACTIVATIONS.items() if record.cuts]
+WITH_ZEROS = [name for name in ACTIVATIONS if name not in WITHOUT_ZEROS]
+MODES = {  # of the core, the kind of predictor and what it reads
+    "dense": ("dense", None, None),
+    "exact": ("exact", None, None),
+    "low_rank of x": ("predicted", "low_rank", "post_norm"),
+    "low_rank of residual": ("predicted", "low_rank", "pre_norm"),
+    "sign": ("predicted", "sign", "post_norm"),
+}
+SAME_SUM = 2e-5  # relative RMS of a feed-forward in float32, in which terms cancel
+HALVES = np.arange(2**16, dtype=np.uint16)
+HALVES = HALVES[np.isfinite(HALVES.view(np.float16))]
 
 
 @pytest.fixture(autouse=True, params=_core.available_isas())
-def isa(request):
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = _core.isa()
     _core.set_isa(request.param)
     yield request.param
     _core.set_isa(before)
 
 
-def packed(rows, cols, quant, seed=0):
-    """Rows as bytes, and the weights that they stand for."""
-    generator = torch.Generator().manual_seed(seed)
-    data = quantise(torch.randn(rows, cols, generator=generator) / cols**0.5, quant)
-    return data.numpy(), dequantise(data, quant, cols).double().numpy()
+def normal(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def inputs(tokens, cols, seed=0):
-    return np.random.default_rng(seed).standard_normal((tokens, cols), np.float32)
+def error(got: torch.Tensor, expected: torch.Tensor, size: torch.Tensor | None = None) -> float:
+    """Relative to `size`, where sums may cancel; else to `expected` itself. NaN for NaN."""
+    norm = (expected if size is None else size).double().norm().clamp(min=1e-30)
+    return float((got.double() - expected.double()).norm() / norm)
 
 
-def matmul(matrix, x, threads=2):
-    out = np.full((len(x), matrix.rows), np.nan, np.float32)
-    matrix.matmul(x, out, threads)
+def product_error(quant: str) -> float:
+    return 1e-4 if quant in ROUNDED else 1e-6
+
+
+# -- matrices ------------------------------------------------------------------------------------
+
+
+@cache
+def packed(rows: int, cols: int, quant: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows as bytes, and the weights that they stand for in float64."""
+    data = quantise(normal(rows, cols) / cols**0.5, quant)
+    return data, dequantise(data, quant, cols).double()
+
+
+def matmul(data: torch.Tensor, quant: str, x: torch.Tensor, threads: int = 2) -> torch.Tensor:
+    matrix = _core.Matrix(data.numpy(), x.shape[1], quant)
+    out = torch.full((len(x), len(data)), torch.nan)
+    matrix.matmul(x.numpy(), out.numpy(), threads)
     return out
 
 
-def forward(neurons, x, mode, threads=2):
-    out = np.full(x.shape, np.nan, np.float32)
-    counts = np.full((len(x), 3), -1, np.int32)
-    neurons.forward(x, x, out, counts, mode, threads)
-    return out, counts
-
-
-def drelu_ffn(neurons, hidden, quant, active):
-    """Rows, and the function they compute; a positive x has the `active` neurons active."""
-    sign = np.where(active, 1, -1)[:, None]
-    parts = [packed(neurons, hidden, quant, seed) for seed in range(3)]
-    gate, up = (
-        quantise(torch.tensor(np.abs(weights) * sign), quant).numpy() for _, weights in parts[:2]
-    )
-    data = [gate, up, parts[2][0]]
-    weights = [dequantise(torch.tensor(d), quant, hidden).double().numpy() for d in data]
-
-    def truth(x):
-        x = x.astype(np.float64)
-        combined = np.maximum(x @ weights[0].T, 0) * np.maximum(x @ weights[1].T, 0)
-        return combined @ weights[2]
-
-    return FFNRows.join(data, hidden, (quant,) * 3), truth
-
-
-def drelu_neurons(rows):
-    return _core.Neurons(rows.gates, rows.pairs, rows.hidden, rows.quants, "drelu")
-
-
-def relative_rms(value, truth):
-    return np.linalg.norm(value - truth) / max(np.linalg.norm(truth), 1e-30)
-
-
-# -- numbers -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(("quant", "cols"), SHAPES)
-def test_matmul(quant, cols):
-    for rows in (1, 7, 63, 1023):
-        data, weights = packed(rows, cols, quant)
-        matrix = _core.Matrix(data, cols, quant)
-        for tokens in TOKENS:
-            x = inputs(tokens, cols)
-            size = np.sqrt(x**2 @ weights.T**2)  # of such sums: some of one row cancel
-            error = np.linalg.norm(matmul(matrix, x) - x @ weights.T) / np.linalg.norm(size)
-            assert error <= SUM[quant], (rows, tokens)
+@pytest.mark.parametrize("rows", [1, 7, 63, 1023])
+@pytest.mark.parametrize(("quant", "cols"), WIDTHS)
+def test_matmul(quant: str, cols: int, rows: int) -> None:
+    data, weights = packed(rows, cols, quant)
+    x = normal(TOKENS, cols, seed=1)
+    truth = x.double() @ weights.T
+    size = (x.double() ** 2 @ weights.T**2).sqrt()  # of such sums when their signs are random
+    for tokens, threads in CALLS:
+        got = matmul(data, quant, x[:tokens], threads)
+        assert error(got, truth[:tokens], size[:tokens]) <= product_error(quant), (tokens, threads)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("tokens", [1, 40])
-def test_long_products(quant, tokens):
-    data, weights = packed(1023, 4096, quant)
-    x = inputs(tokens, 4096)
-    x[:, ::32] *= 100  # outliers, one in each group
-    got = matmul(_core.Matrix(data, 4096, quant), x)
-    assert relative_rms(got, x @ weights.T) <= LONG_SUM[quant]
+def test_long_products_with_outliers(quant: str, tokens: int) -> None:
+    data, weights = packed(255, 4096, quant)
+    x = normal(tokens, 4096, seed=1)
+    x[:, ::32] *= 100  # one in each group
+    assert error(matmul(data, quant, x), x.double() @ weights.T) <= product_error(quant)
 
 
-@pytest.mark.parametrize(("quant", "cols"), SHAPES)
-def test_rows(quant, cols):
-    data, weights = packed(7, cols, quant)
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1e-10, 1e10, 1e30])
+def test_x_of_any_size(quant: str, size: float) -> None:
+    data, weights = packed(7, 544, quant)
+    x = (normal(1, 544, seed=1).double() * size).float()
+    x[0, :32] = 0
+    got = matmul(data, quant, x)
+    assert got.isfinite().all()
+    if size >= 1e-30:
+        scaled = error(got.double() / size, x.double() / size @ weights.T)
+        assert scaled <= max(SAME_SUM, product_error(quant))
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("tokens", [1, 40])
+def test_what_is_not_finite_is_not_hidden(quant: str, value: float, tokens: int) -> None:
+    data, weights = packed(63, 544, quant)
+    for position in (0, 300, 543):
+        x = normal(tokens, 544, seed=1)
+        x[0, position] = value
+        out = matmul(data, quant, x)
+        assert not out[0, weights[:, position] != 0].isfinite().any()
+        assert out[1:].isfinite().all()
+
+
+@pytest.mark.parametrize("quant", [quant for quant in QUANTS if BITS[quant]])
+@pytest.mark.parametrize("byte", [0x00, 0x7F, 0x80, 0xFF])
+def test_the_ends_of_the_codes(quant: str, byte: int) -> None:
+    """With the largest x: where narrow integers would overflow."""
+    data = quantise(torch.ones(7, 544), quant)
+    data[:, : 544 * BITS[quant] // 8] = byte
+    weights = dequantise(data, quant, 544).double()
+    for value in (1.0, -1.0, 1 - 2.0**-22, -(2 - 2.0**-20)):
+        x = torch.full((1, 544), value)
+        assert error(matmul(data, quant, x), x.double() @ weights.T) <= product_error(quant)
+
+
+def test_rows_at_the_end_of_the_mapping(tmp_path: Path) -> None:
+    """Nothing behind the last row is touched: the file ends where a page does."""
+    for quant in QUANTS:
+        data, weights = packed(256, 1024 if quant == "f16" else 1056, quant)
+        rows = 4096 // int(np.gcd(4096, data.shape[1]))  # at most 256, as strides are of 16 bytes
+        data[:rows].numpy().tofile(tmp_path / quant)
+        mapped = torch.from_numpy(np.memmap(tmp_path / quant, np.uint8, mode="c"))
+        x = normal(1, weights.shape[1], seed=1)
+        got = matmul(mapped.reshape(rows, -1), quant, x)
+        assert error(got, x.double() @ weights[:rows].T) <= product_error(quant)
+
+
+# -- dequantise ----------------------------------------------------------------------------------
+
+
+def assert_rows_are_exact(quant: str, halves: np.ndarray) -> None:
+    """Of any payload, with these halves [rows, n]: the weights of f16, else the scales."""
+    count, cols = len(halves), halves.shape[1] * (BLOCK if BITS[quant] else 1)
+    payload = np.random.default_rng(0).integers(0, 256, (count, cols * BITS[quant] // 8), np.uint8)
+    data = np.zeros((count, row_bytes(quant, cols)), np.uint8)
+    data[:, : payload.shape[1] + halves.nbytes // count] = np.hstack((payload, halves.view("u1")))
     matrix = _core.Matrix(data, cols, quant)
-    for index, expected in enumerate(weights):
+    assert (matrix.rows, matrix.cols, matrix.quant) == (count, cols, quant)
+    for index, expected in enumerate(dequantise(torch.from_numpy(data), quant, cols).numpy()):
         out = np.full(cols, np.nan, np.float32)
         matrix.row(index, out)
         np.testing.assert_array_equal(out, expected)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.1, 1.0, "one"])
-@pytest.mark.parametrize(("quant", "cols"), [s for s in SHAPES if s[1] in (7, 96, 544, 1056)])
-def test_ffn(quant, cols, share):
-    rng = np.random.default_rng(0)
-    for neurons in (1, 7, 63, 1023):
-        active = (
-            np.arange(neurons) == neurons // 2 if share == "one" else rng.random(neurons) < share
-        )
-        stored, truth = drelu_ffn(neurons, cols, quant, active)
-        ffn = drelu_neurons(stored)
-        for tokens in TOKENS:
-            x = np.abs(inputs(tokens, cols)) + np.float32(0.1)
-            for mode in ("dense", "exact"):
-                out, counts = forward(ffn, x, mode)
-                assert relative_rms(out, truth(x)) <= SUM[quant], (neurons, tokens, mode)
-                assert (counts[:, 0] == neurons).all()
-                assert (counts[:, 1:] == active.sum()).all()
-
-
-@pytest.mark.parametrize("tokens", [3, 40])
-@pytest.mark.parametrize("quant", QUANTS)
-def test_a_token_does_not_depend_on_the_others_need(quant, tokens):
-    stored, truth = drelu_ffn(63, 96, quant, np.arange(63) % 5 == 0)
-    x = np.abs(inputs(tokens, 96)) * np.resize(np.float32([1, -1, 0]), tokens)[:, None]
-    out, counts = forward(drelu_neurons(stored), x, "exact")
-    assert relative_rms(out, truth(x)) <= SUM[quant]
-    assert counts[:3].tolist() == [[63, 13, 13], [63, 50, 50], [63, 0, 0]]
+@pytest.mark.parametrize(("quant", "cols"), WIDTHS)
+def test_dequantise(quant: str, cols: int) -> None:
+    halves = (7, cols // BLOCK if BITS[quant] else cols)
+    assert_rows_are_exact(quant, np.random.default_rng(1).choice(HALVES, halves))
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("size", [1e-44, 1e-38, 1e-30, 1e-10, 1e10, 1e30])
-def test_x_of_any_size(quant, size):
-    data, weights = packed(7, 544, quant)
-    x = (inputs(1, 544) * size).astype(np.float32)
-    x[0, :32] = 0
-    got = matmul(_core.Matrix(data, 544, quant), x)
-    assert np.isfinite(got).all()
-    if size >= 1e-30:
-        assert relative_rms(got.astype(np.float64) / size, x / size @ weights.T) <= SUM[quant]
+def test_every_finite_half(quant: str) -> None:
+    assert_rows_are_exact(quant, HALVES[None])
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
-@pytest.mark.parametrize("tokens", [1, 40])
-def test_what_is_not_finite_is_not_hidden(quant, value, tokens):
-    data, _ = packed(63, 544, quant)
-    for position in (0, 300, 543):
-        x = inputs(tokens, 544)
-        x[0, position] = value
-        out = matmul(_core.Matrix(data, 544, quant), x)
-        weight = np.zeros((1, 544), np.float32)
-        weight[0, position] = 1
-        touched = matmul(_core.Matrix(data, 544, quant), weight)[0] != 0
-        assert not np.isfinite(out[0, touched]).any()
-        assert np.isfinite(out[1:]).all()
+# -- feed-forwards -------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("quant", QUANTS)
-def test_the_smallest_byte_of_q8_and_the_ends_of_q4(quant):
-    """-128 and the ends of the nibbles with the largest x: where narrow integers would overflow."""
-    codes = np.resize([-8, 7, -8, -8] if quant == "q4" else [-128, 127, -128, -128], (7, 544))
-    ones = np.ones((7, 17), np.float16).view(np.uint8)
-    if quant == "f16":
-        payload = codes.astype(np.float16).view(np.uint8)
-    elif quant == "q8":
-        payload = np.concatenate([codes.astype(np.int8).view(np.uint8), ones], 1)
-    else:
-        data = quantise(torch.tensor(codes, dtype=torch.float32), "q4").numpy()
-        np.testing.assert_array_equal(dequantise(torch.tensor(data), "q4", 544).numpy(), codes)
-        payload = data
-    step = 64 if quant == "f16" else 16
-    data = np.pad(payload, ((0, 0), (0, -payload.shape[1] % step)))
-    for x in (1.0, -1.0, 1 - 2.0**-22, -(2 - 2.0**-20)):
-        x = np.full((1, 544), x, np.float32)
-        got = matmul(_core.Matrix(data, 544, quant), x)
-        assert relative_rms(got, x.astype(np.float64) @ codes.T) <= LONG_SUM[quant]
+class FFN(NamedTuple):
+    """A random one, and tokens for it that are on a grid: 15 bits hold them exactly."""
+
+    rows: FFNRows
+    weights: tuple[torch.Tensor, ...]  # gate, up, down in float64
+    x: torch.Tensor
+    residual: torch.Tensor
 
 
-def test_rows_at_the_end_of_the_mapping(tmp_path):
-    """Nothing behind the last row is touched: the file ends where a page does."""
-    for quant in QUANTS:
-        data, weights = packed(64, 1056 if quant != "f16" else 1024, quant)
-        cols = weights.shape[1]
-        rows = 4096 // np.gcd(4096, data.shape[1])
-        data = np.resize(data, (rows, data.shape[1]))
-        data.tofile(tmp_path / quant)
-        mapped = np.memmap(tmp_path / quant, np.uint8, mode="r").reshape(data.shape)
-        x = inputs(1, cols)
-        got = matmul(_core.Matrix(mapped, cols, quant), x)
-        assert relative_rms(got, x @ np.resize(weights, (rows, cols)).T) <= SUM[quant]
+@cache
+def random_ffn(quants: tuple[str, ...], neurons: int, hidden: int, active: str) -> FFN:
+    """Weights lean so that the first token activates these; the second the others; the third none.
+
+    The tokens after them repeat that. No pre-activation comes near zero, so that counts are exact.
+    """
+    chosen = {
+        "none": torch.zeros(neurons, dtype=torch.bool),
+        "one": torch.arange(neurons) == neurons // 2,
+        "some": normal(neurons, seed=1) > 1.3,
+        "all": torch.ones(neurons, dtype=torch.bool),
+    }[active]
+    lean = torch.where(chosen, 6.0, -6.0)[:, None] / hidden
+    gate, up, down = normal(3, neurons, hidden) / hidden**0.5
+    rows = quantise_ffn(gate + lean, up + lean, down, quants[:3])  # type: ignore[arg-type]
+    sign = torch.tensor([1.0, -1.0, 0.0]).repeat(TOKENS)[:TOKENS, None]
+    x, residual = ((64 * normal(TOKENS, hidden, seed=seed)).round() / 64 for seed in (2, 3))
+    weights = tuple(part.double() for part in dequantise_ffn(rows))
+    return FFN(rows, weights, (1 + x) * sign, residual)
 
 
-# -- the instruction sets ------------------------------------------------------------------------
-
-
-def test_the_reference_is_everywhere(isa):
-    assert _core.available_isas()[-1] == "ref"
-    assert _core.isa() == isa
-
-
-def test_an_unknown_instruction_set_is_named():
-    before = _core.isa()
-    with pytest.raises(ValueError, match=r"TURBOSPARSE_ISA\) is 'mmx', this machine has .*ref"):
-        _core.set_isa("mmx")
-    assert _core.isa() == before
-
-
-@pytest.mark.parametrize("name", ["ref", "mmx"])
-def test_the_environment_names_one(name):
-    code = "from turbosparse import _core; print(_core.isa())"
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env=os.environ | {"TURBOSPARSE_ISA": name},
-        capture_output=True,
-        text=True,
-        check=False,
+def make_predictor(kind: str, reads: str, quant: str, ffn: FFN) -> PackedPredictor:
+    """One that lets some neurons through, with a threshold that no score comes near."""
+    if kind == "sign":
+        about = Predictor(kind="sign", input="post_norm", threshold=0.05)
+        return PackedPredictor(about, {"signs": signs(ffn.rows)})
+    rank, hidden = 96 if BITS[quant] else 5, ffn.rows.hidden
+    fc1 = quantise(normal(rank, hidden, seed=4) / hidden**0.5, quant)
+    fc2 = quantise(normal(len(ffn.rows.gates), rank, seed=5) / rank**0.5, quant)
+    h = ffn.residual if reads == "pre_norm" else ffn.x
+    logits = (h @ dequantise(fc1, quant, hidden).T).relu() @ dequantise(fc2, quant, rank).T
+    near = torch.cat((torch.tensor([0.2, 0.4]), logits[(logits > 0.2) & (logits < 0.4)]))
+    near = near.sort().values
+    widest = int(near.diff().argmax())
+    about = Predictor(
+        kind="low_rank",
+        input=reads,  # type: ignore[arg-type]
+        threshold=float(near[widest : widest + 2].mean()),
+        quant=quant,  # type: ignore[arg-type]
+        ranks=[[rank]],
     )
-    if name == "ref":
-        assert done.stdout == "ref\n"
-    else:
-        assert "ValueError: the instruction set (TURBOSPARSE_ISA) is 'mmx'" in done.stderr
+    return PackedPredictor(about, {"fc1": fc1.numpy(), "fc2": fc2.numpy()})
+
+
+def forward(
+    neurons: _core.Neurons, x: torch.Tensor, residual: torch.Tensor, mode: str, threads: int = 2
+) -> tuple[torch.Tensor, torch.Tensor]:
+    out = torch.full(x.shape, torch.nan)
+    counts = torch.full((len(x), 3), -1, dtype=torch.int32)
+    neurons.forward(x.numpy(), residual.numpy(), out.numpy(), counts.numpy(), mode, threads)
+    return out, counts
+
+
+@cache
+def truth(
+    quants: tuple[str, ...],
+    neurons: int,
+    hidden: int,
+    active: str,
+    mode: str,
+    activation: str,
+    threshold: float,
+) -> tuple[PackedPredictor | None, torch.Tensor, torch.Tensor]:
+    """The predictor, and what all tokens give in float64."""
+    ffn = random_ffn(quants, neurons, hidden, active)
+    core_mode, kind, reads = MODES[mode]
+    predictor = kind and make_predictor(kind, reads, quants[3], ffn)
+    find = Neurons(ffn.rows, activation, 1, predictor).candidates
+    candidates = find and find(ffn.x, ffn.residual)
+    if candidates is not None and neurons > 7:
+        assert 0 < candidates.sum() < candidates.numel()
+    y, counts = sparse_ffn(
+        ffn.x.double(),
+        *ffn.weights,
+        activation,
+        mode=core_mode,
+        candidates=candidates,
+        threshold=threshold,
+    )
+    return predictor, y, counts
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(("quants", "neurons", "hidden"), FFNS)
+def test_feed_forward(quants: tuple[str, ...], neurons: int, hidden: int, mode: str) -> None:
+    for active in ACTIVE:
+        ffn = random_ffn(quants, neurons, hidden, active)
+        for activation, threshold in FORMULAS:
+            if mode != "dense" and activation in WITHOUT_ZEROS:
+                continue
+            where = active, activation, threshold
+            predictor, expected, expected_counts = truth(
+                quants, neurons, hidden, active, mode, activation, threshold
+            )
+            core = core_neurons(ffn.rows, activation, predictor, threshold)
+            known = 2 if activation in WITHOUT_ZEROS else 3  # what is tiny may be zero or not
+            for tokens, threads in CALLS:
+                x, residual = ffn.x[:tokens], ffn.residual[:tokens]
+                got, counts = forward(core, x, residual, MODES[mode][0], threads)
+                assert error(got, expected[:tokens]) <= SAME_SUM, (*where, tokens, threads)
+                assert torch.equal(counts[:, :known], expected_counts[:tokens, :known]), where
+
+
+SHARED = (("q8",) * 4, 1023, 96, "some")  # large enough for five threads
+
+
+@pytest.mark.parametrize("activation", WITH_ZEROS)
+def test_a_threshold_that_lets_all_or_none_through(activation: str) -> None:
+    ffn = random_ffn(*SHARED)
+    exact, expected = forward(core_neurons(ffn.rows, activation), ffn.x, ffn.residual, "exact")
+    for kind in ("low_rank", "sign"):
+        about, tensors = make_predictor(kind, "post_norm", "q8", ffn)
+        for threshold in (-1e30, 1e30):
+            predictor = PackedPredictor(about.model_copy(update={"threshold": threshold}), tensors)
+            core = core_neurons(ffn.rows, activation, predictor)
+            got, counts = forward(core, ffn.x, ffn.residual, "predicted")
+            assert torch.equal(got, exact * (threshold < 0))
+            assert torch.equal(counts, expected * (threshold < 0))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_same_threads_same_bits(threads: int) -> None:
+    ffn = random_ffn(*SHARED)
+    core = core_neurons(ffn.rows, "drelu")
+    first, *others = (forward(core, ffn.x, ffn.residual, "exact", threads)[0] for _ in range(5))
+    assert all(torch.equal(other, first) for other in others)
+
+
+def test_the_first_neurons_are_a_feed_forward_of_their_own() -> None:
+    """A hot part elsewhere in memory and the cold rest add up to the whole."""
+    ffn = random_ffn(*SHARED)
+    core = core_neurons(ffn.rows, "drelu")
+    whole, counts = forward(core, ffn.x, ffn.residual, "exact")
+    hot, cold = (
+        forward(core_neurons(ffn.rows[part], "drelu"), ffn.x, ffn.residual, "exact")
+        for part in (slice(20), slice(20, None))
+    )
+    assert error(hot[0] + cold[0], whole) <= SAME_SUM
+    assert torch.equal(hot[1] + cold[1], counts)
+
+
+@pytest.mark.parametrize("activation", WITH_ZEROS)
+def test_nan_is_not_hidden(activation: str) -> None:
+    ffn = random_ffn(*SHARED)
+    x = torch.full((1, 96), torch.nan)
+    predictor = make_predictor("low_rank", "post_norm", "q8", ffn)
+    core = core_neurons(ffn.rows, activation, predictor)
+    for mode in ("dense", "exact", "predicted"):
+        assert forward(core, x, x, mode)[0].isnan().all(), mode
+
+
+@pytest.mark.parametrize("activation", [a for a in WITH_ZEROS if ACTIVATIONS[a].gated])
+def test_exact_mode_reads_no_up_row_behind_a_closed_gate(activation: str) -> None:
+    """relu(-inf) * inf is NaN where the up row is read, and 0 where it is not."""
+    opened = torch.ones(1, 32)
+    core = core_neurons(quantise_ffn(-opened, opened, opened, ("f16",) * 3), activation)
+    x = torch.full((1, 32), torch.inf)
+    assert forward(core, x, x, "dense")[0].isnan().all()
+    assert (forward(core, x, x, "exact")[0] == 0).all()

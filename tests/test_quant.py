@@ -10,8 +10,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.ops.quant import dequantise, quantise, sqnr
-from turbosparse.ops.rows import CACHE_LINE, QUANTS, ROW_STEP, row_bytes
+from turbosparse.ops.quant import dequantise, negative, quantise, sign_bits, sqnr
+from turbosparse.ops.rows import BLOCK, CACHE_LINE, QUANTS, ROW_STEP, TILE, row_bytes
 
 GGUF = {
     "f16": gguf.GGMLQuantizationType.F16,
@@ -58,12 +58,50 @@ def test_values_halfway_between_two_steps_round_as_gguf_does(quant: str) -> None
     assert torch.equal(round_trip(w, quant), oracle(w, quant))
 
 
+def by_the_format(quant: str, codes: np.ndarray, scales: np.ndarray) -> np.ndarray:
+    """Rows as docs/format.md has them, of codes [rows, cols] and scales [rows, cols / 32]."""
+    cols = codes.shape[1]
+    if quant == "f16":
+        values = (np.repeat(scales, BLOCK, 1)[:, :cols] * codes).astype(np.float16)
+    elif quant == "q8":
+        values = codes.astype(np.int8)
+    else:
+        values = np.zeros((len(codes), cols // 2), np.uint8)
+        for column in range(cols):
+            block, j = divmod(column, BLOCK)
+            tile, g = divmod(block, TILE)
+            blocks = min(TILE, cols // BLOCK - TILE * tile)  # of this tile
+            r, b = divmod(j % 16, 4)
+            place = 256 * tile + 4 * blocks * r + 4 * g + b
+            values[:, place] |= (codes[:, column] + 8 << 4 * (j // 16)).astype(np.uint8)
+    parts = [values] if quant == "f16" else [values, scales]
+    payload = np.concatenate([part.view(np.uint8) for part in parts], 1)
+    step = CACHE_LINE if quant == "f16" else ROW_STEP
+    return np.pad(payload, ((0, 0), (0, -payload.shape[1] % step)))
+
+
 @pytest.mark.parametrize(("quant", "cols"), CASES)
-def test_rows_are_padded_to_whole_cache_lines(quant: str, cols: int) -> None:
-    packed = quantise(normal(3, cols), quant)
-    assert packed.dtype == torch.uint8
-    assert packed.shape == (3, row_bytes(quant, cols))
-    assert row_bytes(quant, cols) % (CACHE_LINE if quant == "f16" else ROW_STEP) == 0
+def test_bytes_lie_where_the_format_says(quant: str, cols: int) -> None:
+    random = np.random.default_rng(cols)
+    lowest = -127 if quant == "q8" else -8
+    codes = random.integers(lowest, -lowest, (7, cols))
+    codes[:, ::BLOCK] = lowest  # so that quantise finds these scales
+    scales = (2.0 ** random.integers(-9, -5, (7, -(-cols // BLOCK)))).astype(np.float16)
+    rows = torch.from_numpy(by_the_format(quant, codes, scales))
+    weights = np.repeat(scales.astype(np.float32), BLOCK, 1)[:, :cols] * codes
+    assert torch.equal(dequantise(rows, quant, cols), torch.from_numpy(weights).float())
+    assert torch.equal(quantise(torch.from_numpy(weights), quant), rows)
+    assert rows.shape[1] == row_bytes(quant, cols)
+
+
+@pytest.mark.parametrize("cols", [1, 7, 64, 172, 512, 544])
+def test_sign_bits_unpack_to_the_signs(cols: int) -> None:
+    weights = normal(5, cols)
+    bits = sign_bits(weights)
+    assert bits.shape == (5, -(-cols // 512) * 64)
+    assert torch.equal(negative(bits, cols), weights < 0)
+    column = cols // 2
+    assert bool(bits[3, column // 8] >> column % 8 & 1) == bool(weights[3, column] < 0)
 
 
 @pytest.mark.parametrize("quant", QUANTS)
