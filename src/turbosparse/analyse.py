@@ -10,7 +10,7 @@ honestly shows none.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryFile
@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import AnyPath, local_path
 from turbosparse.base.machine import memory_available
 from turbosparse.base.progress import note, track
 from turbosparse.engine.engine import Engine
@@ -113,8 +114,8 @@ class Analysis:
 def analyse(
     model: str,
     *,
-    data: list[Path],
-    out: Path | None = None,
+    data: Sequence[AnyPath],
+    out: AnyPath | None = None,
     template: str = "{text}",
     separator: str | None = None,
     last: int | None = None,
@@ -158,21 +159,21 @@ def analyse(
     dtype
         By default the type that the weights are stored in.
     """
-    data = [Path(source) for source in data]
-    _check(data, last=last, window=window, max_tokens=max_tokens)
+    sources = [local_path(source) for source in data]
+    _check(sources, last=last, window=window, max_tokens=max_tokens)
     folder = model_folder(model)
     corpora = {
         str(source): take_last(found, last) if last else found
-        for source in data
+        for source in sources
         for found in [documents(source, template=template, separator=separator)]
     }
     if is_packed(folder):
         return _analyse_packed(folder, corpora, window, truncate, max_tokens)
-    if out is None and folder != Path(model).expanduser():
+    if out is None and folder != local_path(model):
         raise TurboSparseError(
             f"{model} is not a local folder: say with --out where the statistics go"
         )
-    path = (out or folder) / FILE
+    path = local_path(out or folder) / FILE
     _check_writable(path)
     network = _open(folder, activation, device, dtype)
     stats = measure(

@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 
 from turbosparse import _core, ops
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import AnyPath, local_path
 from turbosparse.base.machine import threads_to_use
 from turbosparse.benchmark.harness import Memory, Spread, machine
 from turbosparse.engine import native
@@ -95,7 +96,7 @@ class Benchmark:
 
 
 def bench(
-    model: Path | None = None,
+    model: AnyPath | None = None,
     *,
     shape: str | None = None,
     sparsity: float | None = None,
@@ -111,7 +112,7 @@ def bench(
     prefill: int = 0,
     rounds: int = 5,
     peer: Literal["llama.cpp"] | None = None,
-    folder: Path | None = None,
+    folder: AnyPath | None = None,
 ) -> Benchmark:
     """Measure decoding speed against the machine's bandwidth, and against a peer in the same run.
 
@@ -188,7 +189,8 @@ def bench(
         predictor,
         predictor_quant or "q8",
     )
-    with nullcontext(model) if model else _synthetic(folder, quant or "q4", wanted) as path:
+    kept = local_path(folder) if folder else None
+    with nullcontext(model) if model else _synthetic(kept, quant or "q4", wanted) as path:
         engine = Engine(path, mode=mode, threads=threads)
         ours = _Ours(engine, batch, prompt)
         with _peer(peer, engine.packed, threads, prompt) as other:
@@ -196,7 +198,7 @@ def bench(
         return _card(engine, ours, decode, prefills, bandwidths, batch, threads, load, peer)
 
 
-def _refuse_idle(model: Path, synthetic: dict[str, object]) -> None:
+def _refuse_idle(model: AnyPath, synthetic: dict[str, object]) -> None:
     given = [f"--{name} {value}" for name, value in synthetic.items() if value is not None]
     if given:
         raise TurboSparseError(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -21,8 +21,10 @@ from typing import Any, Literal
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import (
+    AnyPath,
     check_free,
     copy_companions,
+    local_path,
     named_disk_errors,
     new_folder,
     read_config,
@@ -68,11 +70,11 @@ class Converted:
 
 def convert(
     source: str,
-    out: Path,
+    out: AnyPath,
     *,
     activation: Activation = "drelu",
     link: bool = False,
-    data: list[Path] | None = None,
+    data: Sequence[AnyPath] | None = None,
     template: str = "{text}",
     separator: str | None = None,
     tokens: int = 65_536,
@@ -126,8 +128,9 @@ def convert(
         load_tokenizer,
     )
 
+    out, texts = local_path(out), [local_path(path) for path in data or ()]
     check_activation(activation)
-    _check_calibration(activation, link=link, data=data, tokens=tokens, widen=widen)
+    _check_calibration(activation, link=link, data=texts, tokens=tokens, widen=widen)
     check_free(out)
     folder = model_folder(source)
     raw = read_config(folder)
@@ -151,18 +154,18 @@ def convert(
     raw["turbosparse"] = {"converted_from": str(source), "activation": activation}
 
     explained = None
-    if data:
+    if texts:
         length = min(tokens, config.max_position_embeddings, 1024)
         how: dict[str, Any] = {"template": template, "separator": separator}
         how |= {"tokens": tokens, "length": length}
-        ids = _draw(data, tokenizer, config.vocab_size, **how)
+        ids = _draw(texts, tokenizer, config.vocab_size, **how)
         model = Layerwise(folder, activation="drelu", device=device)
         neurons = _wider(config.intermediate_size, widen)
-        state = Path(out).with_name(Path(out).name + ".converting")
+        state = out.with_name(out.name + ".converting")
         with named_disk_errors(state):
             explained = convert_layers(model, torch.tensor(ids), state, neurons=neurons)
     with new_folder(out) as work:
-        if data:
+        if texts:
             finish(model, state, work)
             config.intermediate_size = raw["intermediate_size"] = neurons
         else:
@@ -174,7 +177,7 @@ def convert(
         if activation != "swiglu":
             copy_code(work)
         write_json(work / "config.json", raw)
-    if data:
+    if texts:
         shutil.rmtree(state, ignore_errors=True)
     parameters = sum(prod(shape) for shape in families.tensor_shapes(config).values())
     shards = len(list(out.glob("*.safetensors")))
@@ -182,7 +185,7 @@ def convert(
 
 
 def _check_calibration(
-    activation: str, *, link: bool, data: list[Path] | None, tokens: int, widen: float
+    activation: str, *, link: bool, data: list[Path], tokens: int, widen: float
 ) -> None:
     if not 1 <= widen <= 2:
         raise TurboSparseError(

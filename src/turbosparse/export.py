@@ -19,8 +19,10 @@ from numpy.typing import NDArray
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import (
+    AnyPath,
     check_free,
     copy_companions,
+    local_path,
     named_disk_errors,
     new_file,
     new_folder,
@@ -83,7 +85,9 @@ class _Model(NamedTuple):
         raise TurboSparseError(f"{self.folder} cannot be exported: {program} {what}")
 
 
-def export(model: str, out: Path, *, to: Kind, quant: Literal["f16", "q4_0"] = "f16") -> Exported:
+def export(
+    model: str, out: AnyPath, *, to: Kind, quant: Literal["f16", "q4_0"] = "f16"
+) -> Exported:
     """Write a sparse model in the form of another program.
 
     Parameters
@@ -101,6 +105,7 @@ def export(model: str, out: Path, *, to: Kind, quant: Literal["f16", "q4_0"] = "
     quant
         Of the matrices in powerinfer-gguf. PowerInfer computes wrong numbers in any other.
     """
+    out = local_path(out)
     check_free(out)
     source = _open(model_folder(model))
     write = {"powerinfer-gguf": _gguf, "turbosparse": _published, "predictor-pt": _predictor}[to]

@@ -16,6 +16,7 @@ from typing import Annotated, Any
 from cyclopts import Parameter
 
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import AnyPath, local_path
 from turbosparse.engine.engine import Backend, Engine, Mode
 from turbosparse.engine.generation import Ends, Token, stream
 from turbosparse.engine.sampling import Sampling
@@ -48,7 +49,7 @@ class Generated:
 
 
 def generate(
-    model: Path,
+    model: AnyPath,
     prompt: Annotated[str, Parameter(name=("--prompt", "-p"), allow_leading_hyphen=True)],
     *,
     max_tokens: Annotated[int, Parameter(name=("--max-tokens", "-n"))] = 256,
@@ -123,7 +124,7 @@ def generate(
         frequency_penalty,
         seed,
     )
-    _check_packed(model)
+    _check_packed(local_path(model))
     engine = Engine(model, backend=backend, mode=mode, threads=threads, kv_bytes=kv_bytes)
     tokenizer = Tokenizer(model)
     text = _read(prompt)
@@ -145,7 +146,6 @@ def _check_packed(model: Path) -> None:
     Raises:
         TurboSparseError: it is one of these.
     """
-    model = Path(model).expanduser()
     name = f"{model.name.removesuffix('.gguf')}-packed"
     hub = not model.exists() and len(model.parts) == 2 and not str(model).startswith((".", "/"))
     try:

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
+from turbosparse.base.folders import AnyPath
 from turbosparse.hf import families
 from turbosparse.hf.count import RULE, count_parameters
 from turbosparse.ops.predictor import Predictor
@@ -80,7 +80,7 @@ class Inspection:
         return table
 
 
-def inspect(folder: Path) -> Inspection:
+def inspect(folder: AnyPath) -> Inspection:
     """Print what a packed folder holds.
 
     Parameters
@@ -146,7 +146,7 @@ class Validation:
         return f"{self.folder}: whole ({self.files} files, {self.bytes:,} bytes)"
 
 
-def validate(folder: Path) -> Validation:
+def validate(folder: AnyPath) -> Validation:
     """Check a packed folder to the last byte: structure, neuron orders, checksums, finite weights.
 
     Parameters

@@ -24,8 +24,10 @@ from torch import Tensor
 from turbosparse import __version__
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import (
+    AnyPath,
     check_free,
     copy_companions,
+    local_path,
     new_folder,
     read_config,
     write_json,
@@ -78,11 +80,11 @@ class PackedModel:
 
 def pack(
     model: str,
-    out: Path,
+    out: AnyPath,
     *,
     quant: Literal["f16", "q8", "q4"] = "q4",
     quant_map: str = "",
-    stats: Path | None = None,
+    stats: AnyPath | None = None,
     predictor: Literal["auto", "none", "sign"] = "auto",
     predictor_quant: Literal["f16", "q8", "q4"] = "q8",
     predictor_input: Literal["pre_norm", "post_norm"] | None = None,
@@ -116,6 +118,7 @@ def pack(
         Run the weights with this feed-forward, where config.json does not name theirs: some sparse
         models are published as if they were stock ones.
     """
+    out = local_path(out)
     check_free(out)
     folder = model_folder(model)
     config = load_config(folder)
@@ -129,7 +132,7 @@ def pack(
         threshold=threshold_of(config),
         predictor=find_predictor(config, checkpoint, predictor, predictor_quant, predictor_input),
     )
-    profile = find_stats(folder, stats)
+    profile = find_stats(folder, local_path(stats) if stats else None)
     if profile:
         profile.check(config)
     quants = QuantMap.default(quant, _pairs(quant_map), tied=config.tie_word_embeddings)

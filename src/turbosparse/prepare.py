@@ -28,7 +28,9 @@ import numpy as np
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import (
+    AnyPath,
     check_free,
+    local_path,
     named_disk_errors,
     new_file,
     read_config,
@@ -67,10 +69,10 @@ class Prepared:
 
 
 def prepare(
-    recipe: Path,
+    recipe: AnyPath,
     *,
-    data: Path | None = None,
-    out: Path | None = None,
+    data: AnyPath | None = None,
+    out: AnyPath | None = None,
     model: str | None = None,
     tokens: int | None = None,
     processes: int | None = None,
@@ -99,10 +101,12 @@ def prepare(
     from turbosparse.base.machine import threads_to_use
     from turbosparse.training.recipe import read_recipe, tokenizer_of
 
-    settings, root = read_recipe(recipe, model=model, tokens=tokens), data or recipe.parent
+    recipe = local_path(recipe)
+    settings = read_recipe(recipe, model=model, tokens=tokens)
+    root = local_path(data or recipe.parent)
     if out is None and settings.data.prepared is None:
         raise TurboSparseError("give --out, the folder to write")
-    out = out or root / str(settings.data.prepared)
+    out = local_path(out or root / str(settings.data.prepared))
     processes = threads_to_use(None) if processes is None else processes
     missing = missing_sources(settings.data, root, allow_missing=allow_missing)
     settings.data = mixture = settings.data.without(missing)

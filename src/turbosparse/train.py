@@ -22,7 +22,9 @@ from typing import Any
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import (
+    AnyPath,
     check_free,
+    local_path,
     named_disk_errors,
     new_file,
     new_folder,
@@ -70,12 +72,12 @@ class Trained:
 
 
 def train(
-    recipe: Path,
+    recipe: AnyPath,
     *,
-    out: Path | None = None,
+    out: AnyPath | None = None,
     model: str | None = None,
     activation: Activation | None = None,
-    data: Path | None = None,
+    data: AnyPath | None = None,
     tokens: int | None = None,
     seed: int | None = None,
     allow_missing: bool = False,
@@ -112,6 +114,7 @@ def train(
     tflops
         Plan the time at this many TFLOP/s that a process sustains.
     """
+    recipe = local_path(recipe)
     settings = read_recipe(recipe, model=model, activation=activation, tokens=tokens, seed=seed)
     if plan:
         return plan_training(settings, processes=processes or world_size(), tflops=tflops)
@@ -121,8 +124,8 @@ def train(
         raise TurboSparseError(
             "--processes and --tflops belong to --plan; torchrun starts processes"
         )
-    root = data or recipe.parent
-    return run_recipe(settings, out=out, root=root, allow_missing=allow_missing)
+    root = local_path(data or recipe.parent)
+    return run_recipe(settings, out=local_path(out), root=root, allow_missing=allow_missing)
 
 
 def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = False) -> Trained:

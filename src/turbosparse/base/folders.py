@@ -12,9 +12,15 @@ import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from turbosparse.base.errors import TurboSparseError
+
+# What the verbs take where they name a file or folder; on the command line it is a path.
+if TYPE_CHECKING:
+    AnyPath = str | Path
+else:
+    AnyPath = Path
 
 # What travels with a model besides config and weights.
 COMPANIONS = (
@@ -30,6 +36,11 @@ COMPANIONS = (
 )
 _POINTER = b"version https://git-lfs"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json")
+
+
+def local_path(path: AnyPath) -> Path:
+    """What a caller gave, with ``~`` as the home folder."""
+    return Path(path).expanduser()
 
 
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
@@ -97,7 +108,7 @@ def _refuse_outside(folder: Path, path: Path) -> None:
 
 
 @contextmanager
-def new_folder(out: str | Path) -> Iterator[Path]:
+def new_folder(out: Path) -> Iterator[Path]:
     """Yield a temporary folder that becomes `out` on success and vanishes on any error.
 
     It is on the disk before it gets its name. What killed processes left of `out` is removed.
@@ -105,7 +116,6 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     Raises:
         TurboSparseError: `out` exists and is not an empty folder, or the disk is full.
     """
-    out = Path(out).expanduser()
     check_free(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     for left in out.parent.glob(f".{glob.escape(out.name)}.*.*"):
@@ -178,9 +188,8 @@ def _is_full(error: Exception) -> bool:
     return any(f"(os error {number})" in str(error) for number in full)
 
 
-def check_free(out: str | Path) -> None:
+def check_free(out: Path) -> None:
     """Refuse to write over something that exists; an empty folder is fine."""
-    out = Path(out).expanduser()
     if out.is_dir() and not any(out.iterdir()):
         return
     if out.exists() or out.is_symlink():

@@ -21,7 +21,14 @@ from rich.table import Table
 
 from turbosparse.analyse import measure
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import check_free, new_folder, read_config, write_json
+from turbosparse.base.folders import (
+    AnyPath,
+    check_free,
+    local_path,
+    new_folder,
+    read_config,
+    write_json,
+)
 from turbosparse.convert import convert
 from turbosparse.demo.corpus import make_corpus
 from turbosparse.demo.tokenizer import train_tokenizer
@@ -120,7 +127,7 @@ class Demo:
         return Group(table, self.verdict)
 
 
-def demo(*, out: Path = Path("demo"), quick: bool = False) -> Demo:
+def demo(*, out: AnyPath = Path("demo"), quick: bool = False) -> Demo:
     """See the whole line work on a small model made here, with no network.
 
     Makes a corpus from Python's standard library and generated arithmetic, trains a small dense
@@ -134,7 +141,7 @@ def demo(*, out: Path = Path("demo"), quick: bool = False) -> Demo:
     quick
         A minute instead of some: far too little training for good text.
     """
-    settings = QUICK if quick else Settings()
+    out, settings = local_path(out), QUICK if quick else Settings()
     _open(out, settings)
     stages = _Stages(out / "demo.log")
     with stages("a corpus of library code, its docs, worked arithmetic and questions"):

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import read_config
+from turbosparse.base.folders import local_path, read_config
 from turbosparse.engine import template
 
 Message = dict[str, Any]
@@ -32,7 +32,7 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder).expanduser()
+        self.folder = local_path(folder)
         self.settings = self._read("tokenizer_config.json")
         self._tokenizer = self._load()
         self.special = {

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import COMPANIONS
+from turbosparse.base.folders import COMPANIONS, local_path
 from turbosparse.hf.checkpoint import INDEX, shard_names
 
 
@@ -20,7 +20,7 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
             or commit.
         weights: whether they are downloaded too.
     """
-    path = Path(source).expanduser()
+    path = local_path(source)
     if path.is_dir():
         return path
     if path.suffix == ".gguf" and path.is_file():

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from turbosparse.base.folders import read_config
+from turbosparse.base.folders import local_path, read_config
 from turbosparse.hf import families
 from turbosparse.hf.config import parse
 from turbosparse.ops.predictor import PackedPredictor, Predictor
@@ -84,7 +84,7 @@ class Packed:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder).expanduser()
+        self.folder = local_path(folder)
         raw = read_config(self.folder)
         self.header = Header.read(self.folder, raw)
         self.config = parse(raw, self.folder / "config.json")
