@@ -20,7 +20,7 @@ $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt
 	@$(PYTHON) .ci/check_setup.py
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install -q -c constraints.txt scikit-build-core nanobind cmake ninja
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -Ceditable.rebuild=true -e '.[train,dev]'
+	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -Ceditable.rebuild=true -e '.[train,serve,dev]'
 	@# apart, where its tests look: inside the environment every other run would load it too
 	$(BIN)/pip install -q -c constraints.txt --no-deps --target .venv/deepspeed deepspeed einops hjson msgpack py-cpuinfo
 	touch $@

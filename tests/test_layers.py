@@ -17,6 +17,7 @@ ALLOWED = {
     "ops": {"base", "hf"},
     "packed": {"base", "hf", "ops"},
     "engine": {"base", "hf", "ops", "packed"},
+    "serving": {"base", "packed", "engine"},
     "training": {"base", "hf"},
     "benchmark": {"base", "hf", "ops", "packed", "engine"},
 }

@@ -39,6 +39,7 @@ VERBS = {
     "validate": ("turbosparse.inspect:validate", "Check a packed folder to the last byte."),
     "export": ("turbosparse.export:export", "Write a sparse model in the form of another program."),
     "generate": ("turbosparse.generate:generate", "Continue a prompt with a packed model."),
+    "serve": ("turbosparse.serve:serve", "Serve packed models by the OpenAI API."),
     "bench": (
         "turbosparse.bench:bench",
         "Measure decoding speed against the machine's bandwidth, and against a peer.",
