@@ -111,7 +111,7 @@ MISTAKES = {
     "bad number": (["generate", "a", "--prompt", "b", "--max-tokens", "many"], "many"),
     "no such folder": (["inspect", "./none"], "no such folder: none"),
     "bad mode": (["generate", "a", "--prompt", "b", "--mode", "guess"], "guess"),
-    "bad predictor": (["pack", "a", "b", "--predictor", "oracle"], "oracle"),
+    "bad input": (["pack", "a", "b", "--predictor-input", "oracle"], "oracle"),
     "no such model": (["convert", "./none", "b"], "no such folder: ./none; give a model folder"),
 }
 

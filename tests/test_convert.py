@@ -124,6 +124,7 @@ def test_the_config_names_our_class_and_keeps_the_rest(
         },
         "hidden_act": "relu",
         "ffn_activation": "drelu",
+        "ffn_threshold": 0.0,
         "turbosparse": {"converted_from": str(dense(family)), "activation": "drelu"},
     }
     assert after == before | changed
@@ -294,7 +295,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], str | Path], str]] = {
         lambda _: "no-such-org/no-such-model",
         "no-such-org/no-such-model is not a local folder, and downloading it from the hub failed",
     ),
-    "file": (lambda f: f / "config.json", "is a file; give the folder that holds config.json"),
+    "file": (lambda f: f / "config.json", "is a file; give the folder that holds it"),
     "no config": (lambda f: remove(f, "config.json"), "{source} has no config.json; give the"),
     "broken config": (lambda f: rewrite(f, "config.json", "{oh"), "config.json is not valid JSON"),
     "config no object": (lambda f: rewrite(f, "config.json", "[]"), "holds a list, not a JSON obj"),
@@ -310,10 +311,13 @@ MISTAKES: dict[str, tuple[Callable[[Path], str | Path], str]] = {
         lambda f: edit_config(f, rms_norm_eps="x"),
         "config.json is not val",
     ),
-    "not SwiGLU": (lambda f: edit_config(f, hidden_act="relu"), "hidden_act is 'relu', not 'silu'"),
+    "not SwiGLU": (
+        lambda f: edit_config(f, hidden_act="relu"),
+        "hidden_act 'relu' does not say which feed-forward",
+    ),
     "unknown activation": (
-        lambda f: edit_config(f, hidden_act="fatrelu"),
-        "hidden_act 'fatrelu' is not supported; known are relu, silu, swish",
+        lambda f: edit_config(f, hidden_act="gelu_new"),
+        "hidden_act 'gelu_new' is not supported; known are relu, silu, swish",
     ),
     "no tokenizer": (lambda f: remove(f, "tokenizer.json"), "has no tokenizer (tokenizer.json, "),
     "tensor missing": (

@@ -1,12 +1,14 @@
-"""Stage 1: a dense SwiGLU model becomes a dReLU model.
+"""Stage 1: a dense SwiGLU model becomes a dReLU model; a published sparse model becomes ours.
 
 Reads a Hugging Face folder (Mistral, Llama, Qwen2, Mixtral), writes another. What changes is the
 config and the class that it names (Turbo Sparse §3.2, §5). The weights stay as they are, so shards
 are copied file by file and a model of any size converts in little memory; or, with text to look at,
-the FFN weights are chosen and fitted on it, which saves much of the recovery (`calibrate`).
+the FFN weights of a dense model are chosen and fitted on it, which saves much of the recovery
+(`calibrate`).
 
     turbosparse convert mistralai/Mistral-7B-v0.1 mistral-drelu
     turbosparse convert mistralai/Mistral-7B-v0.1 mistral-drelu --data books --data web.jsonl
+    turbosparse convert Tiiny/TurboSparse-Mistral-Instruct turbosparse-mistral
 """
 
 from __future__ import annotations
@@ -33,9 +35,12 @@ from turbosparse.base.folders import (
 from turbosparse.hf import families
 from turbosparse.hf.activations import Activation
 from turbosparse.hf.hub import model_folder
+from turbosparse.hf.published import end_tokens, own_fields, record_of
 from turbosparse.training.mixture import packed_sequences
 from turbosparse.training.readers import document_streams
 
+GENERATION = "generation_config.json"
+_SAMPLING = ("temperature", "do_sample", "top_k", "top_p", "min_p")
 STREAMS = 64  # that a folder's files are read in, in turn
 
 
@@ -49,8 +54,16 @@ class Converted:
     parameters: int
     shards: int
     explained: list[list[float | None]] | None  # [layer][expert], see `calibrate`
+    was: str  # the activation of the source
 
     def __str__(self) -> str:
+        what = (
+            f"{self.out}: {self.model_type}, {self.activation}, "
+            f"{self.parameters / 1e6:.2f} M parameters, {self.shards} shard"
+            f"{'s' * (self.shards != 1)}. "
+        )
+        if self.was == self.activation:
+            return f"{what}It computes what it computed before."
         calibrated = ""
         shares = [share for layer in self.explained or [] for share in layer if share is not None]
         if shares:
@@ -59,12 +72,10 @@ class Converted:
                 "feed-forwards is kept, measured on text that the fit did not see. "
             )
         return (
-            f"{self.out}: {self.model_type}, {self.activation}, "
-            f"{self.parameters / 1e6:.2f} M parameters, {self.shards} shard"
-            f"{'s' * (self.shards != 1)}. {calibrated}"
-            "Quality is lost at first: recover it with `turbosparse train`. Small models needed "
-            "two training tokens per parameter (docs/quality.md). A model that was trained long "
-            "needs more, and a chat model needs fine-tuning on conversations afterwards."
+            f"{what}{calibrated}Quality is lost at first: recover it with `turbosparse train`. "
+            "Small models needed two training tokens per parameter (docs/quality.md). A model that "
+            "was trained long needs more, and a chat model needs fine-tuning on conversations "
+            "afterwards."
         )
 
 
@@ -72,7 +83,8 @@ def convert(
     source: str,
     out: AnyPath,
     *,
-    activation: Activation = "drelu",
+    activation: Activation | None = None,
+    predictor: str | None = None,
     link: bool = False,
     data: Sequence[AnyPath] | None = None,
     template: str = "{text}",
@@ -83,6 +95,9 @@ def convert(
 ) -> Converted:
     """Replace the SwiGLU feed-forward of a dense model by dReLU.
 
+    A sparse model that others published (TurboSparse, Bamboo, SparseQwen2, ProSparse, ReluLLaMA,
+    SparseLM) becomes a folder of ours that computes the same, with the predictor that it has.
+
     Parameters
     ----------
     source
@@ -90,8 +105,12 @@ def convert(
     out
         New model folder.
     activation
-        drelu is the paper's. geglu, reglu and relu are for comparisons; swiglu copies the dense
-        model as it is.
+        Of a dense model: drelu, the default, is the paper's; geglu, reglu and relu are for
+        comparisons; swiglu copies the dense model as it is. Of a sparse model: what its weights
+        were trained with, where config.json does not name it (SparseQwen2 drelu, ReluLLaMA reglu).
+    predictor
+        Folder or hub id that holds model_0.pt, model_1.pt, …, the predictor of a published sparse
+        model, to merge into the new folder.
     link
         Hard-link the weight files instead of copying them. Saves the space, but then a program that
         rewrites one of the two in place changes both.
@@ -117,41 +136,44 @@ def convert(
 
     import torch
 
-    from turbosparse.hf.checkpoint import INDEX, Checkpoint
+    from turbosparse.hf.checkpoint import INDEX, Checkpoint, add_shard
     from turbosparse.hf.conversion import convert_layers, finish
     from turbosparse.hf.layerwise import Layerwise
     from turbosparse.hf.load import (
         activation_keys,
+        activation_of,
         check_activation,
         copy_code,
-        load_config,
         load_tokenizer,
+        threshold_of,
     )
+    from turbosparse.hf.powerinfer import read_predictor
 
     out, texts = local_path(out), [local_path(path) for path in data or ()]
-    check_activation(activation)
-    _check_calibration(activation, link=link, data=texts, tokens=tokens, widen=widen)
+    wanted: str = activation or "drelu"
+    check_activation(wanted)
+    _check_calibration(wanted, link=link, data=texts, tokens=tokens, widen=widen)
     check_free(out)
     folder = model_folder(source)
-    raw = read_config(folder)
-    config = load_config(folder)
-    if raw["model_type"].startswith(families.PREFIX):
+    config = _source_config(folder, activation)
+    if (was := activation_of(config)) != "swiglu":
+        wanted = was
+    if (was != "swiglu" and texts) or (was == "swiglu" and predictor):
         raise TurboSparseError(
-            f"{folder} is already sparse (ffn_activation {raw.get('ffn_activation', 'drelu')!r}); "
-            "convert the dense model it came from"
-        )
-    if raw.get("hidden_act", "silu") not in ("silu", "swish"):
-        raise TurboSparseError(
-            f"{folder}: hidden_act is {raw['hidden_act']!r}, not 'silu': this is no SwiGLU model; "
-            "convert works on dense SwiGLU models"
+            f"{folder} is a {was} model: --data fits a dense one, --predictor is for a sparse one"
         )
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
     tokenizer = load_tokenizer(folder)
-
-    if activation != "swiglu":
-        raw |= activation_keys(raw["model_type"], activation)
-    raw["turbosparse"] = {"converted_from": str(source), "activation": activation}
+    raw = _with_cache(own_fields(folder, tokenizer))
+    if wanted != "swiglu":
+        raw |= activation_keys(raw["model_type"], wanted, threshold_of(config))
+    merged = None
+    if predictor:
+        merged, raw["predictor"] = read_predictor(predictor, config)
+        checkpoint.merge(predictor, merged)  # raises if there is one
+        checkpoint.predictor_ranks(config)  # raises if it is of another model
+    raw["turbosparse"] = {"converted_from": str(source), "activation": wanted}
 
     explained = None
     if texts:
@@ -173,15 +195,63 @@ def convert(
                 _carry(shard, work / shard.name, link=link)
             if (folder / INDEX).is_file():
                 shutil.copyfile(folder / INDEX, work / INDEX)
+        if merged:
+            add_shard(work, "predictor.safetensors", merged)
         copy_companions(folder, work)
-        if activation != "swiglu":
+        _mend_generation(work, raw)
+        if wanted != "swiglu":
             copy_code(work)
         write_json(work / "config.json", raw)
     if texts:
         shutil.rmtree(state, ignore_errors=True)
     parameters = sum(prod(shape) for shape in families.tensor_shapes(config).values())
     shards = len(list(out.glob("*.safetensors")))
-    return Converted(str(out), raw["model_type"], activation, parameters, shards, explained)
+    return Converted(str(out), raw["model_type"], wanted, parameters, shards, explained, was)
+
+
+def _source_config(folder: Path, asked: Activation | None) -> Any:
+    """The config of the source, with the activation that its weights were trained with.
+
+    Raises:
+        TurboSparseError: it is ours already, or sparse with another activation than asked for.
+    """
+    from turbosparse.hf.load import activation_of, load_config
+
+    raw = read_config(folder)
+    if str(raw.get("model_type")).startswith(families.PREFIX):
+        raise TurboSparseError(
+            f"{folder} is already sparse (ffn_activation {raw.get('ffn_activation', 'drelu')!r}); "
+            "convert the dense model it came from"
+        )
+    unnamed = not record_of(raw) and raw.get("hidden_act") == "relu"
+    config = load_config(folder, asked if unnamed else None)
+    was = activation_of(config)
+    wrong = was not in ("reglu", "drelu") if unnamed else asked not in (None, was)
+    if wrong and (unnamed or was != "swiglu"):
+        raise TurboSparseError(
+            f"{folder} is no dense SwiGLU model, but {'one with relu' if unnamed else was}: "
+            f"--activation {asked} would make another function of its weights"
+        )
+    return config
+
+
+def _with_cache(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without what a training run leaves behind: generating without a cache is quadratic."""
+    return {key: value for key, value in fields.items() if (key, value) != ("use_cache", False)}
+
+
+def _mend_generation(folder: Path, raw: dict[str, Any]) -> None:
+    """Make generation_config.json one that transformers can follow, and name all end tokens."""
+    if not (folder / GENERATION).is_file():
+        return
+    given = read_config(folder, GENERATION)
+    mended = _with_cache(given)
+    if not given.get("temperature", 1):  # greedy is meant, but transformers refuses the zero
+        mended = {key: value for key, value in mended.items() if key not in _SAMPLING}
+    if ends := end_tokens(given.get("eos_token_id"), raw.get("eos_token_id")):
+        mended["eos_token_id"] = ends
+    if mended != given:
+        write_json(folder / GENERATION, mended)
 
 
 def _check_calibration(

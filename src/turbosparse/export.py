@@ -37,18 +37,19 @@ from turbosparse.hf.gguf import gguf_table, pair_order
 from turbosparse.hf.gguf_writer import add_tokenizer, write_gguf
 from turbosparse.hf.hub import model_folder
 from turbosparse.hf.load import activation_of, load_tokenizer, threshold_of
+from turbosparse.hf.published import ABOVE_ZERO, PUBLISHED
 from turbosparse.ops.predictor import Predictor
 from turbosparse.pack import find_predictor, find_stats
 from turbosparse.packed.format import Packed, is_packed
 
 Kind = Literal["powerinfer-gguf", "turbosparse", "predictor-pt"]
 _POWERINFER = {"drelu": "bamboo", "reglu": "llama"}  # the graph that computes an activation
-# a family → model_type of the paper's models, prefix of their classes, what their predictor reads
-_BAMBOO = ("bamboo", "Bamboo", "pre_norm")
-_PUBLISHED = {
+# a family → model_type of the paper's models, and the prefix of their classes
+_BAMBOO = ("bamboo", "Bamboo")
+_LAYOUTS = {
     "mistral": _BAMBOO,
     "llama": _BAMBOO,
-    "mixtral": ("turbosparsemixtral", "TurboSparseMixtral", "post_norm"),
+    "mixtral": ("turbosparsemixtral", "TurboSparseMixtral"),
 }
 # fields of config.json that those models do not have
 _OWN = ("auto_map", "ffn_activation", "ffn_threshold", "predictor", "turbosparse")
@@ -236,10 +237,11 @@ def _published(model: _Model, out: Path, _: str) -> int:
     config, program = model.config, "the published layout"
     base = str(families.family(config.model_type))
     activation = activation_of(config)
-    if base not in _PUBLISHED or activation != "drelu":
+    if base not in _LAYOUTS or activation != "drelu":
         model.refuse(program, f"holds dReLU Mistral and Mixtral models, not {activation} {base}")
-    kind, classes, reads = _PUBLISHED[base]
-    if (known := model.predictor) and (known.input, known.threshold) != (reads, 0):
+    kind, classes = _LAYOUTS[base]
+    reads, known = PUBLISHED[kind].predictor_input, model.predictor
+    if known and not (known.input == reads and 0 <= known.threshold <= ABOVE_ZERO):
         model.refuse(
             program,
             f"has a predictor that reads {reads} with threshold 0, this one "

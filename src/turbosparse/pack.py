@@ -29,7 +29,6 @@ from turbosparse.base.folders import (
     copy_companions,
     local_path,
     new_folder,
-    read_config,
     write_json,
 )
 from turbosparse.base.progress import track
@@ -43,8 +42,9 @@ from turbosparse.hf.load import (
     load_config,
     load_tokenizer,
     threshold_of,
-    with_activation,
 )
+from turbosparse.hf.powerinfer import read_predictor
+from turbosparse.hf.published import own_fields
 from turbosparse.ops.predictor import Predictor
 from turbosparse.ops.quant import quantise, signs
 from turbosparse.ops.rows import FFNRows, row_bytes
@@ -85,7 +85,7 @@ def pack(
     quant: Literal["f16", "q8", "q4"] = "q4",
     quant_map: str = "",
     stats: AnyPath | None = None,
-    predictor: Literal["auto", "none", "sign"] = "auto",
+    predictor: Literal["auto", "none", "sign"] | str = "auto",
     predictor_quant: Literal["f16", "q8", "q4"] = "q8",
     predictor_input: Literal["pre_norm", "post_norm"] | None = None,
     activation: Activation | None = None,
@@ -95,7 +95,7 @@ def pack(
     Parameters
     ----------
     model
-        Model folder (sparse or dense) or hub id.
+        Model folder or hub id: a dense model, a sparse one of ours, or one that others published.
     out
         New packed folder.
     quant
@@ -107,7 +107,8 @@ def pack(
     stats
         stats.turbosparse of `analyse`; by default the one in the model folder, if any.
     predictor
-        auto packs the predictor that is merged in the model, if any; sign needs none: it compares
+        auto packs the predictor that is merged in the model, if any; a folder or hub id that holds
+        model_0.pt, model_1.pt, … packs that one, made for PowerInfer; sign needs none: it compares
         the signs of weights and inputs.
     predictor_quant
         Of the matrices of a merged predictor.
@@ -115,22 +116,26 @@ def pack(
         What a merged predictor reads, where config.json does not say it: the residual before the
         norm, or what the feed-forward reads after it.
     activation
-        Run the weights with this feed-forward, where config.json does not name theirs: some sparse
-        models are published as if they were stock ones.
+        Run the weights with this feed-forward, where config.json does not name theirs: SparseQwen2
+        (drelu) and ReluLLaMA (reglu) are published as if they were stock models.
     """
     out = local_path(out)
     check_free(out)
     folder = model_folder(model)
-    config = load_config(folder)
-    if activation:
-        config = with_activation(config, activation)
+    config = load_config(folder, activation)
+    tokenizer = load_tokenizer(folder)
+    raw = own_fields(folder, tokenizer)
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
-    tokenizer = load_tokenizer(folder)
+    if predictor not in ("auto", "none", "sign"):
+        apart, raw["predictor"] = read_predictor(predictor, config)
+        checkpoint.merge(predictor, apart)
     ffn = FFN(
         activation=activation_of(config),  # type: ignore[arg-type]
         threshold=threshold_of(config),
-        predictor=find_predictor(config, checkpoint, predictor, predictor_quant, predictor_input),
+        predictor=find_predictor(
+            config, checkpoint, predictor, predictor_quant, predictor_input, raw.get("predictor")
+        ),
     )
     profile = find_stats(folder, local_path(stats) if stats else None)
     if profile:
@@ -157,9 +162,7 @@ def pack(
             profile=_profile(profile) if profile else None,
             files=files,
         )
-        raw = read_config(folder)
-        if activation:
-            raw |= activation_keys(config.model_type, activation)
+        raw |= activation_keys(config.model_type, ffn.activation, ffn.threshold)
         raw = {key: raw[key] for key in raw if key not in ("auto_map", "predictor")}
         raw["turbosparse"] = header.model_dump(mode="json")
         write_json(work / "config.json", raw)
@@ -194,8 +197,9 @@ def find_predictor(
     choice: str = "auto",
     quant: str = "f16",
     reads: str | None = None,
+    block: Any = None,
 ) -> Predictor | None:
-    """The record of the predictor to pack; what config.json says of one of its kind holds."""
+    """The record of the predictor to pack; what `block` says of one of its kind holds."""
     ranks = None if choice == "sign" else checkpoint.predictor_ranks(config)
     if reads and ranks is None:
         raise TurboSparseError(
@@ -213,7 +217,8 @@ def find_predictor(
         kind = {"kind": "low_rank", "quant": quant, "ranks": ranks}
         for rank in {rank for layer in ranks for rank in layer}:
             row_bytes(quant, rank)  # raises unless it is a multiple of a block
-    block = read_config(checkpoint.folder).get("predictor", {})
+    if block is None:
+        block = own_fields(checkpoint.folder).get("predictor", {})
     try:
         said = block if block.get("kind", "low_rank") == kind["kind"] else {}
         reads = reads or said.get("input", "post_norm")

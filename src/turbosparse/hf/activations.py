@@ -32,6 +32,7 @@ ACTIVATIONS: dict[str, Record] = {
     "swiglu": Record("silu(gate) * up", True, False, "silu"),
 }
 assert tuple(ACTIVATIONS) == get_args(Activation)
-# what ``hidden_act`` says where the model is of a stock class
-STOCK = {"silu": "swiglu", "swish": "swiglu", "relu": "reglu"}
+# what ``hidden_act`` says where the model is of a stock class; relu: published models mean reglu or
+# drelu, and nothing in them tells which
+STOCK: dict[str, Activation | None] = {"silu": "swiglu", "swish": "swiglu", "relu": None}
 WITHOUT_ZEROS = tuple(name for name, record in ACTIVATIONS.items() if not record.exact_zeros)

@@ -9,10 +9,10 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import read_config, refuse_pointer
+from turbosparse.base.folders import read_config, refuse_pointer, write_json
 from turbosparse.hf import families
 
 if TYPE_CHECKING:
@@ -33,6 +33,21 @@ _OTHERS = {
     "*.gguf": "it holds GGUF weights; get the model in Hugging Face form",
     "*.safetensors": f"its weights have other names; save the model so that they are {SINGLE}",
 }
+
+
+class _Loaded(NamedTuple):
+    """A tensor from elsewhere, read as from an open shard."""
+
+    tensor: torch.Tensor
+
+    def get_tensor(self, _: str) -> torch.Tensor:
+        return self.tensor
+
+    def get_slice(self, _: str) -> _Loaded:
+        return self
+
+    def get_shape(self) -> tuple[int, ...]:
+        return tuple(self.tensor.shape)
 
 
 class Checkpoint(Mapping[str, "torch.Tensor"]):
@@ -59,6 +74,18 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
                         "download or export the model again"
                     )
                 self._home[name] = path.name, shard
+
+    def merge(self, source: str, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Add tensors that are published apart, by names that the folder must not have.
+
+        Raises:
+            TurboSparseError: it has one of them.
+        """
+        if twice := [name for name in tensors if name in self]:
+            raise TurboSparseError(
+                f"{self.folder} holds {twice[0]} itself; leave out the one of {source}"
+            )
+        self._home |= {name: (source, _Loaded(tensor)) for name, tensor in tensors.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         tensor: torch.Tensor = self._home[name][1].get_tensor(name)
@@ -159,6 +186,18 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
 def _few(items: list[str]) -> str:
     more = f" (and {len(items) - 3} more)" if len(items) > 3 else ""
     return "; ".join(items[:3]) + more
+
+
+def add_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> None:
+    """Write tensors into a file beside the others of a model folder, and into its index."""
+    from safetensors.torch import save_file
+
+    homes = {tensor: file for tensor, (file, _) in Checkpoint(folder)._home.items()}
+    contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
+    save_file(contiguous, folder / name, metadata={"format": "pt"})
+    homes |= dict.fromkeys(tensors, name)
+    total = sum((folder / file).stat().st_size for file in set(homes.values()))
+    write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": homes})
 
 
 def shard_names(folder: Path) -> list[str]:

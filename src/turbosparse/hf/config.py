@@ -11,9 +11,9 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import read_config
 from turbosparse.hf import families
 from turbosparse.hf.activations import ACTIVATIONS, STOCK, Activation
+from turbosparse.hf.published import PUBLISHED, own_fields
 
 # RoPE whose frequencies do not change with the length of the text
 RopeType = Literal["default", "linear", "llama3", "yarn"]
@@ -130,9 +130,10 @@ class ModelConfig(BaseModel):
     def _defaults(cls, raw: Any) -> Any:
         base = families.family(str(raw.get("model_type")))
         if base is None:
+            ours = (families.PREFIX + name for name in families.FAMILIES)
             raise ValueError(
                 f"model_type {raw.get('model_type')!r} is not supported; supported are "
-                + ", ".join([*families.FAMILIES, *(families.PREFIX + f for f in families.FAMILIES)])
+                + ", ".join((*families.FAMILIES, *ours, *PUBLISHED))
             )
         quantised = raw.get("quantization_config") or raw.get("compression_config")
         if quantised:
@@ -262,4 +263,4 @@ def _first(error: ValidationError) -> str:
 
 def read_model_config(folder: Path) -> ModelConfig:
     """The config of a supported model folder."""
-    return parse(read_config(folder), folder / "config.json")
+    return parse(own_fields(folder), folder / "config.json")

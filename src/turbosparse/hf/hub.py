@@ -21,22 +21,29 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
         weights: whether they are downloaded too.
     """
     path = local_path(source)
-    if path.is_dir():
-        return path
     if path.suffix == ".gguf" and path.is_file():
         return _imported(path)
+    folder = some_files(source, ["config.json", INDEX, *COMPANIONS])
+    if path.is_dir() or not weights:
+        return folder
+    # the folder bears the name of the commit: both calls see the same one
+    repository = str(source).partition("@")[0]
+    return _download(repository, folder.name, shard_names(folder))
+
+
+def some_files(source: str | Path, files: list[str]) -> Path:
+    """The local folder of a source; of a hub id these files are downloaded."""
+    path = local_path(source)
+    if path.is_dir():
+        return path
     if path.exists():
-        raise TurboSparseError(f"{source} is a file; give the folder that holds config.json")
+        raise TurboSparseError(f"{source} is a file; give the folder that holds it")
     repository, _, revision = str(source).partition("@")
     if not _looks_like_hub_id(repository):
         raise TurboSparseError(
             f"no such folder: {source}; give a model folder or a hub id org/name"
         )
-    folder = _download(repository, revision or None, ["config.json", INDEX, *COMPANIONS])
-    if not weights:
-        return folder
-    # the folder bears the name of the commit: both calls see the same one
-    return _download(repository, folder.name, shard_names(folder))
+    return _download(repository, revision or None, files)
 
 
 def _imported(path: Path) -> Path:

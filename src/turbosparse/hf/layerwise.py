@@ -18,7 +18,7 @@ from torch.nn.functional import embedding, linear
 from turbosparse.base.machine import uses_bf16
 from turbosparse.hf import families
 from turbosparse.hf.checkpoint import Checkpoint
-from turbosparse.hf.load import load_config, with_activation
+from turbosparse.hf.load import load_config
 
 CHUNK_TOKENS = 4096  # that go through a layer together
 
@@ -42,10 +42,9 @@ class Layerwise:
         device: str = "auto",
         dtype: torch.dtype | None = None,
     ):
-        config = load_config(folder)
+        self.config = load_config(folder, activation)
         self.checkpoint = Checkpoint(folder)
-        self.checkpoint.check(config)
-        self.config = with_activation(config, activation) if activation else config
+        self.checkpoint.check(self.config)
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         self.device = torch.device(device)

@@ -15,6 +15,7 @@ from turbosparse.hf import families
 from turbosparse.hf.activations import ACTIVATIONS, STOCK
 from turbosparse.hf.config import parse
 from turbosparse.hf.hub import model_folder
+from turbosparse.hf.published import own_fields, record_of
 
 _CODE = ("ffn_activation.py", "modeling_drelu.py", "modeling_drelu_moe.py")
 
@@ -37,20 +38,32 @@ def register() -> None:
         AutoModelForCausalLM.register(config, model, exist_ok=True)
 
 
-def load_config(folder: Path) -> Any:
-    """Read the config of a supported model folder into its transformers class."""
+def load_config(folder: Path, activation: str | None = None) -> Any:
+    """Read the config of a supported model folder into its transformers class.
+
+    Args:
+        folder: of a model.
+        activation: run the weights with this FFN activation instead of the folder's own.
+
+    Raises:
+        TurboSparseError: unsupported, or the folder does not say its activation and none is given.
+    """
     from transformers import CONFIG_MAPPING
 
     where = folder / "config.json"
-    raw = read_config(folder)
+    raw = own_fields(folder)
     parse(raw, where)
     register()
     # an implementation that a config names may be code on the hub
     raw = {key: value for key, value in raw.items() if "_implementation" not in key}
     try:
-        return CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
+        config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except Exception as error:  # transformers validates with several unrelated exception types
         raise TurboSparseError(f"{where} is not valid: {error}") from error
+    if activation:
+        return with_activation(config, activation)
+    activation_of(config)
+    return config
 
 
 def check_activation(activation: str) -> None:
@@ -61,12 +74,25 @@ def check_activation(activation: str) -> None:
 
 
 def activation_of(config: Any) -> str:
-    """The FFN activation of a config; for stock classes it follows from ``hidden_act``."""
+    """The FFN activation of a config; for stock classes it follows from ``hidden_act``.
+
+    Raises:
+        TurboSparseError: it does not.
+    """
     if config.model_type.startswith(families.PREFIX):
         activation = str(config.ffn_activation)
         check_activation(activation)
         return activation
-    return STOCK[config.hidden_act]
+    stock = STOCK[config.hidden_act]
+    if stock is None:
+        formulas = " or ".join(
+            f"--activation {name} for {ACTIVATIONS[name].formula}" for name in ("reglu", "drelu")
+        )
+        raise TurboSparseError(
+            f"hidden_act {config.hidden_act!r} does not say which feed-forward the model was "
+            f"trained with: give {formulas} (its model card says which)"
+        )
+    return stock
 
 
 def threshold_of(config: Any) -> float:
@@ -119,10 +145,8 @@ def load_model(
     from turbosparse.hf.checkpoint import Checkpoint
 
     folder = model_folder(source)
-    config = load_config(folder)
+    config = load_config(folder, activation)
     Checkpoint(folder).check(config)
-    if activation is not None:
-        config = with_activation(config, activation)
     if empty:
         return _empty_model(config, dtype)
     return read_weights(folder, config, dtype)
@@ -210,8 +234,9 @@ def load_tokenizer(source: str | Path) -> Any:
     folder = model_folder(source, weights=False)
     companions(folder)
     register()  # or it asks to run the code inside a converted folder
+    config = load_config(folder) if record_of(read_config(folder)) else None
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         int(tokenizer.model_max_length)
         return tokenizer
     except Exception as error:  # the libraries below raise many unrelated types
@@ -237,14 +262,15 @@ def check_ids(ids: list[int], tokenizer: Any, vocabulary: int) -> list[int]:
     return ids
 
 
-def activation_keys(model_type: str, activation: str) -> dict[str, Any]:
-    """The keys of ``config.json`` for the same weights with this FFN activation."""
+def activation_keys(model_type: str, activation: str, threshold: float = 0.0) -> dict[str, Any]:
+    """The keys of ``config.json`` for the same weights with this FFN activation and threshold."""
     check_activation(activation)
     base = str(families.family(model_type))
-    own = {"hidden_act": ACTIVATIONS[activation].hidden_act}
+    own: dict[str, Any] = {"hidden_act": ACTIVATIONS[activation].hidden_act}
     if activation == "swiglu":
         return own | {"model_type": base}
-    return own | sparse_keys(base) | {"ffn_activation": activation}
+    own |= {"ffn_activation": activation, "ffn_threshold": threshold}
+    return own | sparse_keys(base)
 
 
 def sparse_keys(base: str) -> dict[str, Any]:

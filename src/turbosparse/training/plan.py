@@ -213,12 +213,11 @@ def _adapter_parameters(config: Any, recipe: Recipe) -> int:
 
 
 def _config(recipe: Recipe) -> Any:
-    from turbosparse.hf.load import load_config, new_config, with_activation
+    from turbosparse.hf.load import load_config, new_config
 
     if not isinstance(recipe.model, str):
         return new_config(recipe.model, activation=recipe.activation or "swiglu")
-    config = load_config(model_folder(recipe.model, weights=False))
-    return with_activation(config, recipe.activation) if recipe.activation else config
+    return load_config(model_folder(recipe.model, weights=False), recipe.activation)
 
 
 def _short(count: int) -> str:
