@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ import torch
 
 from turbosparse.convert import convert
 from turbosparse.hf.load import quiet
+from turbosparse.pack import pack
 
 pytest.register_assert_rewrite("processes")
 
@@ -108,32 +111,52 @@ def make_model(family: str, folder: Path, *, seed: int = 0, **changes: object) -
     return folder
 
 
-@pytest.fixture(scope="session")
-def dense(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """dense(family): the folder of a dense toy model; do not write into it."""
-    root = tmp_path_factory.mktemp("dense")
-
-    def folder(family: str) -> Path:
-        path = root / family
-        return path if path.exists() else make_model(family, path)
-
-    return folder
+Shared = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def sparse(
-    dense: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory
-) -> Callable[..., Path]:
-    """sparse(family, activation="drelu"): a converted toy model; do not write into it."""
-    root = tmp_path_factory.mktemp("sparse")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    """shared(name, make): the folder that make(folder) filled, once for all workers.
 
-    def folder(family: str, activation: str = "drelu") -> Path:
-        path = root / f"{family}-{activation}"
-        if not path.exists():
-            convert(str(dense(family)), path, activation=activation)
+    Do not write into it.
+    """
+    base = tmp_path_factory.getbasetemp()
+    root = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "shared"
+    root.mkdir(exist_ok=True)
+
+    def folder(name: str, make: Callable[[Path], object]) -> Path:
+        path, done = root / name, root / f"{name}.done"
+        with (root / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                make(path)
+                done.touch()
         return path
 
     return folder
+
+
+@pytest.fixture(scope="session")
+def dense(shared: Shared) -> Callable[[str], Path]:
+    """dense(family): the folder of a dense toy model; do not write into it."""
+    return lambda family: shared(f"dense-{family}", partial(make_model, family))
+
+
+@pytest.fixture(scope="session")
+def sparse(dense: Callable[[str], Path], shared: Shared) -> Callable[..., Path]:
+    """sparse(family, activation="drelu"): a converted toy model; do not write into it."""
+
+    def folder(family: str, activation: str = "drelu") -> Path:
+        make = partial(convert, str(dense(family)), activation=activation)
+        return shared(f"sparse-{family}-{activation}", make)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def packed_mistral(sparse: Callable[..., Path], shared: Shared) -> Path:
+    """A packed toy model; do not write into it."""
+    return shared("packed-mistral", partial(pack, str(sparse("mistral")), quant="q8"))
 
 
 def drelu_recipe(model: Path, corpus: Path, length: int, /, **fields: object) -> dict[str, Any]:
@@ -204,10 +227,10 @@ def merge_predictor(model: Path, copy: Path, **settings: object) -> Path:
 
 
 @pytest.fixture(scope="session")
-def merged(sparse: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+def merged(sparse: Callable[..., Path], shared: Shared) -> Path:
     """The Mistral toy model with a merged predictor; do not write into it."""
-    copy = tmp_path_factory.mktemp("merged") / "mistral"
-    return merge_predictor(sparse("mistral"), copy, input="pre_norm", threshold=-1.5, recall=0.5)
+    settings = {"input": "pre_norm", "threshold": -1.5, "recall": 0.5}
+    return shared("merged", partial(merge_predictor, sparse("mistral"), **settings))
 
 
 @pytest.fixture(scope="session")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from conftest import Shared
 
 from turbosparse.hf.load import load_model
 from turbosparse.training.readers import documents
@@ -42,15 +44,13 @@ def ablation() -> Any:
     patch.undo()
 
 
-@pytest.fixture(scope="module")
-def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_data(folder: Path) -> None:
     """Two domains: a file of rows, and a text file that does not say where documents end."""
     import random
 
     rng = random.Random(0)
-    folder = tmp_path_factory.mktemp("data")
     for domain in ("rows", "lines"):
-        (folder / domain).mkdir()
+        (folder / domain).mkdir(parents=True)
 
     def sentence() -> str:
         return " ".join(rng.choices(WORDS, k=12)) + "."
@@ -60,7 +60,11 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "rows" / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (folder / "rows" / "odd.jsonl").write_text('{"number": 1}\n')
     (folder / "lines" / "a.txt").write_text("\n".join(texts[100:] + texts[:100]))
-    return folder
+
+
+@pytest.fixture(scope="module")
+def data(shared: Shared) -> Path:
+    return shared("ablation-data", write_data)
 
 
 def arguments(data: Path, out: Path, *more: str) -> list[str]:
@@ -70,11 +74,9 @@ def arguments(data: Path, out: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture(scope="module")
-def made(ablation: Any, data: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def made(ablation: Any, data: Path, shared: Shared) -> Path:
     torch.set_num_threads(1)
-    out = tmp_path_factory.mktemp("ablation") / "out"
-    ablation.main(arguments(data, out))
-    return out
+    return shared("ablation", lambda out: ablation.main(arguments(data, out)))
 
 
 def result_of(out: Path) -> dict[str, Any]:
@@ -144,8 +146,14 @@ def test_held_out_documents_are_in_no_training_part(made: Path) -> None:
 
 
 def test_finished_runs_are_not_trained_again(
-    ablation: Any, data: Path, made: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    ablation: Any,
+    data: Path,
+    made: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Any,
 ) -> None:
+    made = shutil.copytree(made, tmp_path / "out")
     before = result_of(made)
     trained: list[str] = []
     run_recipe = ablation.run_recipe

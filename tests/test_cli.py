@@ -17,7 +17,6 @@ from typing import Any
 import pytest
 
 from turbosparse import __version__, cli
-from turbosparse.pack import pack
 
 Make = Callable[..., Path]
 Run = Callable[..., SimpleNamespace]
@@ -40,11 +39,8 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 
 
 @pytest.fixture(scope="module")
-def model(sparse: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed toy model; do not write into it."""
-    folder = tmp_path_factory.mktemp("packed") / "model"
-    pack(str(sparse("mistral")), folder, quant="q8")
-    return folder
+def model(packed_mistral: Path) -> Path:
+    return packed_mistral
 
 
 # --- help and lean imports ------------------------------------------------------------------------
@@ -182,7 +178,7 @@ def test_generate_keeps_text_and_figures_apart(run: Run, model: Path) -> None:
     assert done.code == 0
     assert "tokens/s" not in done.out
     assert done.err.count("\n") == 1
-    assert "[model: drelu q8, backend cpu (" in done.err
+    assert "[packed-mistral: drelu q8, backend cpu (" in done.err
     assert "), mode exact, 1 thread, key-value cache at most " in done.err
     assert "stopped by length" in done.err
 

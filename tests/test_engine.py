@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import subprocess
 import sys
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -102,10 +101,8 @@ def test_a_step_without_memory_is_named_and_changes_nothing(tmp_path: Path):
 
 
 @pytest.fixture(scope="module")
-def packed(sparse: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("engine") / "packed"
-    pack(str(sparse("mistral")), folder, quant="q8")
-    return folder
+def packed(packed_mistral: Path) -> Path:
+    return packed_mistral
 
 
 def test_generating_loads_neither_torch_nor_transformers(packed: Path) -> None:

@@ -36,11 +36,8 @@ PROMPT = "The small boats"
 
 
 @pytest.fixture(scope="module")
-def model(sparse: Make, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A packed toy model; do not write into it."""
-    folder = tmp_path_factory.mktemp("packed") / "model"
-    pack(str(sparse("mistral")), folder, quant="q8")
-    return folder
+def model(packed_mistral: Path) -> Path:
+    return packed_mistral
 
 
 @pytest.fixture(scope="module")
@@ -497,7 +494,7 @@ def test_predicted_mode_says_what_its_predictor_lets_through(merged: Path, tmp_p
 
 
 def test_predicted_mode_without_a_predictor_says_how_to_get_one(model: Path) -> None:
-    message = "model holds no predictor; pack a model that has one merged, .*--predictor sign"
+    message = "mistral holds no predictor; pack a model that has one merged, .*--predictor sign"
     with pytest.raises(TurboSparseError, match=message):
         generate(model, prompt=PROMPT, mode="predicted")
 

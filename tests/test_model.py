@@ -6,12 +6,13 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT, FAMILIES, WINDOW, merge_predictor
+from conftest import CONTEXT, FAMILIES, WINDOW, Shared, merge_predictor
 
 from turbosparse import _core
 from turbosparse.analyse import analyse
@@ -41,44 +42,48 @@ def relative_rms(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 @pytest.fixture(scope="session")
-def packed(sparse: Make, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """packed(family, quant, activation="drelu"): a packed toy model, hot neurons first."""
-    root = tmp_path_factory.mktemp("packed")
+def hot_first(corpus: Path, shared: Shared) -> Make:
+    """hot_first(model, name, **settings): that model packed with the statistics of the corpus."""
 
-    def folder(family: str, quant: str, activation: str = "drelu") -> Path:
-        path = root / f"{family}-{quant}-{activation}"
-        if not path.exists():
-            model = sparse(family, activation)
-            analyse(str(model), data=[corpus], out=root / "stats")
-            pack(str(model), path, quant=quant, stats=root / "stats" / "stats.turbosparse")
-        return path
+    def folder(model: Path, name: str, **settings: Any) -> Path:
+        stats = shared(
+            f"stats-{model.name}", lambda out: analyse(str(model), data=[corpus], out=out)
+        )
+        with_stats = {"stats": stats / "stats.turbosparse", **settings}
+        return shared(name, lambda out: pack(str(model), out, **with_stats))
 
     return folder
 
 
 @pytest.fixture(scope="session")
-def predicted(sparse: Make, corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Make:
+def packed(sparse: Make, hot_first: Make) -> Make:
+    """packed(family, quant, activation="drelu"): a packed toy model, hot neurons first."""
+
+    def folder(family: str, quant: str, activation: str = "drelu") -> Path:
+        model = sparse(family, activation)
+        return hot_first(model, f"packed-{family}-{quant}-{activation}", quant=quant)
+
+    return folder
+
+
+@pytest.fixture(scope="session")
+def predicted(sparse: Make, hot_first: Make, shared: Shared) -> Make:
     """predicted(family, kind): packed in q8 with a predictor, hot neurons first.
 
     `kind` is sign, or the input of a random merged predictor. About two thirds are candidates.
     """
-    root = tmp_path_factory.mktemp("predicted")
 
     def folder(family: str, kind: str) -> Path:
-        path = root / f"{family}-{kind}"
-        if not path.exists():
-            model = merge_predictor(
-                sparse(family),
-                root / f"{family}-{kind}-model",
-                input="post_norm" if kind == "sign" else kind,
-                kind="sign" if kind == "sign" else "low_rank",
-                threshold=-0.15 if kind == "sign" else -20.0,
-            )
-            analyse(str(model), data=[corpus], out=root / "stats")
-            stats = root / "stats" / "stats.turbosparse"
-            choice = "sign" if kind == "sign" else "auto"
-            pack(str(model), path, quant="q8", stats=stats, predictor=choice)
-        return path
+        settings = {
+            "input": "post_norm" if kind == "sign" else kind,
+            "kind": "sign" if kind == "sign" else "low_rank",
+            "threshold": -0.15 if kind == "sign" else -20.0,
+        }
+        model = shared(
+            f"merged-{family}-{kind}", partial(merge_predictor, sparse(family), **settings)
+        )
+        choice = "sign" if kind == "sign" else "auto"
+        return hot_first(model, f"predicted-{family}-{kind}", quant="q8", predictor=choice)
 
     return folder
 

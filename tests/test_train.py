@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from conftest import CONTEXT, VOCABULARY, drelu_recipe, record_batches
+from conftest import CONTEXT, VOCABULARY, Shared, drelu_recipe, record_batches
 from safetensors.torch import load_file, save_file
 from transformers import PreTrainedModel
 
@@ -64,25 +64,29 @@ def recipe(tmp_path: Path, dense: Dense, corpus: Path) -> Write:
 
 
 @pytest.fixture(scope="session")
-def whole_run(
-    tmp_path_factory: pytest.TempPathFactory, dense: Dense, corpus: Path
-) -> tuple[Path, list[torch.Tensor]]:
-    """The model of a run of `recipe()` that nothing stopped, and its batches."""
-    folder = tmp_path_factory.mktemp("whole")
-    with pytest.MonkeyPatch.context() as patch:
-        seen = record_batches(patch)
-        train(write_recipe(folder / "recipe.yaml", dense, corpus), out=folder / "whole")
-    return folder / "whole", seen
+def whole_of(shared: Shared, dense: Dense, corpus: Path) -> Dense:
+    """whole_of(family): a run of `recipe()` that nothing stopped: model/ and its batches."""
+
+    def make(family: str, folder: Path) -> None:
+        folder.mkdir()
+        model = str(dense(family))
+        path = write_recipe(folder / "recipe.yaml", dense, corpus, model=model)
+        with pytest.MonkeyPatch.context() as patch:
+            seen = record_batches(patch)
+            train(path, out=folder / "model")
+        torch.save(seen, folder / "batches")
+
+    return lambda family: shared(f"trained-{family}", partial(make, family))
 
 
 @pytest.fixture
-def whole(whole_run: tuple[Path, list[torch.Tensor]]) -> Path:
-    return whole_run[0]
+def whole(whole_of: Dense) -> Path:
+    return whole_of("mistral") / "model"
 
 
 @pytest.fixture
-def whole_batches(whole_run: tuple[Path, list[torch.Tensor]]) -> list[torch.Tensor]:
-    return whole_run[1]
+def whole_batches(whole_of: Dense) -> list[torch.Tensor]:
+    return torch.load(whole_of("mistral") / "batches")
 
 
 def stop_at(monkeypatch: pytest.MonkeyPatch, forward_pass: int, error: BaseException) -> None:
@@ -349,6 +353,7 @@ def test_a_stopped_run_goes_on_and_ends_like_any_other(
 def test_a_checkpoint_holds_all_weights_whatever_their_names_and_files(
     recipe: Write,
     dense: Dense,
+    whole_of: Dense,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
@@ -357,7 +362,6 @@ def test_a_checkpoint_holds_all_weights_whatever_their_names_and_files(
 ) -> None:
     """Experts stand in it one by one, a tied head not at all; the weights may fill many files."""
     path, out = recipe(model=str(dense(family))), tmp_path / "out"
-    train(path, out=tmp_path / "whole")
     with monkeypatch.context() as patch:
         if sharded:
             save = PreTrainedModel.save_pretrained
@@ -373,7 +377,7 @@ def test_a_checkpoint_holds_all_weights_whatever_their_names_and_files(
     said = capfd.readouterr().err
     assert "turbosparse: resuming from step 4\n" in said
     assert "issing" not in said
-    assert_same_run(out, tmp_path / "whole")
+    assert_same_run(out, whole_of(family) / "model")
 
 
 def test_a_checkpoint_that_lacks_a_tensor_or_has_another_ends_the_run(
@@ -419,13 +423,13 @@ def test_a_half_written_checkpoint_is_passed_over(
 def test_a_run_whose_model_could_not_be_written_only_writes_it_again(
     recipe: Write,
     dense: Dense,
+    whole_of: Dense,
     batches: list[torch.Tensor],
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     family: str,
 ) -> None:
     path, out = recipe(model=str(dense(family))), tmp_path / "out"
-    train(path, out=tmp_path / "whole")
 
     def full(*_: object, **__: object) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -439,7 +443,7 @@ def test_a_run_whose_model_could_not_be_written_only_writes_it_again(
     trained = train(path, out=out)
     assert not batches, "training was complete"
     assert trained.steps == STEPS
-    assert_same_run(out, tmp_path / "whole")
+    assert_same_run(out, whole_of(family) / "model")
 
 
 def test_a_killed_process_goes_on_like_any_other(
