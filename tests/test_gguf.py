@@ -70,6 +70,8 @@ def write_gguf(folder: Path, path: Path, kind: Any = None, **more: Any) -> dict[
     writer.add_bos_token_id(0)
     writer.add_eos_token_id(1)
     writer.add_add_bos_token(True)
+    if "template" in more:
+        writer.add_chat_template((folder / "chat_template.jinja").read_text())
     for key, value in more.get("settings", {}).items():
         writer.add_float32(f"{arch}.{key}", value)
     meant, table = {}, families.table(config)

