@@ -33,6 +33,7 @@ from turbosparse.demo.chats import questions, write_chats
 from turbosparse.demo.corpus import make_corpus
 from turbosparse.demo.stages import Stages, once, open_demo
 from turbosparse.engine.api import Model, load
+from turbosparse.engine.generation import Ends, stream
 from turbosparse.hf.hub import model_folder
 from turbosparse.hf.load import load_model, load_tokenizer
 from turbosparse.pack import pack
@@ -223,7 +224,8 @@ def _speeds(models: dict[str, Model], weights: Path, settings: Settings) -> dict
     """Median decode tokens/s of every model, and of llama.cpp if it is there; in turn."""
 
     def timed(model: Model) -> float:
-        tokens = list(model.stream(ASKED[1], max_tokens=settings.timed_tokens))
+        prompt, ends = model.tokenizer.encode(ASKED[1]), Ends(settings.timed_tokens)
+        tokens = list(stream(model.engine, model.tokenizer, prompt, ends=ends))
         decoding = [token.seconds for token in tokens[1:]]
         return len(decoding) / sum(decoding)
 
