@@ -4,29 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import json
-import threading
-import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import openai
 import pytest
-import uvicorn
 from conftest import CONTEXT
+from serving import serving
 
 import turbosparse
 from turbosparse.engine.engine import Engine
 from turbosparse.engine.text import Tokenizer
 from turbosparse.pack import pack
-from turbosparse.serving.app import Server, create_app
-from turbosparse.serving.models import Models
-from turbosparse.serving.scheduler import Scheduler
+from turbosparse.serving.tools import ToolText
 
 PROMPTS = ["The small boats", "You may not", "a", "Licensed under the Apache License", "[x] 1 2 3"]
-KEY = "a key"
 
 
 @pytest.fixture(scope="module")
@@ -36,37 +30,10 @@ def packed(sparse: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
     return folder
 
 
-@contextmanager
-def serving(
-    *folders: Path, key: str | None = None, seconds: float = 60, **settings: Any
-) -> Iterator[str]:
-    """The address of a server in a thread of this process."""
-    engine = {name: settings.pop(name) for name in ("memory", "kv_bytes") if name in settings}
-    scheduler = Scheduler(**settings)
-    app = create_app(
-        Server(Models(folders, threads=1, **engine), scheduler, seconds),
-        key=key,
-        hosts=("127.0.0.1",),
-    )
-    config = uvicorn.Config(app, port=0, log_level="warning", lifespan="off")
-    server = uvicorn.Server(config)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    while not server.started:
-        time.sleep(0.01)
-    try:
-        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
-    finally:
-        server.should_exit = True
-        scheduler.close(0)
-        scheduler.join()
-        thread.join()
-
-
 @pytest.fixture(scope="module")
 def address(packed: Path) -> Iterator[str]:
-    with serving(packed) as address:
-        yield address
+    with serving(packed) as running:
+        yield running.address
 
 
 @pytest.fixture(scope="module")
@@ -139,7 +106,7 @@ def test_a_chat_goes_through_the_template_and_counts_its_tokens(
     assert reply.choices[0].message.role == "assistant"
     assert reply.usage is not None
     assert reply.usage.prompt_tokens == len(model.tokenizer.chat(turns))
-    parts = [{"type": "text", "text": "Hel"}, {"type": "text", "text": "lo"}]
+    parts = [{"type": "text", "text": "Hell"}, {"type": "text", "text": "o"}]
     stream = client.chat.completions.create(
         model="toy",
         messages=[
@@ -260,6 +227,68 @@ def test_a_schema_and_a_grammar_are_followed(client: openai.OpenAI) -> None:
         response_format={"type": "json_object"},
     ).choices[0].message.content  # fmt: skip
     assert (text or "").startswith("{")
+
+
+CALL = '{"name": "weather", "arguments": {"place": "Rome"}}'
+TOOLS: list[Any] = [
+    {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
+]
+
+
+@pytest.mark.parametrize(
+    ("text", "shown", "names"),
+    [
+        (f"Look: <tool_call>\n{CALL}\n</tool_call>", "Look: ", ["weather"]),
+        (f"<tool_call>{CALL}</tool_call>\n<tool_call>{CALL}</tool_call>", "", ["weather"] * 2),
+        (f"<tool_call>{CALL}", "", ["weather"]),  # the end tag may be what stopped it
+        (CALL.replace("arguments", "parameters"), "", ["weather"]),  # Llama 3
+        (f"<|python_tag|>{CALL}", "", ["weather"]),
+        (f"[TOOL_CALLS] [{CALL}, {CALL}]", "", ["weather"] * 2),  # Mistral
+        (f" [{CALL}]", "", ["weather"]),
+        ("A <tool and a {brace}", "A <tool and a {brace}", []),
+        ("{} and [1]", "{} and [1]", []),
+        ("[1, 2]", "[1, 2]", []),
+        (CALL.replace("weather", "other"), CALL.replace("weather", "other"), []),
+        ("<tool_call>{</tool_call>", "<tool_call>{</tool_call>", []),
+        ("", "", []),
+    ],
+)
+@pytest.mark.parametrize("size", [1, 3, 1000])
+def test_calls_are_found_in_text(text: str, shown: str, names: list[str], size: int) -> None:
+    tools = ToolText({"weather"})
+    pieces = [tools.step(text[at : at + size]) for at in range(0, len(text), size)]
+    rest, calls = tools.finish()
+    assert "".join(pieces) + rest == shown
+    assert [call["function"]["name"] for call in calls] == names
+    for call in calls:
+        assert json.loads(call["function"]["arguments"]) == {"place": "Rome"}
+    assert len({call["id"] for call in calls}) == len(calls)
+    one = ToolText({"weather"}, several=False)
+    one.step(text)
+    assert len(one.finish()[1]) == min(1, len(names))
+
+
+def test_a_model_calls_a_tool_and_gets_the_result(client: openai.OpenAI) -> None:
+    says = {"grammar": "start: " + json.dumps(f"Yes. <tool_call>{CALL}</tool_call>")}
+    given: Any = {"model": "toy", "temperature": 0, "tools": TOOLS, "extra_body": says}
+    turns: list[Any] = user("Rain?")
+    reply = client.chat.completions.create(messages=turns, **given).choices[0]
+    assert (reply.finish_reason, reply.message.content) == ("tool_calls", "Yes. ")
+    calls = reply.message.tool_calls
+    assert calls is not None
+    assert calls[0].type == "function"
+    assert json.loads(calls[0].function.arguments) == {"place": "Rome"}
+    turns += [reply.message, {"role": "tool", "tool_call_id": calls[0].id, "content": "No."}]
+    assert client.chat.completions.create(messages=turns, model="toy", max_tokens=3).choices
+
+    with client.chat.completions.stream(messages=user("Rain?"), **given) as stream:
+        final = stream.get_final_completion().choices[0]
+    assert (final.finish_reason, final.message.content) == ("tool_calls", "Yes. ")
+    assert final.message.tool_calls is not None
+    assert final.message.tool_calls[0].function.name == "weather"
+    plain = client.chat.completions.create(messages=user("Rain?"), tool_choice="none", **given)
+    assert plain.choices[0].finish_reason == "stop"
+    assert CALL in (plain.choices[0].message.content or "")
 
 
 def test_the_asynchronous_client(address: str, alone: dict[str, str]) -> None:

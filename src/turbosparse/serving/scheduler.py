@@ -121,6 +121,7 @@ class Scheduler:
         self._waiting: list[Choice] = []
         self._running: list[Choice] = []
         self._numbers = itertools.count()
+        self._turns: dict[str, int] = {}  # when each client that is here was served last
         self._read = _SMALLEST_READ  # tokens of prompts that the next pass reads
         self._closes_at: float | None = None
         self._thread = threading.Thread(target=self._loop, name="engine", daemon=True)
@@ -223,15 +224,18 @@ class Scheduler:
         request.emit(error)
 
     def _admit(self) -> None:
-        """Start waiting texts: first those of the clients that have fewest, then by arrival."""
+        """Start waiting texts: of the client that has fewest, or whose turn is the longest ago."""
         while len(self._running) < self.parallel:
             load = Counter(choice.request.client for choice in self._running)
+            here = {choice.request.client for choice in [*self._running, *self._waiting]}
+            self._turns = {who: turn for who, turn in self._turns.items() if who in here}
             ready = [choice for choice in self._waiting if choice.ready]
             if not ready:
                 return
-            choice = min(ready, key=lambda one: (load[one.request.client], one.number))
+            choice = min(ready, key=lambda one: self._rank(one, load))
             if not self._fits(choice):
                 return
+            self._turns[choice.request.client] = next(self._numbers)
             self._waiting.remove(choice)
             self._running.append(choice)
             try:
@@ -240,6 +244,10 @@ class Scheduler:
             except Exception as error:
                 self._fail(choice.request, error)
                 self._release(choice)
+
+    def _rank(self, choice: Choice, load: Counter[str]) -> tuple[int, int, int]:
+        client = choice.request.client
+        return load[client], self._turns.get(client, -1), choice.number
 
     def _fits(self, choice: Choice) -> bool:
         """Whether the budget holds it beside those that run, should kept texts go."""
