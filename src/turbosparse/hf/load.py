@@ -234,7 +234,8 @@ def load_tokenizer(source: str | Path) -> Any:
     folder = model_folder(source, weights=False)
     companions(folder)
     register()  # or it asks to run the code inside a converted folder
-    config = load_config(folder) if record_of(read_config(folder)) else None
+    described = (folder / "config.json").is_file()  # a tokenizer may stand alone
+    config = load_config(folder) if described and record_of(read_config(folder)) else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         int(tokenizer.model_max_length)
