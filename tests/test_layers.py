@@ -19,6 +19,7 @@ ALLOWED = {
     "engine": {"base", "hf", "ops", "packed"},
     "serving": {"base", "packed", "engine"},
     "training": {"base", "hf"},
+    "sharing": {"base", "hf", "ops", "packed", "training"},
     "benchmark": {"base", "hf", "ops", "packed", "engine"},
 }
 FREE = {"_core", "__version__"}

@@ -38,6 +38,10 @@ VERBS = {
     "inspect": ("turbosparse.inspect:inspect", "Print what a packed folder holds."),
     "validate": ("turbosparse.inspect:validate", "Check a packed folder to the last byte."),
     "export": ("turbosparse.export:export", "Write a sparse model in the form of another program."),
+    "publish": (
+        "turbosparse.publish:publish",
+        "Upload a model to the hub, with a card of what was measured of it.",
+    ),
     "generate": ("turbosparse.generate:generate", "Continue a prompt with a packed model."),
     "serve": ("turbosparse.serve:serve", "Serve packed models by the OpenAI API."),
     "bench": (

@@ -39,8 +39,9 @@ from turbosparse.hf.hub import model_folder
 from turbosparse.hf.load import activation_of, load_tokenizer, threshold_of
 from turbosparse.hf.published import ABOVE_ZERO, PUBLISHED
 from turbosparse.ops.predictor import Predictor
-from turbosparse.pack import find_predictor, find_stats
+from turbosparse.pack import find_predictor
 from turbosparse.packed.format import Packed, is_packed
+from turbosparse.packed.stats import Stats
 
 Kind = Literal["powerinfer-gguf", "turbosparse", "predictor-pt"]
 _POWERINFER = {"drelu": "bamboo", "reglu": "llama"}  # the graph that computes an activation
@@ -216,7 +217,7 @@ def _stored(model: _Model, tensors: Iterator[families.Tensor], kind: str) -> Ite
 
 def _predictor(model: _Model, out: Path, _: str) -> int:
     predictor, name = _check_powerinfer(model), families.table(model.config).name
-    stats = find_stats(model.folder)
+    stats = Stats.find(model.folder)
     with new_folder(out) as work:
         for layer in track(range(model.config.num_hidden_layers), "exporting"):
             matrices = {

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -50,8 +49,7 @@ from turbosparse.ops.quant import quantise, signs
 from turbosparse.ops.rows import FFNRows, row_bytes
 from turbosparse.packed.files import Spec, write_weights
 from turbosparse.packed.format import cluster_neurons, ffn_prefix, layout
-from turbosparse.packed.header import FFN, VERSION, Header, Profile, QuantMap
-from turbosparse.packed.stats import FILE as STATS_FILE
+from turbosparse.packed.header import FFN, VERSION, Header, QuantMap
 from turbosparse.packed.stats import Stats
 
 CHUNK = 1 << 20  # weights that are quantised at once
@@ -137,7 +135,7 @@ def pack(
             config, checkpoint, predictor, predictor_quant, predictor_input, raw.get("predictor")
         ),
     )
-    profile = find_stats(folder, local_path(stats) if stats else None)
+    profile = Stats.find(folder, local_path(stats) if stats else None)
     if profile:
         profile.check(config)
     quants = QuantMap.default(quant, _pairs(quant_map), tied=config.tie_word_embeddings)
@@ -159,7 +157,7 @@ def pack(
             neuron_order="hot_first" if profile else "model",
             source=str(model),
             packed_by=f"turbosparse {__version__}",
-            profile=_profile(profile) if profile else None,
+            profile=profile.profile() if profile else None,
             files=files,
         )
         raw |= activation_keys(config.model_type, ffn.activation, ffn.threshold)
@@ -227,26 +225,6 @@ def find_predictor(
         raise TurboSparseError(
             f'{checkpoint.folder / "config.json"}: the block "predictor" is not valid: {error}'
         ) from error
-
-
-def find_stats(folder: Path, stats: Path | None = None) -> Stats | None:
-    """Those in a file, or in a model folder; None if it holds none."""
-    if stats is not None and not stats.is_file():
-        raise TurboSparseError(
-            f"no such statistics file: {stats}; make one with `turbosparse analyse`"
-        )
-    path = stats or folder / STATS_FILE
-    return Stats.load(path) if path.is_file() else None
-
-
-def _profile(stats: Stats) -> Profile:
-    return Profile(
-        tokens=sum(stats.predicted.values()),
-        nats_per_token=stats.nats_per_token(),
-        active=stats.active_ratio().tolist(),
-        gate_positive=stats.gate_ratio().tolist(),
-        expert_tokens=stats.tokens.tolist(),
-    )
 
 
 def _tensors(

@@ -39,7 +39,7 @@ def some_files(source: str | Path, files: list[str]) -> Path:
     if path.exists():
         raise TurboSparseError(f"{source} is a file; give the folder that holds it")
     repository, _, revision = str(source).partition("@")
-    if not _looks_like_hub_id(repository):
+    if not is_hub_id(repository):
         raise TurboSparseError(
             f"no such folder: {source}; give a model folder or a hub id org/name"
         )
@@ -61,7 +61,8 @@ def _imported(path: Path) -> Path:
     return folder
 
 
-def _looks_like_hub_id(source: str) -> bool:
+def is_hub_id(source: str) -> bool:
+    """Whether a name has the form of one of the hub, ``org/name``."""
     return source.count("/") == 1 and not source.startswith((".", "/", "~")) and " " not in source
 
 

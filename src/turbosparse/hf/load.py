@@ -17,7 +17,7 @@ from turbosparse.hf.config import parse
 from turbosparse.hf.hub import model_folder
 from turbosparse.hf.published import own_fields, record_of
 
-_CODE = ("ffn_activation.py", "modeling_drelu.py", "modeling_drelu_moe.py")
+CODE = ("ffn_activation.py", "modeling_drelu.py", "modeling_drelu_moe.py")
 
 
 def _classes(base: str) -> tuple[ModuleType, str]:
@@ -291,7 +291,7 @@ def sparse_keys(base: str) -> dict[str, Any]:
 def copy_code(out: Path) -> None:
     """Put the modelling files that ``auto_map`` points to into a model folder."""
     here = Path(__file__).parent
-    for file in _CODE:
+    for file in CODE:
         shutil.copyfile(here / file, out / file)
 
 

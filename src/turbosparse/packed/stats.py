@@ -14,6 +14,7 @@ from torch import Tensor
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import new_file
 from turbosparse.hf import families
+from turbosparse.packed.header import Profile
 
 # not *.safetensors: loaders take every file of that name in a folder for weights
 FILE = "stats.turbosparse"
@@ -110,6 +111,26 @@ class Stats:
             raise TurboSparseError(
                 f"{path} is not a statistics file ({error}); make one with `turbosparse analyse`"
             ) from error
+
+    @classmethod
+    def find(cls, folder: Path, path: Path | None = None) -> Stats | None:
+        """Those in the file `path`, or in a model folder; None if the folder holds none."""
+        if path is not None and not path.is_file():
+            raise TurboSparseError(
+                f"no such statistics file: {path}; make one with `turbosparse analyse`"
+            )
+        path = path or folder / FILE
+        return cls.load(path) if path.is_file() else None
+
+    def profile(self) -> Profile:
+        """What a packed folder keeps of them."""
+        return Profile(
+            tokens=sum(self.predicted.values()),
+            nats_per_token=self.nats_per_token(),
+            active=self.active_ratio().tolist(),
+            gate_positive=self.gate_ratio().tolist(),
+            expert_tokens=self.tokens.tolist(),
+        )
 
     def check(self, config: Any) -> None:
         """Raise unless these statistics are of a model of this shape."""
