@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -312,3 +313,20 @@ def test_measuring_names_a_token_beyond_the_embedding(dense: Make, tmp_path: Pat
     with pytest.raises(TurboSparseError, match=r"'\[PAD\]' with id 320"):
         convert(str(folder), tmp_path / "out", data=[tmp_path / "text.txt"], tokens=160)
     assert not (tmp_path / "out").exists()
+
+
+def resident_file_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(re.search(r"RssFile:\s+(\d+)", status)[1]) << 10  # type: ignore[index]
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs /proc")
+def test_what_was_read_does_not_stay_in_memory(tmp_path: Path) -> None:
+    size, count = 8 << 20, 8
+    tensors = {str(n): torch.zeros(size // 4) for n in range(count)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    checkpoint = Checkpoint(tmp_path)
+    before = resident_file_bytes()
+    for name in checkpoint:
+        checkpoint[name].sum()
+    assert resident_file_bytes() - before < 2 * size

@@ -88,7 +88,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self._home |= {name: (source, _Loaded(tensor)) for name, tensor in tensors.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        tensor: torch.Tensor = self._home[name][1].get_tensor(name)
+        from safetensors import safe_open
+
+        # opened for each: what was read through a mapping counts as memory until it is closed
+        with safe_open(self.folder / self._home[name][0], framework="pt") as shard:
+            tensor: torch.Tensor = shard.get_tensor(name)
         return tensor
 
     def __contains__(self, name: object) -> bool:
