@@ -21,7 +21,7 @@ from turbosparse.convert import convert
 from turbosparse.hf.load import quiet
 from turbosparse.pack import pack
 
-pytest.register_assert_rewrite("processes")
+pytest.register_assert_rewrite("processes", "training_runs")
 
 FAMILIES = ("mistral", "llama", "qwen2", "mixtral")
 VOCABULARY = 320
@@ -193,6 +193,43 @@ def record_batches(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
 
     monkeypatch.setattr(SparseTrainer, "training_step", training_step)
     return seen
+
+
+@pytest.fixture
+def recipe(tmp_path: Path, dense: Callable[[str], Path], corpus: Path) -> Callable[..., Path]:
+    """recipe(**changes): the path of a recipe that trains the dense Mistral as a dReLU model."""
+    from training_runs import write_recipe
+
+    return partial(write_recipe, tmp_path / "recipe.yaml", dense, corpus)
+
+
+@pytest.fixture(scope="session")
+def whole_of(shared: Shared, dense: Callable[[str], Path], corpus: Path) -> Callable[[str], Path]:
+    """whole_of(family): a run of `recipe()` that nothing stopped: model/ and its batches."""
+    from training_runs import write_recipe
+
+    from turbosparse.train import train
+
+    def make(family: str, folder: Path) -> None:
+        folder.mkdir()
+        model = str(dense(family))
+        path = write_recipe(folder / "recipe.yaml", dense, corpus, model=model)
+        with pytest.MonkeyPatch.context() as patch:
+            seen = record_batches(patch)
+            train(path, out=folder / "model")
+        torch.save(seen, folder / "batches")
+
+    return lambda family: shared(f"trained-{family}", partial(make, family))
+
+
+@pytest.fixture
+def whole(whole_of: Callable[[str], Path]) -> Path:
+    return whole_of("mistral") / "model"
+
+
+@pytest.fixture
+def whole_batches(whole_of: Callable[[str], Path]) -> list[torch.Tensor]:
+    return torch.load(whole_of("mistral") / "batches")
 
 
 def merge_predictor(model: Path, copy: Path, **settings: object) -> Path:

@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
-from functools import partial, partialmethod
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
-from conftest import CONTEXT, VOCABULARY, Shared, drelu_recipe, record_batches
-from safetensors.torch import load_file, save_file
-from transformers import PreTrainedModel
+from conftest import CONTEXT, VOCABULARY
+from training_runs import (
+    BATCH,
+    LENGTH,
+    STEPS,
+    Dense,
+    Write,
+    log_of,
+    python,
+    weights_of,
+)
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.load import load_model, load_tokenizer
@@ -27,7 +29,6 @@ from turbosparse.train import train
 from turbosparse.training.arguments import training_arguments
 from turbosparse.training.recipe import Recipe, read_recipe
 
-LENGTH, BATCH, STEPS = 32, 4, 6
 FROM_SCRATCH = {
     "model_type": "mistral",
     "vocab_size": VOCABULARY,
@@ -38,102 +39,6 @@ FROM_SCRATCH = {
     "num_key_value_heads": 2,
     "max_position_embeddings": 64,
 }
-
-Dense = Callable[[str], Path]
-Write = Callable[..., Path]
-
-
-def write_recipe(path: Path, dense: Dense, corpus: Path, **changes: Any) -> Path:
-    """A recipe that trains the dense Mistral as a dReLU model."""
-    given = {
-        "tokens": STEPS * BATCH * LENGTH,
-        "batch_size": BATCH,
-        "micro_batch_size": 2,
-        "log_every": 2,
-        "checkpoint_every": 2,
-    }
-    fields = drelu_recipe(dense("mistral"), corpus, LENGTH, **given | changes)
-    path.write_text(yaml.safe_dump({k: v for k, v in fields.items() if v is not None}))
-    return path
-
-
-@pytest.fixture
-def recipe(tmp_path: Path, dense: Dense, corpus: Path) -> Write:
-    """recipe(**changes): the path of such a recipe."""
-    return partial(write_recipe, tmp_path / "recipe.yaml", dense, corpus)
-
-
-@pytest.fixture(scope="session")
-def whole_of(shared: Shared, dense: Dense, corpus: Path) -> Dense:
-    """whole_of(family): a run of `recipe()` that nothing stopped: model/ and its batches."""
-
-    def make(family: str, folder: Path) -> None:
-        folder.mkdir()
-        model = str(dense(family))
-        path = write_recipe(folder / "recipe.yaml", dense, corpus, model=model)
-        with pytest.MonkeyPatch.context() as patch:
-            seen = record_batches(patch)
-            train(path, out=folder / "model")
-        torch.save(seen, folder / "batches")
-
-    return lambda family: shared(f"trained-{family}", partial(make, family))
-
-
-@pytest.fixture
-def whole(whole_of: Dense) -> Path:
-    return whole_of("mistral") / "model"
-
-
-@pytest.fixture
-def whole_batches(whole_of: Dense) -> list[torch.Tensor]:
-    return torch.load(whole_of("mistral") / "batches")
-
-
-def stop_at(monkeypatch: pytest.MonkeyPatch, forward_pass: int, error: BaseException) -> None:
-    """Raise `error` in the forward pass of this number, counted from 1."""
-    from turbosparse.training.trainer import SparseTrainer
-
-    step = SparseTrainer.training_step
-    count = 0
-
-    def training_step(self: Any, *args: Any) -> Any:
-        nonlocal count
-        count += 1
-        if count == forward_pass:
-            raise error
-        return step(self, *args)
-
-    monkeypatch.setattr(SparseTrainer, "training_step", training_step)
-
-
-def log_of(folder: Path, name: str = "training_log.jsonl") -> list[dict[str, float]]:
-    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
-
-
-def weights_of(folder: Path) -> dict[str, torch.Tensor]:
-    return load_file(folder / "model.safetensors")
-
-
-def assert_same_run(one: Path, other: Path) -> None:
-    assert log_of(one) == log_of(other)
-    weights, others = weights_of(one), weights_of(other)
-    assert weights.keys() == others.keys()
-    for name, weight in weights.items():
-        assert torch.equal(weight, others[name]), name
-
-
-def python(code: str, *, home: Path, cwd: Path, launcher: tuple[str, ...] = ()) -> int:
-    """Run `code` in a fresh Python whose home and caches are `home`; return its exit status."""
-    script = home.with_suffix(".py")
-    script.write_text(code)
-    clean = {k: v for k, v in os.environ.items() if not k.startswith(("HF_", "XDG_"))}
-    environment = {**clean, "HOME": str(home), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    home.mkdir()
-    command = [sys.executable, *launcher, str(script)]
-    run = subprocess.run(command, env=environment, cwd=cwd, capture_output=True, text=True)
-    if run.returncode > 0:
-        pytest.fail(run.stderr[-3000:])
-    return run.returncode
 
 
 @pytest.mark.parametrize("family", ["mistral", "mixtral"])
@@ -315,238 +220,6 @@ def test_bf16_training_computes_otherwise_and_still_writes_float32(
     assert half != full
     assert half == pytest.approx(full, rel=0.02)
     assert {weight.dtype for weight in weights_of(tmp_path / "bf16").values()} == {torch.float32}
-
-
-# two forward passes are a step, and a checkpoint is written every second step
-@pytest.mark.parametrize(
-    ("stopped_in", "resumes_after"),
-    [(3, 0), (5, 2), (10, 4)],
-    ids=["before the first checkpoint", "right after one", "within a step"],
-)
-def test_a_stopped_run_goes_on_and_ends_like_any_other(
-    recipe: Write,
-    batches: list[torch.Tensor],
-    whole: Path,
-    whole_batches: list[torch.Tensor],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    stopped_in: int,
-    resumes_after: int,
-) -> None:
-    path, out = recipe(), tmp_path / "out"
-    with monkeypatch.context() as patch:
-        stop_at(patch, stopped_in, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            train(path, out=out)
-    assert not out.exists()
-    assert (tmp_path / "out.training").is_dir()
-
-    batches.clear()
-    train(path, out=out)
-    assert torch.equal(torch.cat(batches), torch.cat(whole_batches[2 * resumes_after :]))
-    assert_same_run(out, whole)
-    assert not (tmp_path / "out.training").exists()
-
-
-@pytest.mark.parametrize("sharded", [False, True])
-@pytest.mark.parametrize("family", ["mixtral", "llama"])
-def test_a_checkpoint_holds_all_weights_whatever_their_names_and_files(
-    recipe: Write,
-    dense: Dense,
-    whole_of: Dense,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-    family: str,
-    sharded: bool,
-) -> None:
-    """Experts stand in it one by one, a tied head not at all; the weights may fill many files."""
-    path, out = recipe(model=str(dense(family))), tmp_path / "out"
-    with monkeypatch.context() as patch:
-        if sharded:
-            save = PreTrainedModel.save_pretrained
-            small = partialmethod(save, max_shard_size="50KB")
-            patch.setattr(PreTrainedModel, "save_pretrained", small)
-        stop_at(patch, 10, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            train(path, out=out)
-    files = list((tmp_path / "out.training" / "checkpoint-4").glob("model*.safetensors"))
-    assert (len(files) > 1) == sharded
-    capfd.readouterr()
-    train(path, out=out)
-    said = capfd.readouterr().err
-    assert "turbosparse: resuming from step 4\n" in said
-    assert "issing" not in said
-    assert_same_run(out, whole_of(family) / "model")
-
-
-def test_a_checkpoint_that_lacks_a_tensor_or_has_another_ends_the_run(
-    recipe: Write, dense: Dense, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path, out = recipe(model=str(dense("mixtral"))), tmp_path / "out"
-    with monkeypatch.context() as patch:
-        stop_at(patch, 10, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            train(path, out=out)
-    checkpoint = tmp_path / "out.training" / "checkpoint-4"
-    (checkpoint / "seal.json").write_text("{}")
-    file = checkpoint / "model.safetensors"
-    weights = load_file(file)
-    norm = weights.pop("model.norm.weight")
-    more = {"model.norm.weight": norm, "x": norm.clone()}
-    for message, added in (("model.norm.weight is missing", {}), ("x has no place", more)):
-        save_file(weights | added, file, metadata={"format": "pt"})
-        with pytest.raises(TurboSparseError, match=f"checkpoint-4: .*{message}"):
-            train(path, out=out)
-    assert not out.exists()
-
-
-@pytest.mark.parametrize("damage", ["no trainer_state.json", "half a trainer_state.json"])
-def test_a_half_written_checkpoint_is_passed_over(
-    recipe: Write, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
-) -> None:
-    path, out = recipe(), tmp_path / "out"
-    with monkeypatch.context() as patch:
-        stop_at(patch, 10, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            train(path, out=out)
-    state = tmp_path / "out.training" / "checkpoint-4" / "trainer_state.json"
-    if damage == "no trainer_state.json":
-        state.unlink()
-    else:
-        state.write_bytes(state.read_bytes()[:100])
-    train(path, out=out)
-    assert_same_run(out, whole)
-
-
-@pytest.mark.parametrize("family", ["mistral", "mixtral"])
-def test_a_run_whose_model_could_not_be_written_only_writes_it_again(
-    recipe: Write,
-    dense: Dense,
-    whole_of: Dense,
-    batches: list[torch.Tensor],
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    family: str,
-) -> None:
-    path, out = recipe(model=str(dense(family))), tmp_path / "out"
-
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    with monkeypatch.context() as patch:
-        patch.setattr("turbosparse.hf.load.save_model", full)
-        with pytest.raises(TurboSparseError, match=r"disk full while writing .*out"):
-            train(path, out=out)
-    assert not out.exists()
-    batches.clear()
-    trained = train(path, out=out)
-    assert not batches, "training was complete"
-    assert trained.steps == STEPS
-    assert_same_run(out, whole_of(family) / "model")
-
-
-def test_a_killed_process_goes_on_like_any_other(
-    recipe: Write, whole: Path, tmp_path: Path
-) -> None:
-    path, out = recipe(), tmp_path / "out"
-    code = f"""
-import os, signal
-from pathlib import Path
-from turbosparse.train import train
-from turbosparse.training.trainer import SparseTrainer
-step, count = SparseTrainer.training_step, 0
-def training_step(*args):
-    global count
-    count += 1
-    if count == 10:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return step(*args)
-SparseTrainer.training_step = training_step
-train(Path({str(path)!r}), out=Path({str(out)!r}))
-"""
-    assert python(code, home=tmp_path / "home", cwd=tmp_path) == -9
-    assert not out.exists()
-    with (tmp_path / "out.training" / "log.jsonl").open("a") as log:
-        log.write('{"step": 5, "lo')  # the line that it was writing
-    train(path, out=out)
-    assert_same_run(out, whole)
-
-
-def test_a_run_stopped_between_log_lines_logs_the_same_losses(
-    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The interval of the log is none of the checkpoints' business."""
-    path = recipe(log_every=3)
-    train(path, out=tmp_path / "whole")
-    with monkeypatch.context() as patch:
-        stop_at(patch, 10, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            train(path, out=tmp_path / "out")
-    train(path, out=tmp_path / "out")
-    losses = [[row["loss"] for row in log_of(tmp_path / run)] for run in ("out", "whole")]
-    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
-
-
-def test_a_stopped_run_is_not_resumed_with_other_settings(
-    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    with monkeypatch.context() as patch:
-        stop_at(patch, 1, KeyboardInterrupt())
-        with pytest.raises(KeyboardInterrupt):
-            train(recipe(), out=out)
-    before = (tmp_path / "out.training" / "recipe.json").read_bytes()
-    with pytest.raises(TurboSparseError, match=r"other settings \(seed, weight_decay\);"):
-        train(recipe(weight_decay=0.2), out=out, seed=3)
-    assert (tmp_path / "out.training" / "recipe.json").read_bytes() == before
-
-
-def test_a_log_file_gets_a_line_now_and_then(
-    recipe: Write,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
-    monkeypatch.setattr("turbosparse.base.progress.EVERY", 0)
-    train(recipe(), out=tmp_path / "out")
-    lines = [line for line in capfd.readouterr().err.splitlines() if "training: " in line]
-    assert len(lines) == STEPS
-    assert "turbosparse: training: 6 of 6  loss " in lines[-1]
-
-
-@pytest.mark.parametrize("place", ["train.write_json", "training.trainer._Log.on_log"])
-def test_a_full_disk_is_named_wherever_it_is_met(
-    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
-) -> None:
-    def full(*_: object, **__: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(f"turbosparse.{place}", full)
-    with pytest.raises(TurboSparseError, match=r"disk full while writing .*out.training"):
-        train(recipe(), out=tmp_path / "out")
-
-
-def test_the_bar_is_taken_down_when_training_fails(
-    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    import turbosparse.training.trainer
-
-    bars = []
-
-    class Bar(turbosparse.training.trainer.Progress):
-        def start(self) -> None:
-            bars.append(self)
-            super().start()
-
-    monkeypatch.setattr(turbosparse.training.trainer, "Progress", Bar)
-    monkeypatch.setenv("TTY_COMPATIBLE", "1")  # rich takes it for a terminal
-    stop_at(monkeypatch, 2, RuntimeError("out of memory"))
-    with pytest.raises(RuntimeError, match="out of memory"):
-        train(recipe(), out=tmp_path / "out")
-    (bar,) = bars
-    assert not bar.disable
-    assert not bar.live.is_started, "the terminal would stay without a cursor"
 
 
 def test_two_processes_train_the_same_model_and_leave_nothing_else_behind(
