@@ -39,13 +39,13 @@ from turbosparse.training.readers import documents
 DOMAINS = ("code", "docs", "math", "qa")
 CONTEXT = 256
 PROMPT = "Question: Tom has 12 apples and gets 7 more. How many apples does Tom have?\n"
-# (name in the table, folder, what it is)
-MODELS = (
-    ("dense", "dense", "SwiGLU, trained from scratch"),
-    ("dense control", "control", "the same, trained on"),
-    ("after surgery", "surgery", "dReLU put in, nothing trained"),
-    ("recovered", "sparse", "dReLU, trained on"),
-)
+# the folders, with what the table calls them
+MODELS = {
+    "dense": "dense",
+    "control": "dense control",
+    "surgery": "after surgery",
+    "sparse": "recovered",
+}
 QUANTS: tuple[Literal["f16", "q8", "q4"], ...] = ("f16", "q8", "q4")
 BACKENDS: tuple[tuple[Backend, Mode], ...] = (
     ("torch", "dense"),
@@ -160,12 +160,13 @@ def demo(
     with stages("the dense control: the dense model on the same tokens in the same order"):
         _train(out, "control", _recipe(tokenizer, settings, str(out / "dense")), corpus)
     with stages("what happens inside: held-out perplexity, and which neurons fire"):
-        stats = {folder: _analyse(out / folder, corpus, settings) for _, folder, _ in MODELS}
+        stats = {folder: _analyse(out / folder, corpus, settings) for folder in MODELS}
     with stages("packing: gates apart from pairs of up and down, hot neurons first; f16, q8, q4"):
         _pack(out)
     with stages("text and speed of every backend: PyTorch and the C++ core, dense and exact"):
         texts = _texts(out, settings)
-        rows = _rows(out, settings, stats)
+        speeds = _speeds(out, settings)
+        rows = [_row(out, folder, stats[folder], speeds[folder]) for folder in MODELS]
     agree = _agree(texts)
     result = Demo(str(out), rows, texts, agree, _verdict(rows, quick))
     write_json(out / "result.json", asdict(result))
@@ -203,7 +204,7 @@ def _verdict(rows: list[Row], quick: bool) -> str:
 
 
 def _pack(out: Path) -> None:
-    for _, folder, _ in MODELS:
+    for folder in MODELS:
         for quant in QUANTS if folder == "sparse" else QUANTS[1:2]:
             to = out / f"{folder}-{quant}"
             once(to, partial(pack, str(out / folder), quant=quant))
@@ -317,22 +318,14 @@ def _texts(out: Path, settings: Settings) -> dict[str, str]:
 
 def _agree(texts: dict[str, str]) -> bool:
     """Whether all backends and modes of a quantisation wrote the same."""
-    by_quant: dict[str, set[str]] = {}
-    for name, text in texts.items():
-        by_quant.setdefault(name.split()[0], set()).add(text)
-    return all(len(found) == 1 for found in by_quant.values())
-
-
-def _rows(out: Path, settings: Settings, stats: dict[str, Stats]) -> list[Row]:
-    speeds = _speeds(out, settings)
-    return [_row(out, name, folder, stats[folder], speeds[folder]) for name, folder, _ in MODELS]
+    return len({(name.split()[0], text) for name, text in texts.items()}) == len(QUANTS)
 
 
 def _speeds(out: Path, settings: Settings, rounds: int = 3) -> dict[str, dict[str, float]]:
     """Median decode tokens/s of every model, backend and mode; the rounds are interleaved."""
     engines = {
         (folder, f"{backend} {mode}"): Engine(out / f"{folder}-q8", backend=backend, mode=mode)
-        for _, folder, _ in MODELS
+        for folder in MODELS
         for backend, mode in BACKENDS
         if mode == "dense" or folder in ("surgery", "sparse")
     }
@@ -347,12 +340,12 @@ def _speeds(out: Path, settings: Settings, rounds: int = 3) -> dict[str, dict[st
     return speeds
 
 
-def _row(out: Path, name: str, folder: str, stats: Stats, speeds: dict[str, float]) -> Row:
+def _row(out: Path, folder: str, stats: Stats, speeds: dict[str, float]) -> Row:
     config = load_config(out / folder)
     sparsity = stats.activation_sparsity()
     parameters = count_parameters(config, active=1 - sparsity)
     return Row(
-        model=name,
+        model=MODELS[folder],
         tokens_seen=_tokens_seen(out, folder),
         perplexity={domain: stats.perplexity(domain) for domain in DOMAINS},
         held_out_perplexity=stats.perplexity(),
@@ -364,12 +357,5 @@ def _row(out: Path, name: str, folder: str, stats: Stats, speeds: dict[str, floa
 
 
 def _tokens_seen(out: Path, folder: str) -> int:
-    base = read_config(out / "dense", "recipe.json")["tokens"]
-    return int(
-        base
-        + (
-            read_config(out / folder, "recipe.json")["tokens"]
-            if folder in ("sparse", "control")
-            else 0
-        )
-    )
+    runs = {"dense", folder} - {"surgery"}  # which is the dense model, not trained on
+    return sum(int(read_config(out / run, "recipe.json")["tokens"]) for run in runs)
