@@ -32,6 +32,7 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.convert import convert
 from turbosparse.engine.engine import Engine
 from turbosparse.engine.text import Tokenizer
+from turbosparse.export import export
 from turbosparse.generate import generate
 from turbosparse.hf import families
 from turbosparse.hf.config import read_model_config
@@ -186,6 +187,26 @@ def test_every_road_generates_the_same_tokens(
             assert engine_greedy(Engine(folder, backend=backend, mode="predicted"), prompt) == truth
 
 
+def test_experts_have_a_threshold_too(sparse: Callable[..., Path], tmp_path: Path) -> None:
+    model = shutil.copytree(sparse("mixtral", "reglu"), tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"ffn_threshold": 0.5}))
+    # rounding must not carry a gate over the threshold
+    halves = {name: tensor.half() for name, tensor in tensors_of(model).items()}
+    save_file(halves, model / "model.safetensors", {"format": "pt"})
+    cut, plain = (
+        load_model(folder, dtype=torch.float32).eval()
+        for folder in (model, sparse("mixtral", "reglu"))
+    )
+    truth = logits(cut)
+    assert relative_rms(logits(plain), truth) > OTHER
+    cut.set_experts_implementation("eager")
+    assert relative_rms(logits(cut), truth) < 1e-5
+    packed = pack_f16(str(model), tmp_path / "packed")
+    for backend in BACKENDS:
+        assert relative_rms(engine_logits(packed, "exact", backend), truth) < SAME
+
+
 def test_the_threshold_matters(source: Make, packed: Make) -> None:
     other = CONFIGS["prosparse"] | {"hidden_act_param": 0.0}
     with pytest.MonkeyPatch.context() as patch:
@@ -296,6 +317,21 @@ def test_no_code_of_the_folder_runs(source: Make, ours: Make, kind: str) -> None
     assert files == {"ffn_activation.py", "modeling_drelu.py", "modeling_drelu_moe.py"}
     remote = json.loads((ours(kind) / "config.json").read_text())["auto_map"]
     assert all(target.startswith("modeling_drelu") for target in remote.values())
+
+
+@pytest.mark.parametrize("kind", READS)
+def test_what_we_export_has_the_published_layout(
+    source: Make, ours: Make, tmp_path: Path, kind: str
+) -> None:
+    export(str(ours(kind)), tmp_path / "out", to="turbosparse")
+    before, after = tensors_of(source(kind)), tensors_of(tmp_path / "out")
+    assert before.keys() == after.keys()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())
+    for key in ("model_type", "architectures", "hidden_act", "rope_theta", "sliding_window"):
+        assert config[key] == CONFIGS[kind][key], key
+    again = Packed(pack_f16(str(tmp_path / "out"), tmp_path / "again"))
+    direct = Packed(pack_f16(str(source(kind)), tmp_path / "direct"))
+    assert again.header.ffn == direct.header.ffn
 
 
 # --- what is not said, or not supported -----------------------------------------------------------

@@ -226,8 +226,8 @@ def _source_config(folder: Path, asked: Activation | None) -> Any:
     unnamed = not record_of(raw) and raw.get("hidden_act") == "relu"
     config = load_config(folder, asked if unnamed else None)
     was = activation_of(config)
-    wrong = was not in ("reglu", "drelu") if unnamed else asked not in (None, was)
-    if wrong and (unnamed or was != "swiglu"):
+    fits = was in ("reglu", "drelu") if unnamed else was == "swiglu" or asked in (None, was)
+    if not fits:
         raise TurboSparseError(
             f"{folder} is no dense SwiGLU model, but {'one with relu' if unnamed else was}: "
             f"--activation {asked} would make another function of its weights"
