@@ -24,8 +24,9 @@ from turbosparse.convert import convert
 from turbosparse.engine.engine import Engine
 from turbosparse.export import export
 from turbosparse.hf.gguf_writer import add_tokenizer
-from turbosparse.hf.load import load_tokenizer
+from turbosparse.hf.load import load_model, load_tokenizer
 from turbosparse.pack import pack
+from turbosparse.packed.format import Packed
 
 THRESHOLD = -20.0  # about two thirds of the neurons are candidates
 SAME_LOGITS = 1e-3  # relative RMS: the engine keeps keys and values in half precision
@@ -169,6 +170,12 @@ def test_a_powerinfer_file_has_the_names_and_types_that_it_looks_for(
     assert fields["powerinfer.sparse_threshold"] == THRESHOLD
 
 
+def test_a_powerinfer_file_is_not_read_back(model: Make, tmp_path: Path) -> None:
+    export(str(model()), tmp_path / "m.gguf", to="powerinfer-gguf")
+    with pytest.raises(TurboSparseError, match=r"m\.gguf is a file for PowerInfer"):
+        pack(str(tmp_path / "m.gguf"), tmp_path / "packed")
+
+
 def test_the_tokenizer_stands_in_the_file(model: Make, tmp_path: Path) -> None:
     folder = model()
     export(str(folder), tmp_path / "m.gguf", to="powerinfer-gguf")
@@ -238,6 +245,12 @@ def test_predictors_are_read_by_torch(model: Make, corpus: Path, tmp_path: Path)
         assert counts.shape == (96,)
         assert counts.sum() > 0
     assert read_config(tmp_path / "out") == {"sparse_threshold": THRESHOLD}
+    bare = model().parent / "sparse"  # the model without it, and it beside: packed as together
+    pack(str(bare), tmp_path / "apart", quant="q8", predictor=str(tmp_path / "out"))
+    pack(str(model()), tmp_path / "merged", quant="q8")
+    apart, merged = Packed(tmp_path / "apart"), Packed(tmp_path / "merged")
+    assert apart.header.ffn == merged.header.ffn
+    assert all(np.array_equal(apart.tensors[name], merged.tensors[name]) for name in merged.plan)
 
 
 # --- the paper's models ---------------------------------------------------------------------------
@@ -271,6 +284,16 @@ def test_the_published_layout(
     ffn = "block_sparse_moe.experts.3" if family == "mixtral" else "mlp"
     assert f"model.layers.1.{ffn}.predictor.fc2.weight" in held
     assert load_tokenizer(folder)("boats") == load_tokenizer(tmp_path / "out")("boats")
+    for name, source in (("back", tmp_path / "out"), ("first", folder)):  # read again, packed
+        pack(str(source), tmp_path / name, quant="q8")
+    back, first = Packed(tmp_path / "back"), Packed(tmp_path / "first")
+    assert back.header.ffn.predictor.input == reads
+    assert back.activation == "drelu"
+    assert all(np.array_equal(back.tensors[name], first.tensors[name]) for name in first.plan)
+    logits = [
+        load_model(source)(torch.tensor([TEXT])).logits for source in (tmp_path / "out", folder)
+    ]
+    assert torch.equal(*logits)
 
 
 # --- what is refused ------------------------------------------------------------------------------

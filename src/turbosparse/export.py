@@ -33,7 +33,7 @@ from turbosparse.base.progress import track
 from turbosparse.hf import families
 from turbosparse.hf.checkpoint import INDEX, Checkpoint
 from turbosparse.hf.config import ModelConfig, read_model_config
-from turbosparse.hf.gguf import gguf_table, pair_order
+from turbosparse.hf.gguf import POWERINFER, gguf_table, pair_order
 from turbosparse.hf.gguf_writer import add_tokenizer, write_gguf
 from turbosparse.hf.hub import model_folder
 from turbosparse.hf.load import activation_of, load_tokenizer, threshold_of
@@ -161,7 +161,7 @@ def _gguf(model: _Model, out: Path, quant: str) -> int:
     with new_file(out) as work:
         write_gguf(work, _POWERINFER[activation], config, kind, tensors, data, describe)
         with work.open("r+b") as file:
-            file.write(b"PWRI")  # instead of GGUF: what makes PowerInfer run a file sparsely
+            file.write(POWERINFER)
     return len(tensors)
 
 

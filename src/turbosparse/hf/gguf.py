@@ -18,6 +18,7 @@ from turbosparse.base.folders import new_folder, write_json
 from turbosparse.hf import families
 from turbosparse.hf.config import ModelConfig, parse
 
+POWERINFER = b"PWRI"  # instead of GGUF: what makes PowerInfer run a file sparsely
 SHARD_BYTES = 2 << 30
 ARCHITECTURES = ("llama", "qwen2")
 # metadata of an architecture → config.json
@@ -76,13 +77,25 @@ def _open(source: Path) -> Any:
     from gguf import GGUFReader
 
     try:
+        _refuse_powerinfer(source)
         return GGUFReader(source)
     except FileNotFoundError:
         raise TurboSparseError(f"no such file: {source}") from None
+    except TurboSparseError:
+        raise
     except Exception as error:  # the reader indexes and decodes whatever the bytes say
         raise TurboSparseError(
             f"{source} cannot be read as GGUF ({error}); download it again"
         ) from error
+
+
+def _refuse_powerinfer(source: Path) -> None:
+    with source.open("rb") as file:
+        if file.read(len(POWERINFER)) == POWERINFER:
+            raise TurboSparseError(
+                f"{source} is a file for PowerInfer; such files are written, but not read: give "
+                "the model that it was made of"
+            )
 
 
 def _config(source: Path, fields: dict[str, Any], tensors: set[str]) -> tuple[dict[str, Any], bool]:
