@@ -43,6 +43,7 @@ VERBS = {
         "Upload a model to the hub, with a card of what was measured of it.",
     ),
     "generate": ("turbosparse.generate:generate", "Continue a prompt with a packed model."),
+    "chat": ("turbosparse.chat:chat", "Talk with a packed model in the terminal."),
     "serve": ("turbosparse.serve:serve", "Serve packed models by the OpenAI API."),
     "bench": (
         "turbosparse.bench:bench",

@@ -124,7 +124,7 @@ def generate(
         frequency_penalty,
         seed,
     )
-    _check_packed(local_path(model))
+    check_packed(local_path(model), "generate")
     engine = Engine(model, backend=backend, mode=mode, threads=threads, kv_bytes=kv_bytes)
     tokenizer = Tokenizer(model)
     text = _read(prompt)
@@ -140,8 +140,12 @@ def generate(
     return summarise(tokens, len(ids), engine.describe())
 
 
-def _check_packed(model: Path) -> None:
+def check_packed(model: Path, verb: str) -> None:
     """Say which commands pack a model that is none yet: a Hugging Face folder, a hub id, a GGUF.
+
+    Args:
+        model: what was given for a packed folder.
+        verb: the command to run afterwards.
 
     Raises:
         TurboSparseError: it is one of these.
@@ -156,7 +160,7 @@ def _check_packed(model: Path) -> None:
     if hub or plain or model.suffix == ".gguf":
         raise TurboSparseError(
             f"{model} is not a packed folder; pack it first: `turbosparse pack {model} {name}`, "
-            f"then `turbosparse generate {name}`"
+            f"then `turbosparse {verb} {name}`"
         )
 
 
