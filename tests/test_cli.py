@@ -83,6 +83,7 @@ def test_every_verb_explains_its_parameters(run: Run, verb: str) -> None:
     shown = run(verb, "--help")
     assert (shown.code, shown.err) == (0, "")
     assert shown.out.startswith(f"Usage: turbosparse {verb}")
+    assert "--show" not in shown.out
     module, function = cli.VERBS[verb][0].split(":")
     for parameter in inspect.signature(
         getattr(importlib.import_module(module), function)

@@ -177,8 +177,11 @@ def test_a_model_is_uploaded_with_its_card_and_nothing_else(
     assert sorted(held) == done.files
     assert "secret.env" not in held
     assert {"README.md", "sparsity.png", "modeling_drelu.py", "model.safetensors"} <= held.keys()
-    assert all(held[name] == (model / name).read_bytes() for name in held)
-    assert held["README.md"].decode() == done.card
+    ours = {"README.md": done.card.encode(), "sparsity.png": held["sparsity.png"]}
+    assert held["sparsity.png"].startswith(PNG)
+    for name, content in held.items():
+        assert content == (ours[name] if name in ours else (model / name).read_bytes()), name
+    assert not any((model / name).exists() for name in ours), "the folder stays as it was"
     assert hub.created[0]["visibility"] == "private"
 
 
@@ -200,7 +203,7 @@ def test_a_card_of_ones_own_is_kept(hub: Hub, measured: Make, tmp_path: Path, ca
     (model / "README.md").write_text("# Mine\n")
     assert publish(model, repo=REPO).card == "# Mine\n"
     assert hub.repositories[REPO]["README.md"] == b"# Mine\n"
-    assert "README.md is kept" in capsys.readouterr().err
+    assert "README.md is taken as it is" in capsys.readouterr().err
 
 
 # --- what is refused ------------------------------------------------------------------------------

@@ -14,7 +14,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from cyclopts import Parameter
 
 from turbosparse import __version__, load
 from turbosparse.base.errors import TurboSparseError
@@ -70,12 +72,12 @@ def publish(
     update: bool = False,
     dry_run: bool = False,
     out: AnyPath | None = None,
-    show: Callable[[str], None] | None = None,
+    show: Annotated[Callable[[str], None] | None, Parameter(parse=False)] = None,
 ) -> Published:
     """Upload a model folder to the hub, with a model card of what was measured of it.
 
-    The card becomes README.md in the folder. One that is there already is kept: write it with
-    --dry-run and the folder as --out, edit it, then publish. What was not measured is not in it.
+    What was not measured is not in the card. A README.md in the folder is taken in its place: write
+    it with --dry-run and the folder as --out, edit it, then publish.
 
     Parameters
     ----------
@@ -100,17 +102,19 @@ def publish(
         Upload nothing; print the card, or write it to --out.
     out
         Folder for the card and its plot, with --dry-run.
+    show
+        Called with the card of a dry run; the command line prints it.
     """
     for name in filter(None, (repo, base)):
         if not is_hub_id(name):
             raise TurboSparseError(f"{name} is not a name of the hub; give org/name")
     if out and not dry_run:
-        raise TurboSparseError("--out is for --dry-run; otherwise the card goes into the folder")
+        raise TurboSparseError("--out is for --dry-run: otherwise the card is uploaded")
     known = Known.of(local_path(model))
-    held = known.folder / CARD
-    if keep := held.exists() and not dry_run:
-        note(f"{held} is kept; remove it to have it written anew")
-        card = held.read_text(encoding="utf-8")
+    own = known.folder / CARD
+    if keep := own.exists() and not dry_run:
+        note(f"{own} is taken as it is; remove it to have the card written anew")
+        card = own.read_text(encoding="utf-8")
     else:
         card = write_card(
             known,
@@ -127,12 +131,16 @@ def publish(
             _write(known, card, local_path(out))
         elif show:
             show(card)
-        return Published(repo, None, card, _files(known))
+        return Published(repo, None, card, _names(known))
     api = _hub(repo)
     _check_loads(known)
-    if not keep:
-        _write(known, card, known.folder)
-    return Published(repo, _upload(api, known.folder, repo, private, update), card, _files(known))
+    with tempfile.TemporaryDirectory() as work:
+        for path in _files(known.folder):
+            (Path(work) / path.name).symlink_to(path.resolve())
+        if not keep:
+            _write(known, card, Path(work))
+        url = _upload(api, Path(work), repo, private=private, update=update)
+    return Published(repo, url, card, _names(known))
 
 
 def _predictor(known: Known) -> str | None:
@@ -151,9 +159,14 @@ def _write(known: Known, card: str, out: Path) -> None:
         work.write_text(card, encoding="utf-8")
 
 
-def _files(known: Known) -> list[str]:
+def _files(folder: Path) -> list[Path]:
+    """Those of a model; whatever else lies in its folder is nobody's business."""
+    return [path for pattern in _FILES for path in folder.glob(pattern)]
+
+
+def _names(known: Known) -> list[str]:
     """What is uploaded, the card and its plot included."""
-    found = {path.name for pattern in _FILES for path in known.folder.glob(pattern)}
+    found = {path.name for path in _files(known.folder)}
     return sorted(found | {CARD} | ({CHART} if known.profile else set()))
 
 
@@ -170,13 +183,12 @@ def _hub(repo: str) -> Any:
     return api
 
 
-def _upload(api: Any, folder: Path, repo: str, private: bool, update: bool) -> str:
+def _upload(api: Any, folder: Path, repo: str, *, private: bool, update: bool) -> str:
     with _hub_errors(repo):
         url = api.create_repo(repo, private=private or None, exist_ok=update)
         api.upload_folder(
             repo_id=repo,
             folder_path=folder,
-            allow_patterns=list(_FILES),
             commit_message=f"Upload with turbosparse {__version__}",
         )
     return str(url)
