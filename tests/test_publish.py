@@ -126,6 +126,13 @@ def test_a_dense_model_claims_no_zeros(measured: Make) -> None:
     assert "trust_remote_code" not in card
 
 
+def test_a_model_in_the_published_layout_needs_this_package(measured: Make, tmp_path: Path) -> None:
+    card = dry(copy(measured(), tmp_path / "model", model_type="bamboo"))
+    assert "from transformers" not in card
+    assert "turbosparse pack me/Boats-dReLU packed" in card
+    assert ModelCard(card).data.library_name == "turbosparse"
+
+
 def test_a_predictor_is_named(measured: Make, tmp_path: Path) -> None:
     model = merge_predictor(
         measured(), tmp_path / "model", input="pre_norm", threshold=0.5, recall=0.991
