@@ -44,7 +44,7 @@ def make_ffn(
     x = torch.randn(1, hidden)
     x[0, 0] = 1.0
     rows[:2, :, 0] = -lean
-    return quantise_ffn(*rows, (quant,) * 3), x
+    return quantise_ffn(rows, (quant,) * 3), x
 
 
 def flags_for_both(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:

@@ -56,35 +56,31 @@ void row(const OwningMatrix& self, int64_t index, Array<float, 1> out) {
 void init_neurons(OwningNeurons* self, Bytes gates, Bytes pairs, int hidden,
                   const std::vector<std::string>& quants, const char* activation_name,
                   const Predictor* predictor, float threshold) {
-  if (quants.size() != 3) fail("quants must be those of gate, up and down");
-  Quant parsed[3];
-  for (int i = 0; i < 3; ++i) {
-    parsed[i] = parse<Quant>("quant", quants[i], kQuants);
-    check_cols("hidden", hidden, parsed[i]);
-  }
   const auto activation = parse<Activation>("activation", activation_name, kActivations);
-  if (!(threshold >= 0))
+  std::vector<Quant> parsed;
+  for (const std::string& name : quants) {
+    parsed.push_back(parse<Quant>("quant", name, kQuants));
+    check_cols("hidden", hidden, parsed.back());
+  }
+  if (!(threshold >= 0)) {
     fail("threshold is " + std::to_string(threshold) + ", expected at least 0");
+  }
   const int64_t neurons = gates.shape(0);
-  check_shape("gates", gates, neurons, row_stride(parsed[0], hidden));
-  check_shape("pairs", pairs, neurons,
-              row_stride(parsed[1], hidden) + row_stride(parsed[2], hidden));
+  Neurons ffn{gates.data(), pairs.data(), neurons, hidden, {}, activation, threshold, predictor};
+  if (parsed.size() != (ffn.gated() ? 3 : 2)) {
+    fail("quants must be those of " + std::string(ffn.gated() ? "gate, up" : "up") + " and down");
+  }
+  ffn.quants[Neurons::kGate] = parsed.front();
+  ffn.quants[Neurons::kUp] = *(parsed.end() - 2);
+  ffn.quants[Neurons::kDown] = parsed.back();
+  check_shape("gates", gates, neurons, row_stride(parsed.front(), hidden));
+  check_shape("pairs", pairs, neurons, ffn.up_stride() + row_stride(parsed.back(), hidden));
   if (predictor && (predictor->neurons != neurons || predictor->hidden != hidden)) {
     fail("the predictor is of " + std::to_string(predictor->neurons) + " neurons and hidden " +
          std::to_string(predictor->hidden) + ", expected " + std::to_string(neurons) + " and " +
          std::to_string(hidden));
   }
-  new (self) OwningNeurons{{gates.data(),
-                            pairs.data(),
-                            neurons,
-                            hidden,
-                            {parsed[0], parsed[1], parsed[2]},
-                            activation,
-                            threshold,
-                            predictor},
-                           gates,
-                           pairs,
-                           nb::find(predictor)};
+  new (self) OwningNeurons{ffn, gates, pairs, nb::find(predictor)};
 }
 
 void forward(const OwningNeurons& self, Input x, Input residual, Output out, Counts counts,

@@ -27,7 +27,7 @@ struct OwningNeurons : Neurons {
 constexpr const char* kQuants[] = {"f16", "q8", "q4"};             // in the order of Quant
 constexpr const char* kModes[] = {"dense", "exact", "predicted"};  // of Mode
 // of Activation
-constexpr const char* kActivations[] = {"drelu", "geglu", "reglu", "relu", "swiglu"};
+constexpr const char* kActivations[] = {"drelu", "geglu", "reglu", "relu", "relu2", "swiglu"};
 
 template <typename Enum, size_t N>
 Enum parse(const char* what, const std::string& name, const char* const (&names)[N]) {

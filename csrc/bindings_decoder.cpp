@@ -34,6 +34,13 @@ const float* checked(const char* what, const Vector& vector, int64_t size) {
   return vector.data();
 }
 
+Norm checked_norm(const char* what, const Vector& weight, const std::optional<Vector>& bias,
+                  int64_t size, std::vector<nb::object>& owners) {
+  owners.push_back(nb::cast(weight));
+  if (bias) owners.push_back(nb::cast(*bias));
+  return {checked(what, weight, size), bias ? checked(what, *bias, size) : nullptr};
+}
+
 // Of one item of a list, which must not be None. The owner keeps it, for lists may change.
 template <typename T>
 const T& owned(const char* what, const T* item, std::vector<nb::object>& owners) {
@@ -46,7 +53,8 @@ const T& owned(const char* what, const T* item, std::vector<nb::object>& owners)
 void init_layer(OwningLayer* self, const std::vector<const OwningMatrix*>& matrices,
                 const std::vector<std::optional<Vector>>& biases, Vector attention_norm,
                 Vector ffn_norm, std::optional<Table> router,
-                const std::vector<const OwningNeurons*>& ffns, int window) {
+                const std::vector<const OwningNeurons*>& ffns, int window,
+                std::optional<Vector> attention_norm_bias, std::optional<Vector> ffn_norm_bias) {
   check_equal("the matrices of a layer", matrices.size(), 4);
   check_equal("the biases of a layer", biases.size(), 4);
   if (window < 0) fail("window is " + std::to_string(window) + ", expected at least 0");
@@ -60,8 +68,9 @@ void init_layer(OwningLayer* self, const std::vector<const OwningMatrix*>& matri
     layer.owners.push_back(nb::cast(*biases[i]));
   }
   const int hidden = layer.q.matrix.cols;
-  layer.attention_norm = checked("attention_norm", attention_norm, hidden);
-  layer.ffn_norm = checked("ffn_norm", ffn_norm, hidden);
+  layer.attention_norm =
+      checked_norm("attention_norm", attention_norm, attention_norm_bias, hidden, layer.owners);
+  layer.ffn_norm = checked_norm("ffn_norm", ffn_norm, ffn_norm_bias, hidden, layer.owners);
   for (const OwningNeurons* ffn : ffns) {
     layer.ffns.push_back(owned("a feed-forward", ffn, layer.owners));
     check_equal("the hidden size of a feed-forward", ffn->hidden, hidden);
@@ -70,7 +79,6 @@ void init_layer(OwningLayer* self, const std::vector<const OwningMatrix*>& matri
   if (!router || ffns.empty()) check_equal("the feed-forwards without a router", ffns.size(), 1);
   layer.router = router ? router->data() : nullptr;
   layer.window = window;
-  layer.owners.insert(layer.owners.end(), {nb::cast(attention_norm), nb::cast(ffn_norm)});
   if (router) layer.owners.push_back(nb::cast(*router));
   new (self) OwningLayer(std::move(layer));
 }
@@ -94,10 +102,15 @@ void check_layer(const Layer& layer, const Shape& shape) {
 
 void init_decoder(OwningDecoder* self, const OwningMatrix& embedding, const OwningMatrix& head,
                   Vector norm, const std::vector<const OwningLayer*>& layers, Vector frequencies,
-                  float rope_scale, int heads, int kv_heads, int experts_used, float norm_eps) {
-  const int size = 2 * static_cast<int>(frequencies.shape(0));
-  const Shape shape{embedding.cols, heads, kv_heads, size, experts_used, norm_eps};
-  if (size < 1) fail("frequencies is empty");
+                  float rope_scale, int heads, int kv_heads, int head_dim, int experts_used,
+                  float norm_eps, std::optional<Vector> norm_bias) {
+  const Shape shape{embedding.cols, heads, kv_heads, head_dim, experts_used, norm_eps};
+  const int64_t turned = 2 * frequencies.shape(0);
+  if (turned < 1) fail("frequencies is empty");
+  if (turned > head_dim) {
+    fail("head_dim is " + std::to_string(head_dim) + ", expected at least " +
+         std::to_string(turned) + ", twice the frequencies");
+  }
   if (kv_heads < 1 || heads < kv_heads || heads % kv_heads) {
     fail("heads is " + std::to_string(heads) + ", expected a multiple of kv_heads, which is " +
          std::to_string(kv_heads));
@@ -105,8 +118,8 @@ void init_decoder(OwningDecoder* self, const OwningMatrix& embedding, const Owni
   if (!(norm_eps >= 0)) fail("norm_eps is " + std::to_string(norm_eps) + ", expected at least 0");
   check_equal("the columns of head", head.cols, shape.hidden);
   check_equal("the rows of head", head.rows, embedding.rows);
-  checked("norm", norm, shape.hidden);
-  std::vector<nb::object> owners{nb::find(embedding), nb::find(head), nb::cast(norm)};
+  std::vector<nb::object> owners{nb::find(embedding), nb::find(head)};
+  const Norm last = checked_norm("norm", norm, norm_bias, shape.hidden, owners);
   std::vector<Layer> views;
   std::vector<Neurons> ffns;
   for (const OwningLayer* layer : layers) {
@@ -115,7 +128,7 @@ void init_decoder(OwningDecoder* self, const OwningMatrix& embedding, const Owni
     ffns.insert(ffns.end(), layer->ffns.begin(), layer->ffns.end());
   }
   new (self) OwningDecoder(
-      shape, embedding, head, norm.data(), std::move(views),
+      shape, embedding, head, last, std::move(views),
       std::vector<float>(frequencies.data(), frequencies.data() + frequencies.shape(0)),
       rope_scale);
   self->ffns = std::move(ffns);
@@ -182,11 +195,13 @@ void bind_decoder(nb::module_& m) {
   nb::class_<OwningLayer>(m, "Layer", "The weights of one layer.")
       .def("__init__", &init_layer, "matrices"_a.noconvert(), "biases"_a.noconvert(),
            "attention_norm"_a.noconvert(), "ffn_norm"_a.noconvert(), "router"_a.noconvert().none(),
-           "ffns"_a.noconvert(), "window"_a);
+           "ffns"_a.noconvert(), "window"_a,
+           "attention_norm_bias"_a.noconvert().none() = nb::none(),
+           "ffn_norm_bias"_a.noconvert().none() = nb::none());
   nb::class_<OwningDecoder>(m, "Decoder", "A whole decoding step.")
       .def("__init__", &init_decoder, "embedding"_a, "head"_a, "norm"_a.noconvert(), "layers"_a,
-           "frequencies"_a.noconvert(), "rope_scale"_a, "heads"_a, "kv_heads"_a, "experts_used"_a,
-           "norm_eps"_a)
+           "frequencies"_a.noconvert(), "rope_scale"_a, "heads"_a, "kv_heads"_a, "head_dim"_a,
+           "experts_used"_a, "norm_eps"_a, "norm_bias"_a.noconvert().none() = nb::none())
       .def("new_cache", &new_cache, "context"_a)
       .def(
           "step", &step, "caches"_a, "tokens"_a.noconvert(), "every"_a, "mode"_a, "threads"_a,

@@ -1,4 +1,6 @@
 // Python's view of the predictors.
+#include <algorithm>
+
 #include "bindings.h"
 #include "predictor.h"
 
@@ -28,12 +30,11 @@ void init_low_rank(OwningLowRank* self, const OwningMatrix& fc1, const OwningMat
   self->fc2 = nb::find(fc2);
 }
 
-void init_signs(OwningSigns* self, Bytes bits, int hidden, const char* activation_name,
-                double threshold) {
-  const auto activation = parse<Activation>("activation", activation_name, kActivations);
+void init_signs(OwningSigns* self, Bytes bits, int hidden, double threshold) {
   if (hidden < 1) fail("hidden is " + std::to_string(hidden) + ", expected at least 1");
-  check_shape("bits", bits, bits.shape(0), 2 * Signs::bits_stride(hidden));
-  new (self) OwningSigns(bits.data(), bits.shape(0), hidden, activation, threshold);
+  const int parts = std::max<int>(1, bits.shape(1) / Signs::bits_stride(hidden));
+  check_shape("bits", bits, bits.shape(0), parts * Signs::bits_stride(hidden));
+  new (self) OwningSigns(bits.data(), bits.shape(0), hidden, parts, threshold);
   self->owner = bits;
 }
 
@@ -44,6 +45,5 @@ void bind_predictors(nb::module_& m) {
   nb::class_<OwningLowRank, Predictor>(m, "LowRank", "Logits fc2 · relu(fc1 · h).")
       .def("__init__", &init_low_rank, "fc1"_a, "fc2"_a, "threshold"_a, "pre_norm"_a);
   nb::class_<OwningSigns, Predictor>(m, "Signs", "Share of signs that agree with those of x.")
-      .def("__init__", &init_signs, "bits"_a.noconvert(), "hidden"_a, "activation"_a,
-           "threshold"_a);
+      .def("__init__", &init_signs, "bits"_a.noconvert(), "hidden"_a, "threshold"_a);
 }

@@ -11,11 +11,11 @@
 
 namespace {
 
-// In lanes, which the compiler may keep in registers.
-double sum_of_squares(const float* x, int count) {
+// Σ (x - mean)², in lanes, which the compiler may keep in registers.
+double sum_of_squares(const float* x, int count, double mean) {
   constexpr int kLanes = 8;
   double sums[kLanes] = {};
-  for (int i = 0; i < count; ++i) sums[i % kLanes] += double{x[i]} * x[i];
+  for (int i = 0; i < count; ++i) sums[i % kLanes] += (x[i] - mean) * (x[i] - mean);
   return std::accumulate(sums, sums + kLanes, 0.0);
 }
 
@@ -82,7 +82,7 @@ uint16_t* Cache::at(int layer, int part, int kv_head, int position) const {
   return pages_[position / kPage].get() + (row * kPage + position % kPage) * row_halves;
 }
 
-Decoder::Decoder(const Shape& shape, const Matrix& embedding, const Matrix& head, const float* norm,
+Decoder::Decoder(const Shape& shape, const Matrix& embedding, const Matrix& head, const Norm& norm,
                  std::vector<Layer> layers, std::vector<float> frequencies, float rope_scale)
     : shape_(shape),
       embedding_(embedding),
@@ -185,16 +185,18 @@ void Decoder::keep_last(const std::vector<Sequence>& sequences) {
   tokens_ = kept;
 }
 
-// normed = RMSNorm(x)
-void Decoder::normalise(const float* weight) {
+// normed = norm(x)
+void Decoder::normalise(const Norm& norm) {
   normed_.resize(x_.size());
   const int hidden = shape_.hidden;
   parallel_for(threads_, tokens_, [&](int64_t t) {
     const float* x = &x_[t * hidden];
     float* out = &normed_[t * hidden];
-    const float square = static_cast<float>(sum_of_squares(x, hidden) / hidden);
-    const float scale = 1 / std::sqrt(square + shape_.norm_eps);
-    for (int i = 0; i < hidden; ++i) out[i] = x[i] * scale * weight[i];
+    const double mean = norm.bias ? std::accumulate(x, x + hidden, 0.0) / hidden : 0;
+    const float square = static_cast<float>(sum_of_squares(x, hidden, mean) / hidden);
+    const float scale = 1 / std::sqrt(square + shape_.norm_eps), shift = static_cast<float>(mean);
+    for (int i = 0; i < hidden; ++i) out[i] = (x[i] - shift) * scale * norm.weight[i];
+    for (int i = 0; norm.bias && i < hidden; ++i) out[i] += norm.bias[i];
   });
 }
 
@@ -234,7 +236,7 @@ void Decoder::project(const Projection& projection, const std::vector<float>& in
   });
 }
 
-// Turns each head's pairs (i, i + D/2) by the token's angles.
+// Turns each head's first pairs (i, i + pairs) by the token's angles.
 void Decoder::rotate(std::vector<float>& x, int heads) const {
   const int half = static_cast<int>(frequencies_.size());
   parallel_for(threads_, tokens_, [&](int64_t t) {

@@ -28,13 +28,18 @@ struct Projection {
   const float* bias;  // [rows], or null
 };
 
+// LayerNorm, or without a bias RMSNorm.
+struct Norm {
+  const float* weight;  // [H]
+  const float* bias;    // [H], or null
+};
+
 struct Layer {
   Projection q, k, v, o;
-  const float* attention_norm;  // [H]
-  const float* ffn_norm;        // [H]
-  const float* router;          // [experts, H], or null in a dense model
-  std::vector<Neurons> ffns;    // one for each expert; one in a dense model
-  int window;                   // how many positions a token sees; 0: all
+  Norm attention_norm, ffn_norm;
+  const float* router;        // [experts, H], or null in a dense model
+  std::vector<Neurons> ffns;  // one for each expert; one in a dense model
+  int window;                 // how many positions a token sees; 0: all
 };
 
 // Keys and values of one sequence in half precision. Grows by pages, so nothing is ever moved. May
@@ -93,7 +98,7 @@ struct Cancelled : std::runtime_error {
 
 class Decoder {
  public:
-  Decoder(const Shape& shape, const Matrix& embedding, const Matrix& head, const float* norm,
+  Decoder(const Shape& shape, const Matrix& embedding, const Matrix& head, const Norm& norm,
           std::vector<Layer> layers, std::vector<float> frequencies, float rope_scale);
   Decoder(const Decoder&) = delete;
   ~Decoder();
@@ -120,7 +125,7 @@ class Decoder {
   void run(bool every, const std::vector<Sequence>& sequences, Mode mode, float* logits,
            int32_t* counts, const Cancel* cancel);
   void keep_last(const std::vector<Sequence>& sequences);
-  void normalise(const float* weight);
+  void normalise(const Norm& norm);
   void attend(int layer);
   void project(const Projection& projection, const std::vector<float>& in, std::vector<float>& out);
   void rotate(std::vector<float>& x, int heads) const;
@@ -133,9 +138,9 @@ class Decoder {
 
   Shape shape_;
   Matrix embedding_, head_;
-  const float* norm_;
+  Norm norm_;
   std::vector<Layer> layers_;
-  std::vector<float> frequencies_;  // [D/2]
+  std::vector<float> frequencies_;  // of the pairs that turn, at most D/2
   float rope_scale_;
 
   std::shared_ptr<ForkMutex> turn_ = std::make_shared<ForkMutex>();  // who has it may step
@@ -145,5 +150,5 @@ class Decoder {
   std::vector<Position> positions_;  // of each token
   std::vector<float> x_;             // [T, H], the residual stream
   std::vector<float> normed_, q_, k_, v_, mixed_, y_;
-  std::vector<float> cos_, sin_;  // [T, D/2]
+  std::vector<float> cos_, sin_;  // [T, pairs]
 };

@@ -60,6 +60,8 @@ void combine(Activation activation, float threshold, float* gate, const float* u
       return each([=](float g, float u) { return cut(g, threshold) * u; });
     case Activation::kRelu:
       return each([](float, float u) { return relu(u); });
+    case Activation::kRelu2:
+      return each([](float, float u) { return relu(u) * relu(u); });
     case Activation::kSwiglu:
       return each([](float g, float u) { return silu(g) * u; });
   }
@@ -82,7 +84,6 @@ struct Pass {
   const Mode mode;
   const Prediction* prediction;  // null: all neurons are candidates
   const int64_t threads;
-  const bool gated = ffn.activation != Activation::kRelu;  // else up is its own gate
 
   const Kernels& kernels(Neurons::Part part) const { return parts[part].kernels; }
 
@@ -139,11 +140,12 @@ class NeuronShare {
       if (pass_.prediction) pass_.prediction->keep_candidates(t, lists_[t]);
       counts_[3 * t] += lists_[t].size();
     }
-    project(pass_.gated ? Neurons::kGate : Neurons::kUp, values_);
+    project(Neurons::kGate, values_);
     const float threshold = pass_.ffn.threshold;
     compact(1, [=](float gate) { return !(gate <= threshold); });  // a NaN is kept, so it shows
-    if (pass_.gated) project(Neurons::kUp, ups_);
-    const std::vector<float>& ups = pass_.gated ? ups_ : values_;
+    const bool gated = pass_.ffn.gated();
+    if (gated) project(Neurons::kUp, ups_);
+    const std::vector<float>& ups = gated ? ups_ : values_;
     for (int64_t t = 0; t < pass_.tokens; ++t) {
       combine(pass_.ffn.activation, threshold, &values_[t * width_], &ups[t * width_],
               lists_[t].size());
@@ -260,9 +262,12 @@ void Matrix::matmul(const float* x, float* out, int64_t tokens, int threads) con
            });
 }
 
+int64_t Neurons::up_stride() const { return gated() ? row_stride(quants[kUp], hidden) : 0; }
+
 void Neurons::forward(const float* x, const float* residual, float* out, int32_t* counts,
                       int64_t tokens, Mode mode, int threads) const {
-  const int64_t gate = row_stride(quants[kGate], hidden), up = row_stride(quants[kUp], hidden);
+  const int64_t gate = row_stride(quants[kGate], hidden);
+  const int64_t up = up_stride();
   const int64_t pair = up + row_stride(quants[kDown], hidden);
   const Kernels &of_gate = kernels_of(quants[kGate]), &of_up = kernels_of(quants[kUp]);
   for (int64_t t = 0; t < tokens; t += kTokenBlock) {

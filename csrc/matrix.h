@@ -33,7 +33,7 @@ struct Matrix {
   void row(int64_t index, float* out) const;  // out[C]
 };
 
-enum class Activation { kDrelu, kGeglu, kReglu, kRelu, kSwiglu };
+enum class Activation { kDrelu, kGeglu, kReglu, kRelu, kRelu2, kSwiglu };
 
 // Which rows are read. Dense: all. Exact: all gates, and of the others what does not meet only
 // zeros. Predicted: as exact, of the candidates of a predictor.
@@ -44,6 +44,7 @@ class Predictor;
 struct Neurons {
   enum Part { kGate, kUp, kDown };
 
+  // Ungated, up is its own gate: the up rows are the gates, and pairs hold the down columns alone.
   const uint8_t* gates;  // [neurons, gate row]
   const uint8_t* pairs;  // [neurons, up row and down column]
   int64_t neurons;
@@ -52,6 +53,9 @@ struct Neurons {
   Activation activation;
   float threshold;             // a gate at most this large is inactive: FATReLU
   const Predictor* predictor;  // null: there is none
+
+  bool gated() const { return activation != Activation::kRelu && activation != Activation::kRelu2; }
+  int64_t up_stride() const;  // bytes of the up row of a pair
 
   // out[T, H] = Combined · Wdown, with Combined[T, neurons] = activation(x · Wgateᵀ, x · Wupᵀ).
   // counts[T, 3] = candidates (outside predicted mode all neurons), of these those with a gate

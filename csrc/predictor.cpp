@@ -41,11 +41,11 @@ class LowRankPrediction : public Prediction {
 
 class SignPrediction : public Prediction {
  public:
-  SignPrediction(const uint8_t* bits, int hidden, Activation activation, double threshold,
-                 const float* x, int64_t tokens)
+  SignPrediction(const uint8_t* bits, int hidden, int parts, double threshold, const float* x,
+                 int64_t tokens)
       : bits_(bits),
         hidden_(hidden),
-        activation_(activation),
+        parts_(parts),
         threshold_(threshold),
         words_(static_cast<int>(Signs::bits_stride(hidden) / sizeof(uint64_t))),
         x_bits_(tokens * words_) {
@@ -57,16 +57,14 @@ class SignPrediction : public Prediction {
   }
 
   void keep_candidates(int64_t t, std::vector<int32_t>& neurons) const override {
-    if (activation_ != Activation::kRelu) keep_agreeing(0, t, neurons);
-    if (activation_ != Activation::kReglu) keep_agreeing(1, t, neurons);
+    for (int part = 0; part < parts_; ++part) keep_agreeing(part, t, neurons);
   }
 
  private:
-  // `part` is 0 for the gate's bits and 1 for the up's.
   void keep_agreeing(int part, int64_t t, std::vector<int32_t>& neurons) const {
     const int64_t stride = Signs::bits_stride(hidden_);
     std::vector<int32_t> agree(neurons.size());
-    const Rows rows{bits_ + part * stride, 2 * stride, neurons.data(),
+    const Rows rows{bits_ + part * stride, parts_ * stride, neurons.data(),
                     static_cast<int64_t>(neurons.size())};
     agreements()(&rows, &x_bits_[t * words_], words_, agree.data());
     const int padding = 64 * words_ - hidden_;  // which always agrees
@@ -76,7 +74,7 @@ class SignPrediction : public Prediction {
 
   const uint8_t* bits_;
   const int hidden_;
-  const Activation activation_;
+  const int parts_;
   const double threshold_;
   const int words_;  // of 64 bits, in the bits of a row
   std::vector<uint64_t> x_bits_;
@@ -93,7 +91,7 @@ std::unique_ptr<Prediction> LowRank::begin(const float* x, const float* residual
 }
 
 std::unique_ptr<Prediction> Signs::begin(const float* x, const float*, int64_t tokens, int) const {
-  return std::make_unique<SignPrediction>(bits_, hidden, activation_, threshold_, x, tokens);
+  return std::make_unique<SignPrediction>(bits_, hidden, parts_, threshold_, x, tokens);
 }
 
 int64_t Signs::bits_stride(int hidden) {

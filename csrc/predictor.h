@@ -50,14 +50,14 @@ class LowRank : public Predictor {
 };
 
 // Candidates are the neurons whose weights agree in sign with x often enough: the score of a row is
-// 1 - 2 * disagreements / H, and every row that decides (gate for dReLU and ReGLU, up for dReLU and
-// ReLU) must have at least the threshold.
+// 1 - 2 * disagreements / H, and each of a neuron's rows that decide must have at least the
+// threshold.
 class Signs : public Predictor {
  public:
-  // bits[neurons, 2 * bits_stride(hidden)]: of the gate row, then of the up row. A bit is 1 where
-  // the weight is negative; bit b of byte i is column 8 i + b; zeros fill up the stride.
-  Signs(const uint8_t* bits, int64_t neurons, int hidden, Activation activation, double threshold)
-      : Predictor(neurons, hidden), bits_(bits), activation_(activation), threshold_(threshold) {}
+  // bits[neurons, parts * bits_stride(hidden)]: of each row that decides. A bit is 1 where the
+  // weight is negative; bit b of byte i is column 8 i + b; zeros fill up the stride.
+  Signs(const uint8_t* bits, int64_t neurons, int hidden, int parts, double threshold)
+      : Predictor(neurons, hidden), bits_(bits), parts_(parts), threshold_(threshold) {}
   std::unique_ptr<Prediction> begin(const float* x, const float* residual, int64_t tokens,
                                     int threads) const override;
 
@@ -65,6 +65,6 @@ class Signs : public Predictor {
 
  private:
   const uint8_t* bits_;
-  Activation activation_;
+  int parts_;
   double threshold_;
 };

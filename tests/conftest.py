@@ -1,4 +1,4 @@
-"""Toy models of the four families, small enough to build in a second, and a tokenizer for them."""
+"""Toy models of every family, small enough to build in a second, and a tokenizer for them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,9 @@ from turbosparse.pack import pack
 
 pytest.register_assert_rewrite("processes", "training_runs")
 
-FAMILIES = ("mistral", "llama", "qwen2", "mixtral")
+FAMILIES = ("mistral", "llama", "qwen2", "mixtral")  # dense; convert makes them sparse
+NATIVE = ("arcee", "nemotron")  # made sparse, without a gate
+EVERY = (*FAMILIES, *NATIVE)
 VOCABULARY = 320
 CONTEXT = 160
 WINDOW = 24  # shorter than the contexts that tests use
@@ -55,6 +57,16 @@ _SPECIAL = {
         },
     },
     "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "arcee": {
+        "attention_bias": True,
+        "rope_parameters": {
+            "rope_type": "yarn",
+            "rope_theta": 1e4,
+            "factor": 4.0,
+            "original_max_position_embeddings": 40,
+        },
+    },
+    "nemotron": {"head_dim": 24, "partial_rotary_factor": 0.5},
 }
 
 
@@ -82,7 +94,7 @@ def make_tokenizer(folder: Path) -> None:
 
 
 def make_model(family: str, folder: Path, *, seed: int = 0, **changes: object) -> Path:
-    """A dense toy model of `family` with random weights, in Hugging Face form."""
+    """A toy model of `family` with random weights, in Hugging Face form."""
     from transformers import AutoConfig, AutoModelForCausalLM, set_seed
 
     fields = {
@@ -103,7 +115,7 @@ def make_model(family: str, folder: Path, *, seed: int = 0, **changes: object) -
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(family, **fields))
     with torch.no_grad():
         for name, parameter in model.named_parameters():
-            if name.endswith("bias"):
+            if name.endswith("bias") or (family == "nemotron" and "norm" in name):
                 parameter.normal_(std=0.1)
     with quiet():
         model.save_pretrained(folder)
@@ -138,15 +150,20 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
 
 @pytest.fixture(scope="session")
 def dense(shared: Shared) -> Callable[[str], Path]:
-    """dense(family): the folder of a dense toy model; do not write into it."""
+    """dense(family): the folder of a toy model as it is published; do not write into it."""
     return lambda family: shared(f"dense-{family}", partial(make_model, family))
 
 
 @pytest.fixture(scope="session")
 def sparse(dense: Callable[[str], Path], shared: Shared) -> Callable[..., Path]:
-    """sparse(family, activation="drelu"): a converted toy model; do not write into it."""
+    """sparse(family, activation="drelu"): a converted toy model; do not write into it.
+
+    Of the native families it is the model itself.
+    """
 
     def folder(family: str, activation: str = "drelu") -> Path:
+        if family in NATIVE:
+            return dense(family)
         make = partial(convert, str(dense(family)), activation=activation)
         return shared(f"sparse-{family}-{activation}", make)
 

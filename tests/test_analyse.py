@@ -11,13 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT, FAMILIES
+from conftest import CONTEXT, EVERY
 from safetensors.torch import save_file
 
 from turbosparse.analyse import analyse, measure
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf import families
-from turbosparse.hf.activations import WITHOUT_ZEROS
+from turbosparse.hf.activations import ACTIVATIONS, WITHOUT_ZEROS
 from turbosparse.hf.checkpoint import Checkpoint
 from turbosparse.hf.layerwise import Layerwise
 from turbosparse.hf.load import load_model, load_tokenizer
@@ -119,7 +119,7 @@ def test_padding_counts_for_nothing(sparse: Make, texts: list[str]) -> None:
     assert together.nats["boats"] == pytest.approx(sum(one.nats["boats"] for one in singles))
 
 
-@pytest.mark.parametrize("activation", ["drelu", "geglu", "reglu", "relu", "swiglu"])
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("family", ["mistral", "mixtral"])
 def test_counts_are_those_of_the_written_out_feed_forward(
     sparse: Make, short: list[str], family: str, activation: str
@@ -145,12 +145,15 @@ def test_counts_are_those_of_the_written_out_feed_forward(
             for expert in range(experts):
                 mine = x[(chosen == expert).any(-1)]
                 names = families.ffn(model.config, layer, expert if family == "mixtral" else None)
-                gate, up = (mine @ tensors[name].double().T for name in names[:2])
+                gate, up = (mine @ tensors[names[role]].double().T for role in ("gate", "up"))
+                if "gate" not in ACTIVATIONS[activation].parts:
+                    gate = up  # its own
                 fires = {
                     "drelu": (gate > 0) & (up > 0),
                     "geglu": gate != 0,
                     "reglu": gate > 0,
                     "relu": up > 0,
+                    "relu2": up > 0,
                     "swiglu": gate != 0,
                 }[activation]
                 expected.active[layer, expert] += fires.sum(0)
@@ -169,7 +172,7 @@ def test_counts_are_those_of_the_written_out_feed_forward(
         assert 0.3 < stats.activation_sparsity() < 0.9
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_training_logs_the_sparsity_that_the_analysis_finds(
     sparse: Make, short: list[str], family: str
 ) -> None:
@@ -299,7 +302,7 @@ def test_a_model_of_the_hub_needs_a_place_for_its_statistics(
     assert sorted(folder.iterdir()) == before, "nothing is written into the hub's cache"
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_layer_by_layer_finds_the_same(sparse: Make, texts: list[str], family: str) -> None:
     folder = sparse(family)
     tokenizer = load_tokenizer(folder)

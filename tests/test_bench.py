@@ -8,12 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import AutoConfig
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.bench import _Ours, bench
 from turbosparse.benchmark.harness import Memory, machine
 from turbosparse.engine.cost import bytes_per_step
 from turbosparse.engine.engine import Engine
+from turbosparse.hf.count import count_parameters
 from turbosparse.ops.quant import dequantise
 from turbosparse.packed.format import Packed
 from turbosparse.packed.synthetic import SHAPES, Wanted, make_synthetic
@@ -30,19 +32,22 @@ def toy_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
+    ends = {"bos_token_id": 0, "eos_token_id": 1}
     monkeypatch.setitem(SHAPES, "llama-toy", toy)
+    monkeypatch.setitem(SHAPES, "arcee-toy", toy | {"model_type": "arcee", **ends})
     monkeypatch.setitem(SHAPES, "mixtral-toy", moe)
 
 
 @pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
-@pytest.mark.parametrize("shape", ["llama-toy", "mixtral-toy"])
+@pytest.mark.parametrize("shape", ["llama-toy", "mixtral-toy", "arcee-toy"])
 def test_a_synthetic_model_computes_the_asked_sparsity(
     tmp_path: Path, shape: str, quant: str
 ) -> None:
     make_synthetic(tmp_path / "model", Wanted(shape), quant=quant)
     engine = Engine(tmp_path / "model", backend="torch")  # the truth, not the kernels
     (step,) = engine.step([engine.sequence(range(3, 99))])
-    assert step.gate_positive == pytest.approx(0.1**0.5, abs=0.03)
+    gates = 0.1 if shape == "arcee-toy" else 0.1**0.5
+    assert step.gate_positive == pytest.approx(gates, abs=0.03)
     assert step.active == pytest.approx(0.1, abs=0.02)
 
 
@@ -113,7 +118,7 @@ def test_a_synthetic_predictor_knows_its_neurons(tmp_path: Path, shape: str, qua
     assert step.active == pytest.approx(0.1, abs=0.02)
 
 
-@pytest.mark.parametrize("shape", ["llama-toy", "mixtral-toy"])
+@pytest.mark.parametrize("shape", ["llama-toy", "mixtral-toy", "arcee-toy"])
 def test_signs_of_a_synthetic_model_let_the_wanted_share_pass(shape: str) -> None:
     card = bench(shape=shape, predictor="sign", tokens=24, rounds=1, threads=1)
     assert card.mode == "predicted"
@@ -183,6 +188,37 @@ def test_bytes_of_one_token_are_those_of_the_rows_it_reads(tmp_path: Path, mode:
     assert sizes["keys and values"] == 10 * 2 * 2 * 2 * 64 * layers
 
 
+@pytest.mark.parametrize("predictor", [None, "rank=64", "sign"])
+def test_bytes_of_an_ungated_feed_forward(tmp_path: Path, predictor: str | None) -> None:
+    """All up rows, as gates, or those of the candidates; of the active neurons the down columns."""
+    make_synthetic(tmp_path / "model", Wanted("arcee-toy", predictor=predictor), quant="q8")
+    mode = "predicted" if predictor else "exact"
+    engine = Engine(tmp_path / "model", mode=mode)  # type: ignore[arg-type]
+    _, counts = engine.decoder.step([[7]], [engine.decoder.new_cache(1)], mode=engine.mode)
+    sizes = bytes_per_step(engine, counts[None], positions=10)
+    candidates, gate, active = counts[:, 0].sum(0).tolist()
+    assert gate == active
+    assert active < (0.14 if predictor else 0.12) * 2 * 768
+    row = 288 + 2 * 9 + 14  # int8 weights, scales, up to a multiple of 16
+    assert (sizes["gates"], sizes["ups"], sizes["downs"]) == pytest.approx(
+        (row * candidates, 0, row * active)
+    )
+    if predictor == "sign":
+        assert sizes["predictors"] == 2 * 768 * 64
+
+
+def test_parameters_that_exact_mode_reads_of_afm() -> None:
+    """At 90 % zeros: all of the up projections, a tenth of the down projections."""
+    config = AutoConfig.for_model(**SHAPES["afm-4.5b"], hidden_act="relu2")
+    found = count_parameters(config, active=0.1, gate_positive=0.1)
+    hidden, neurons, layers = 2560, 18432, 36
+    attention = layers * (2 * 2560 * hidden + 2 * 512 * hidden)
+    outside = attention + 128004 * hidden + (2 * layers + 1) * hidden
+    assert found.total == outside + 128004 * hidden + 2 * layers * hidden * neurons
+    assert found.read_exact == outside + hidden + round(1.1 * layers * hidden * neurons)
+    assert found.activated == outside + hidden + round(0.2 * layers * hidden * neurons)
+
+
 def test_rows_shared_by_sequences_count_once(tmp_path: Path) -> None:
     make_synthetic(tmp_path / "model", Wanted("llama-toy"), quant="q8")
     engine = Engine(tmp_path / "model")
@@ -222,6 +258,7 @@ def test_rows_shared_by_sequences_count_once(tmp_path: Path) -> None:
         ({"shape": "llama-toy", "mode": "predicted"}, "holds no predictor"),
         ({"shape": "llama-toy", "rounds": 0}, "--rounds 0 must be 1 or more"),
         ({"shape": "llama-toy", "sparsity": 0.0, "mode": "exact"}, "no exact zeros to skip"),
+        ({"shape": "arcee-toy", "sparsity": 0.0}, "sparsity 0 makes a swiglu model, and arcee-toy"),
     ],
 )
 def test_wrong_requests_are_named(arguments: dict[str, object], message: str) -> None:

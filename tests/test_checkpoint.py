@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES, make_model
+from conftest import EVERY, make_model
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 
@@ -200,7 +200,7 @@ def test_a_tied_head_of_its_own_is_not_dropped(dense: Make, tmp_path: Path) -> N
     pack(str(folder), tmp_path / "untied", quant="f16")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_biases_belong_to_the_family(tmp_path: Path, family: str) -> None:
     folder = make_model(family, tmp_path / "model")
     config = load_config(folder)

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import FAMILIES
+from conftest import FAMILIES, NATIVE
 from safetensors.torch import load_file, save_file
 from torch.nn.functional import gelu, relu, silu
 from transformers import AutoModelForCausalLM
@@ -31,6 +31,7 @@ ACTIVATIONS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
     "geglu": lambda gate, up: gelu(gate) * up,
     "reglu": lambda gate, up: relu(gate) * up,
     "relu": lambda _gate, up: relu(up),
+    "relu2": lambda _gate, up: relu(up) ** 2,
     "swiglu": lambda gate, up: silu(gate) * up,
 }
 SAME_LOGITS = 1e-5  # relative RMS between float32 sums in another order
@@ -195,14 +196,16 @@ def test_logits_are_those_of_drelu_written_by_hand(dense: Make, sparse: Make, fa
     assert relative_rms(logits_of(load(dense(family))), truth) > 0.01, "SwiGLU must differ"
 
 
-@pytest.mark.parametrize("activation", ["geglu", "reglu", "relu"])
+@pytest.mark.parametrize("activation", ["geglu", "reglu", "relu", "relu2"])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_other_activations_are_those_written_by_hand(
     dense: Make, sparse: Make, family: str, activation: str
 ) -> None:
     folder = sparse(family, activation)
     assert config_of(folder)["ffn_activation"] == activation
-    assert config_of(folder)["hidden_act"] == ("gelu" if activation == "geglu" else "relu")
+    assert config_of(folder)["hidden_act"] == {"geglu": "gelu", "relu2": "relu2"}.get(
+        activation, "relu"
+    )
     register()
     assert relative_rms(logits_of(load(folder)), by_hand(dense(family), activation)) < SAME_LOGITS
 
@@ -224,6 +227,18 @@ def test_swiglu_keeps_the_stock_class_and_logits(dense: Make, sparse: Make, fami
     model = load(folder)
     assert type(model).__name__ == f"{family.title()}ForCausalLM"
     assert torch.equal(logits_of(model), logits_of(load(dense(family))))
+
+
+@pytest.mark.parametrize("family", NATIVE)
+def test_a_model_that_was_made_sparse_is_only_copied(
+    dense: Make, tmp_path: Path, family: str
+) -> None:
+    done = convert(str(dense(family)), tmp_path / "out")
+    assert (done.model_type, done.activation) == (family, "relu2")
+    assert torch.equal(logits_of(load(tmp_path / "out")), logits_of(load(dense(family))))
+    assert not list((tmp_path / "out").glob("*.py"))
+    message = "is no dense SwiGLU model, but relu2: --activation drelu would make another"
+    refused(dense(family), tmp_path / "no", message, activation="drelu")
 
 
 WITHOUT_US = """
@@ -301,7 +316,7 @@ MISTAKES: dict[str, tuple[Callable[[Path], str | Path], str]] = {
     "config no object": (lambda f: rewrite(f, "config.json", "[]"), "holds a list, not a JSON obj"),
     "unknown architecture": (
         lambda f: edit_config(f, model_type="gpt2"),
-        "'gpt2' is not supported; supported are mistral, llama, qwen2, mixtral, drelu_mistral",
+        "'gpt2' is not supported; supported are mistral, llama, qwen2, mixtral, arcee, nemotron,",
     ),
     "impossible size": (
         lambda f: edit_config(f, num_hidden_layers=10**9),
@@ -380,7 +395,7 @@ def test_mlp_biases_are_refused(dense: Make, tmp_path: Path) -> None:
 
 
 def test_an_unknown_activation_lists_the_known_ones(dense: Make, tmp_path: Path) -> None:
-    message = "activation 'gelu' is unknown; use drelu, geglu, reglu, relu, swiglu"
+    message = "activation 'gelu' is unknown; use drelu, geglu, reglu, relu, relu2, swiglu"
     refused(dense("mistral"), tmp_path / "out", message, activation="gelu")
 
 

@@ -43,7 +43,7 @@ def call(what: str) -> tuple[Callable[..., Any], dict[str, Any]]:
         | {"quants": ["q4"] * 3, "activation": "drelu"},
         "forward": {"x": x, "residual": x, "out": zeros(3, 32, dtype=F32), "counts": counts}
         | {"mode": "exact", "threads": 1},
-        "Signs": {"bits": zeros(7, 128), "hidden": 32, "activation": "drelu", "threshold": 0.0},
+        "Signs": {"bits": zeros(7, 128), "hidden": 32, "threshold": 0.0},
     }
     of = {"matmul": matrix(), "row": matrix(), "forward": neurons()}.get(what, _core)
     return getattr(of, what), arguments[what]
@@ -88,6 +88,13 @@ def read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         ("Neurons", {"hidden": 48, "quants": ["q8"] * 3}, "hidden is 48"),
         ("Neurons", {"quants": ["q4", "Q4", "q4"]}, "quant is 'Q4'"),
         ("Neurons", {"quants": ["q4"]}, "quants must be those of gate, up and down"),
+        ("Neurons", {"activation": "relu2"}, "quants must be those of up and down"),
+        ("Neurons", {"quants": [], "activation": "relu2"}, "quants must be those of up and down"),
+        (
+            "Neurons",
+            {"activation": "relu2", "quants": ["q4"] * 2},
+            r"pairs .*\(7, 64\), expected \(7, 32\)",
+        ),
         ("Neurons", {"activation": "gelu"}, "activation is 'gelu'"),
         ("Neurons", {"threshold": -0.5}, "threshold is -0.5"),
         ("Neurons", {"threshold": float("nan")}, "threshold is nan"),
@@ -104,7 +111,8 @@ def read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         ("forward", {"threads": 0}, "threads is 0"),
         ("forward", {"mode": "sparse"}, "'sparse', expected one of dense, exact, predicted"),
         ("forward", {"mode": "predicted"}, "predicted mode needs a predictor"),
-        ("Signs", {"bits": zeros(7, 64)}, r"bits has shape \(7, 64\), expected \(7, 128\)"),
+        ("Signs", {"bits": zeros(7, 100)}, r"bits has shape \(7, 100\), expected \(7, 64\)"),
+        ("Signs", {"bits": zeros(7, 0)}, r"bits has shape \(7, 0\), expected \(7, 64\)"),
         ("Signs", {"hidden": 0}, "hidden is 0, expected at least 1"),
     ],
 )
@@ -130,7 +138,7 @@ def test_a_predictor_of_another_shape_is_refused() -> None:
     with pytest.raises(ValueError, match="of 6 neurons and hidden 32, expected 7 and 32"):
         neurons(predictor=_core.LowRank(matrix(32), matrix(6), 0.0, False))
     with pytest.raises(ValueError, match="of 7 neurons and hidden 64, expected 7 and 32"):
-        neurons(predictor=_core.Signs(zeros(7, 128), 64, "drelu", 0.0))
+        neurons(predictor=_core.Signs(zeros(7, 128), 64, 0.0))
 
 
 def test_no_rows_and_no_tokens() -> None:
@@ -153,7 +161,7 @@ def low_rank(rows: np.ndarray[Any, Any]) -> _core.LowRank:
         ((7, 32), lambda rows: _core.Neurons(rows, zeros(7, 64), 32, ["q4"] * 3, "drelu")),
         ((7, 64), lambda rows: _core.Neurons(zeros(7, 32), rows, 32, ["q4"] * 3, "drelu")),
         ((32, 48), low_rank),
-        ((7, 128), lambda rows: neurons(predictor=_core.Signs(rows, 32, "drelu", 0.0))),
+        ((7, 128), lambda rows: neurons(predictor=_core.Signs(rows, 32, 0.0))),
     ],
     ids=["Matrix", "gates", "pairs", "LowRank", "Signs of Neurons"],
 )

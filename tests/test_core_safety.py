@@ -61,6 +61,7 @@ def decoder(**change: Any) -> _core.Decoder:
         "rope_scale": 1.0,
         "heads": HEADS,
         "kv_heads": KV_HEADS,
+        "head_dim": HEAD,
         "experts_used": 1,
         "norm_eps": 1e-5,
     }
@@ -257,7 +258,13 @@ def test_layer_refuses(change: Callable[[], dict[str, Any]], error: type[Excepti
         (lambda: {"norm": ones(dtype=np.float64)}, TypeError, "incompatible"),
         (lambda: {"layers": [None]}, ValueError, "a layer is None"),
         (lambda: {"frequencies": ones(0)}, ValueError, "frequencies is empty"),
-        (lambda: {"frequencies": ones(3)}, ValueError, "rows of q: 32, expected 24"),
+        (
+            lambda: {"frequencies": ones(HEAD // 2 + 1)},
+            ValueError,
+            f"head_dim is {HEAD}, expected at least {HEAD + 2}, twice the frequencies",
+        ),
+        (lambda: {"head_dim": HEAD + 2}, ValueError, f"rows of q: 32, expected {4 * (HEAD + 2)}"),
+        (lambda: {"norm_bias": ones(3)}, ValueError, "the values of norm: 3, expected 32"),
         (
             lambda: {"kv_heads": 3},
             ValueError,

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from conftest import FAMILIES
+from conftest import EVERY
 from safetensors.numpy import load_file
 
 from turbosparse import _core
@@ -22,7 +22,7 @@ from turbosparse.hf.config import ModelConfig, parse, read_model_config
 from turbosparse.hf.load import load_config
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_names_and_places_say_the_same(dense: Callable[[str], Path], family: str) -> None:
     folder = dense(family)
     config = read_model_config(folder)
@@ -51,6 +51,9 @@ def test_a_dialect_is_one_table(dense: Callable[[str], Path]) -> None:
     assert name == "model.layers.1.block_sparse_moe.experts.3.w3.weight"
 
 
+NEMOTRON = {"model_type": "nemotron", "num_key_value_heads": 8}
+
+
 def same(folder: Path) -> None:
     """The schema reads a folder as transformers does."""
     theirs, ours = load_config(folder), read_model_config(folder)
@@ -66,7 +69,7 @@ def same(folder: Path) -> None:
         assert found == expected, field
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_the_schema_reads_as_transformers_does(
     dense: Callable[[str], Path], sparse: Callable[..., Path], family: str
 ) -> None:
@@ -85,9 +88,11 @@ def test_the_schema_reads_as_transformers_does(
         {"bos_token_id": None, "eos_token_id": -1, "pad_token_id": -1, "hidden_act": "silu"},
     ],
 )
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_defaults_and_older_keys(tmp_path: Path, family: str, fields: dict[str, Any]) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"model_type": family, **fields}))
+    own = {"arcee": {"vocab_size": 128004}, "nemotron": {"num_key_value_heads": 8}}.get(family)
+    raw = {"model_type": family, **fields, **({**own, "hidden_act": "relu"} if own else {})}
+    (tmp_path / "config.json").write_text(json.dumps(raw))
     same(tmp_path)
 
 
@@ -106,7 +111,15 @@ def test_defaults_and_older_keys(tmp_path: Path, family: str, fields: dict[str, 
         ({"rope_scaling": {"rope_type": "dynamic", "factor": 2}}, "rope_type is 'dynamic'"),
         ({"rope_scaling": [1]}, "not an object"),
         ({"partial_rotary_factor": "x"}, "partial_rotary_factor is 'x'"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor is 0.5: mixtral rotates whole"),
+        ({**NEMOTRON, "partial_rotary_factor": 1.5}, "partial_rotary_factor is 1.5"),
+        ({**NEMOTRON, "partial_rotary_factor": 0.4, "head_dim": 128}, "of which 51 would be rotat"),
+        ({**NEMOTRON, "num_key_value_heads": None}, "num_key_value_heads is None"),
+        ({**NEMOTRON, "norm_eps": None}, "norm_eps is None"),
+        ({**NEMOTRON, "norm_eps": -1}, "norm_eps is -1"),
+        ({**NEMOTRON, "mlp_bias": True}, "mlp_bias=true is not supported"),
+        ({**NEMOTRON, "hidden_act": "silu"}, "'silu' is not supported; known are relu, relu2"),
+        ({"model_type": "drelu_arcee"}, "model_type 'drelu_arcee' is not supported"),
         ({"eos_token_id": [[]]}, "eos_token_id"),
         ({"pad_token_id": 999_999}, "pad_token_id 999999 is outside vocab_size 32000"),
         ({"pad_token_id": -600}, "pad_token_id is -600"),
@@ -116,7 +129,7 @@ def test_defaults_and_older_keys(tmp_path: Path, family: str, fields: dict[str, 
         ({"hidden_act": "fatrelu"}, "hidden_act 'fatrelu' is not supported; known are relu, silu"),
         (
             {"model_type": "drelu_llama", "hidden_act": "fatrelu"},
-            "hidden_act 'fatrelu' is not supported; known are gelu, relu, silu",
+            "hidden_act 'fatrelu' is not supported; known are gelu, relu, relu2, silu",
         ),
         ({"rms_norm_eps": -1}, "rms_norm_eps is -1"),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan"),

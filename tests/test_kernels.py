@@ -16,6 +16,7 @@ import torch
 
 from turbosparse import _core
 from turbosparse.hf.activations import ACTIVATIONS, WITHOUT_ZEROS
+from turbosparse.hf.ffn_activation import combined
 from turbosparse.ops.native import neurons as core_neurons
 from turbosparse.ops.predictor import PackedPredictor, Predictor
 from turbosparse.ops.quant import dequantise, dequantise_ffn, quantise, quantise_ffn, signs
@@ -202,6 +203,10 @@ class FFN(NamedTuple):
     x: torch.Tensor
     residual: torch.Tensor
 
+    def read_by(self, activation: str) -> FFNRows:
+        count = len(ACTIVATIONS[activation].parts)
+        return FFNRows.join(self.rows.split()[-count:], self.rows.hidden, self.rows.quants[-count:])
+
 
 @cache
 def random_ffn(quants: tuple[str, ...], neurons: int, hidden: int, active: str) -> FFN:
@@ -217,18 +222,19 @@ def random_ffn(quants: tuple[str, ...], neurons: int, hidden: int, active: str) 
     }[active]
     lean = torch.where(chosen, 6.0, -6.0)[:, None] / hidden
     gate, up, down = normal(3, neurons, hidden) / hidden**0.5
-    rows = quantise_ffn(gate + lean, up + lean, down, quants[:3])  # type: ignore[arg-type]
+    rows = quantise_ffn((gate + lean, up + lean, down), quants[:3])
     sign = torch.tensor([1.0, -1.0, 0.0]).repeat(TOKENS)[:TOKENS, None]
     x, residual = ((64 * normal(TOKENS, hidden, seed=seed)).round() / 64 for seed in (2, 3))
     weights = tuple(part.double() for part in dequantise_ffn(rows))
     return FFN(rows, weights, (1 + x) * sign, residual)
 
 
-def make_predictor(kind: str, reads: str, quant: str, ffn: FFN) -> PackedPredictor:
+def make_predictor(kind: str, reads: str, quant: str, ffn: FFN, activation: str) -> PackedPredictor:
     """One that lets some neurons through, with a threshold that no score comes near."""
     if kind == "sign":
         about = Predictor(kind="sign", input="post_norm", threshold=0.05)
-        return PackedPredictor(about, {"signs": signs(ffn.rows)})
+        bits = signs(ffn.read_by(activation), len(ACTIVATIONS[activation].zero_by))
+        return PackedPredictor(about, {"signs": bits})
     rank, hidden = 96 if BITS[quant] else 5, ffn.rows.hidden
     fc1 = quantise(normal(rank, hidden, seed=4) / hidden**0.5, quant)
     fc2 = quantise(normal(len(ffn.rows.gates), rank, seed=5) / rank**0.5, quant)
@@ -265,12 +271,12 @@ def truth(
     mode: str,
     activation: str,
     threshold: float,
-) -> tuple[PackedPredictor | None, torch.Tensor, torch.Tensor]:
-    """The predictor, and what all tokens give in float64."""
+) -> tuple[PackedPredictor | None, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """The predictor, what all tokens give in float64, and of such sums the usual size."""
     ffn = random_ffn(quants, neurons, hidden, active)
     core_mode, kind, reads = MODES[mode]
-    predictor = kind and make_predictor(kind, reads, quants[3], ffn)
-    find = Neurons(ffn.rows, activation, 1, predictor).candidates
+    predictor = kind and make_predictor(kind, reads, quants[3], ffn, activation)
+    find = Neurons(ffn.read_by(activation), activation, 1, predictor).candidates
     candidates = find and find(ffn.x, ffn.residual)
     if candidates is not None and neurons > 7:
         assert 0 < candidates.sum() < candidates.numel()
@@ -282,7 +288,10 @@ def truth(
         candidates=candidates,
         threshold=threshold,
     )
-    return predictor, y, counts
+    gate, up, down = ffn.weights
+    active = combined(ffn.x.double() @ gate.T, ffn.x.double() @ up.T, activation, threshold)
+    active = active if candidates is None else active * candidates
+    return predictor, y, (active**2 @ down**2).sqrt(), counts
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -294,15 +303,16 @@ def test_feed_forward(quants: tuple[str, ...], neurons: int, hidden: int, mode: 
             if mode != "dense" and activation in WITHOUT_ZEROS:
                 continue
             where = active, activation, threshold
-            predictor, expected, expected_counts = truth(
+            predictor, expected, size, expected_counts = truth(
                 quants, neurons, hidden, active, mode, activation, threshold
             )
-            core = core_neurons(ffn.rows, activation, predictor, threshold)
+            core = core_neurons(ffn.read_by(activation), activation, predictor, threshold)
             known = 2 if activation in WITHOUT_ZEROS else 3  # what is tiny may be zero or not
             for tokens, threads in CALLS:
                 x, residual = ffn.x[:tokens], ffn.residual[:tokens]
                 got, counts = forward(core, x, residual, MODES[mode][0], threads)
-                assert error(got, expected[:tokens]) <= SAME_SUM, (*where, tokens, threads)
+                off = error(got, expected[:tokens], size[:tokens])
+                assert off <= SAME_SUM, (*where, tokens, threads)
                 assert torch.equal(counts[:, :known], expected_counts[:tokens, :known]), where
 
 
@@ -312,12 +322,13 @@ SHARED = (("q8",) * 4, 1023, 96, "some")  # large enough for five threads
 @pytest.mark.parametrize("activation", WITH_ZEROS)
 def test_a_threshold_that_lets_all_or_none_through(activation: str) -> None:
     ffn = random_ffn(*SHARED)
-    exact, expected = forward(core_neurons(ffn.rows, activation), ffn.x, ffn.residual, "exact")
+    rows = ffn.read_by(activation)
+    exact, expected = forward(core_neurons(rows, activation), ffn.x, ffn.residual, "exact")
     for kind in ("low_rank", "sign"):
-        about, tensors = make_predictor(kind, "post_norm", "q8", ffn)
+        about, tensors = make_predictor(kind, "post_norm", "q8", ffn, activation)
         for threshold in (-1e30, 1e30):
             predictor = PackedPredictor(about.model_copy(update={"threshold": threshold}), tensors)
-            core = core_neurons(ffn.rows, activation, predictor)
+            core = core_neurons(rows, activation, predictor)
             got, counts = forward(core, ffn.x, ffn.residual, "predicted")
             assert torch.equal(got, exact * (threshold < 0))
             assert torch.equal(counts, expected * (threshold < 0))
@@ -348,8 +359,8 @@ def test_the_first_neurons_are_a_feed_forward_of_their_own() -> None:
 def test_nan_is_not_hidden(activation: str) -> None:
     ffn = random_ffn(*SHARED)
     x = torch.full((1, 96), torch.nan)
-    predictor = make_predictor("low_rank", "post_norm", "q8", ffn)
-    core = core_neurons(ffn.rows, activation, predictor)
+    predictor = make_predictor("low_rank", "post_norm", "q8", ffn, activation)
+    core = core_neurons(ffn.read_by(activation), activation, predictor)
     for mode in ("dense", "exact", "predicted"):
         assert forward(core, x, x, mode)[0].isnan().all(), mode
 
@@ -358,7 +369,7 @@ def test_nan_is_not_hidden(activation: str) -> None:
 def test_exact_mode_reads_no_up_row_behind_a_closed_gate(activation: str) -> None:
     """relu(-inf) * inf is NaN where the up row is read, and 0 where it is not."""
     opened = torch.ones(1, 32)
-    core = core_neurons(quantise_ffn(-opened, opened, opened, ("f16",) * 3), activation)
+    core = core_neurons(quantise_ffn((-opened, opened, opened), ("f16",) * 3), activation)
     x = torch.full((1, 32), torch.inf)
     assert forward(core, x, x, "dense")[0].isnan().all()
     assert (forward(core, x, x, "exact")[0] == 0).all()

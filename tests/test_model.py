@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import CONTEXT, FAMILIES, WINDOW, Shared, merge_predictor
+from conftest import CONTEXT, EVERY, WINDOW, Shared, merge_predictor
 
 from turbosparse import _core
 from turbosparse.analyse import analyse
@@ -183,7 +183,7 @@ def restored_isa() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("isa", _core.available_isas())
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 @pytest.mark.usefixtures("restored_isa")
 def test_every_instruction_set_prints_the_tokens_of_transformers(
     packed: Make, family: str, isa: str
@@ -198,7 +198,7 @@ def test_every_instruction_set_prints_the_tokens_of_transformers(
 
 
 @pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_every_backend_and_mode_prints_the_tokens_of_transformers(
     packed: Make, family: str, quant: str
 ) -> None:
@@ -211,7 +211,7 @@ def test_every_backend_and_mode_prints_the_tokens_of_transformers(
             assert engine_greedy(engine, prompt) == truth, (backend, mode)
 
 
-@pytest.mark.parametrize("activation", ["swiglu", "geglu", "reglu", "relu"])
+@pytest.mark.parametrize("activation", ["swiglu", "geglu", "reglu", "relu", "relu2"])
 @pytest.mark.parametrize("family", ["llama", "mixtral"])
 def test_the_other_activations_print_the_tokens_of_transformers(
     packed: Make, family: str, activation: str
@@ -226,7 +226,7 @@ def test_the_other_activations_print_the_tokens_of_transformers(
 
 
 @pytest.mark.parametrize("kind", ["pre_norm", "post_norm", "sign"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_predicted_mode_prints_the_same_tokens_on_every_backend(
     predicted: Make, family: str, kind: str
 ) -> None:
@@ -269,7 +269,7 @@ def test_a_predictor_reads_the_input_that_it_was_made_for(predicted: Make, where
         assert relative_rms(logits, truth) < 3e-3
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_f16_logits_are_those_of_the_source_model(packed: Make, sparse: Make, family: str) -> None:
     """Packing to f16 loses at most fp16's rounding of the float32 weights."""
     source = load_model(sparse(family)).eval()
@@ -281,7 +281,7 @@ def test_f16_logits_are_those_of_the_source_model(packed: Make, sparse: Make, fa
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_exact_mode_equals_dense_mode(packed: Make, family: str, backend: str) -> None:
     results = {}
     for mode in ("dense", "exact"):
@@ -293,7 +293,7 @@ def test_exact_mode_equals_dense_mode(packed: Make, family: str, backend: str) -
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_sequences_of_a_batch_do_not_see_each_other(
     packed: Make, family: str, backend: str
 ) -> None:
@@ -337,7 +337,7 @@ def test_a_full_context_of_one_sequence_changes_nothing(packed: Make, backend: s
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_a_prompt_in_chunks_equals_token_by_token(packed: Make, family: str, backend: str) -> None:
     engine = Engine(packed(family, "q8"), backend=backend)
     whole, *others = (
@@ -348,12 +348,13 @@ def test_a_prompt_in_chunks_equals_token_by_token(packed: Make, family: str, bac
         assert relative_rms(logits, whole) < SAME_LOGITS
 
 
-def test_counts_are_those_of_the_analysis(packed: Make, corpus: Path) -> None:
+@pytest.mark.parametrize("family", ["mixtral", "nemotron"])
+def test_counts_are_those_of_the_analysis(packed: Make, corpus: Path, family: str) -> None:
     """The engine and `analyse` see the same neurons fire."""
     from turbosparse.analyse import measure
     from turbosparse.hf.load import load_tokenizer
 
-    folder = packed("mixtral", "f16")
+    folder = packed(family, "f16")
     model, tokenizer = dequantised_hf_model(folder), load_tokenizer(folder)
     text = corpus.read_text()[:150]
     stats = measure(model, tokenizer, {"one": [text]})
@@ -439,7 +440,7 @@ def test_mask_of_a_window() -> None:
     assert causal_mask(2, 4, 2).tolist() == [[False, True, True, False], [False, False, True, True]]
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 @pytest.mark.parametrize("kind", ["default", "linear", "llama3", "yarn"])
 def test_rotary_frequencies_are_those_of_transformers(dense: Make, family: str, kind: str) -> None:
     from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding

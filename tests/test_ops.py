@@ -22,6 +22,7 @@ FORMULAS = {
     "geglu": lambda g, u: gelu(g) * u,
     "reglu": lambda g, u: relu(g) * u,
     "relu": lambda g, u: relu(u),  # noqa: ARG005
+    "relu2": lambda g, u: relu(u) ** 2,  # noqa: ARG005
     "swiglu": lambda g, u: silu(g) * u,
 }
 
@@ -75,34 +76,27 @@ def test_low_rank_candidates() -> None:
     assert found.tolist() == [[True, False, True], [True, True, False], [True, True, True]]
 
 
-@pytest.mark.parametrize(
-    ("activation", "expected"),
-    [
-        ("drelu", [True, False, False]),
-        ("reglu", [True, True, False]),
-        ("relu", [True, False, True]),
-    ],
-)
-def test_sign_candidates(activation: str, expected: list[bool]) -> None:
+def test_sign_candidates() -> None:
     x = torch.tensor([[1.0, -2.0, 3.0, 0.0]])  # zero is not negative
     agrees, differs = [False, True, False, False], [True, True, True, False]  # scores 1 and 0
     gate = torch.tensor([agrees, agrees, differs])
     up = torch.tensor([agrees, differs, agrees])
-    assert sign_candidates(x, gate, up, activation, 0.5)[0].tolist() == expected
-    assert sign_candidates(x, gate, up, activation, 0.0).all(), "as much as the threshold is enough"
+    assert sign_candidates(x, [gate], 0.5)[0].tolist() == [True, True, False]
+    assert sign_candidates(x, [gate, up], 0.5)[0].tolist() == [True, False, False]
+    assert sign_candidates(x, [gate, up], 0.0).all(), "as much as the threshold is enough"
 
 
 # -- both backends -------------------------------------------------------------------------------
 
 
 def stored() -> FFNRows:
-    return quantise_ffn(*random(3, NEURONS, HIDDEN) / HIDDEN**0.5, ("q8",) * 3)
+    return quantise_ffn(random(3, NEURONS, HIDDEN) / HIDDEN**0.5, ("q8",) * 3)
 
 
 def predictor(kind: str, reads: str = "post_norm") -> PackedPredictor:
     if kind == "sign":
         about = Predictor(kind="sign", input="post_norm", threshold=0.05)
-        return PackedPredictor(about, {"signs": signs(stored())})
+        return PackedPredictor(about, {"signs": signs(stored(), 2)})
     fc1, fc2 = (quantise(random(*shape), "q8").numpy() for shape in ((32, HIDDEN), (NEURONS, 32)))
     about = Predictor(kind="low_rank", input=reads, threshold=0.3, quant="q8", ranks=[[32]])
     return PackedPredictor(about, {"fc1": fc1, "fc2": fc2})
@@ -159,9 +153,9 @@ def test_a_gate_up_to_the_threshold_is_inactive(
     x = torch.zeros(2, HIDDEN)
     x[:, :2] = 1
     x[1, 0] = torch.nan
-    rows = quantise_ffn(gate, up, down, ("f16",) * 3)
+    rows = quantise_ffn((gate, up, down), ("f16",) * 3)
     let_through = PackedPredictor(
-        Predictor(kind="sign", input="post_norm", threshold=-1.0), {"signs": signs(rows)}
+        Predictor(kind="sign", input="post_norm", threshold=-1.0), {"signs": signs(rows, 1)}
     )
     ffn = ops.backend(backend).Neurons(rows, activation, 2, let_through, threshold=0.25)
     y, counts = ffn.forward(x, x, mode=mode)

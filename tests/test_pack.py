@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import CONTEXT, FAMILIES, VOCABULARY, make_model, merge_predictor
+from conftest import CONTEXT, EVERY, VOCABULARY, make_model, merge_predictor
 from safetensors.torch import load_file, save_file
 
 from turbosparse import pack as packing
@@ -48,7 +48,7 @@ def statistics(sparse: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 @pytest.mark.parametrize("with_statistics", [False, True], ids=["model order", "hot first"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", EVERY)
 def test_unpacking_f16_gives_the_source_back(
     sparse: Make, statistics: Make, tmp_path: Path, family: str, with_statistics: bool
 ) -> None:
@@ -81,6 +81,38 @@ def test_statistics_in_the_model_folder_are_found(
 
 def test_a_dense_model_packs_as_swiglu(dense: Make, tmp_path: Path) -> None:
     assert pack(str(dense("llama")), tmp_path / "packed", quant="q8").activation == "swiglu"
+
+
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_an_ungated_feed_forward_takes_up_for_its_gate(
+    sparse: Make, tmp_path: Path, activation: str
+) -> None:
+    """Of a model that has a gate too: it is not packed."""
+    folder, out = sparse("llama", activation), tmp_path / "packed"
+    pack(str(folder), out, quant="q8", predictor="sign", quant_map="down=f16")
+    packed, prefix = Packed(out), "model.layers.1."
+    up, down = dequantise_ffn(packed.ffn(prefix))
+    source = load_file(folder / "model.safetensors")
+    for found, part in ((up, "up"), (down.T, "down")):
+        torch.testing.assert_close(
+            found, source[f"{prefix}mlp.{part}_proj.weight"], rtol=0, atol=5e-3
+        )
+    assert packed.tensors[f"{prefix}pairs"].shape == (96, 2 * 64)
+    signs = torch.tensor(packed.tensors[f"{prefix}predictor.signs"])
+    assert torch.equal(negative(signs, 64), up < 0)
+    with pytest.raises(TurboSparseError, match="the gate of this model is its up; give them one"):
+        pack(str(folder), tmp_path / "no", quant_map="up=q8,gate=q4")
+
+
+def test_a_model_that_was_made_sparse_packs_as_it_is(dense: Make, tmp_path: Path) -> None:
+    done = pack(str(dense("nemotron")), tmp_path / "packed", quant="q4", quant_map="gate=q8")
+    assert (done.activation, done.quant) == ("relu2", "q8, q k v o down q4")
+    assert validate(tmp_path / "packed")
+    config = json.loads((tmp_path / "packed" / "config.json").read_text())
+    assert (config["model_type"], config["hidden_act"]) == ("nemotron", "relu2")
+    message = "nemotron models have no gate, which drelu reads; .* or use relu, relu2"
+    with pytest.raises(TurboSparseError, match=message):
+        pack(str(dense("nemotron")), tmp_path / "no", activation="drelu")
 
 
 def test_what_travels_with_the_model_is_packed_too(sparse: Make, tmp_path: Path) -> None:

@@ -26,9 +26,7 @@ class LowRank(Predictor):
     def __init__(self, fc1: Matrix, fc2: Matrix, threshold: float, pre_norm: bool) -> None: ...
 
 class Signs(Predictor):
-    def __init__(
-        self, bits: NDArray[np.uint8], hidden: int, activation: str, threshold: float
-    ) -> None: ...
+    def __init__(self, bits: NDArray[np.uint8], hidden: int, threshold: float) -> None: ...
 
 class Neurons:
     def __init__(
@@ -78,6 +76,8 @@ class Layer:
         router: NDArray[np.float32] | None,
         ffns: list[Neurons],
         window: int,
+        attention_norm_bias: NDArray[np.float32] | None = None,
+        ffn_norm_bias: NDArray[np.float32] | None = None,
     ) -> None: ...
 
 class Decoder:
@@ -91,8 +91,10 @@ class Decoder:
         rope_scale: float,
         heads: int,
         kv_heads: int,
+        head_dim: int,
         experts_used: int,
         norm_eps: float,
+        norm_bias: NDArray[np.float32] | None = None,
     ) -> None: ...
     def new_cache(self, context: int) -> Cache: ...
     def step(

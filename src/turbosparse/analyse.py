@@ -344,7 +344,7 @@ def _layer_by_layer(
         shell = model.layer(index)
         for number, ids in enumerate(batches):
             see = _counting(stats, near, ids, model.config, index)
-            with observe_ffn(SimpleNamespace(model=shell), see):
+            with observe_ffn(SimpleNamespace(model=shell, config=model.config), see):
                 hidden[number] = model.run(shell, hidden[number])
     for ids, states in zip(batches, hidden, strict=True):
         yield ids, model.head(model.norm(states))

@@ -121,7 +121,8 @@ def bench(
     model
         Packed folder; or leave it out and name a --shape.
     shape
-        Make a synthetic model: mistral-7b, mixtral-8x7b, llama-1b or llama-15m.
+        Make a synthetic model: mistral-7b, mixtral-8x7b, afm-4.5b, llama-1b or
+        llama-15m.
     sparsity
         Of the synthetic model, by default 0.9: share of neurons that its tokens leave inactive,
         truly computed. 0 makes a swiglu model.

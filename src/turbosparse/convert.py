@@ -33,7 +33,7 @@ from turbosparse.base.folders import (
     write_json,
 )
 from turbosparse.hf import families
-from turbosparse.hf.activations import Activation
+from turbosparse.hf.activations import Activation, stock
 from turbosparse.hf.hub import model_folder
 from turbosparse.hf.published import end_tokens, own_fields, record_of
 from turbosparse.training.mixture import packed_sequences
@@ -96,7 +96,8 @@ def convert(
     """Replace the SwiGLU feed-forward of a dense model by dReLU.
 
     A sparse model that others published (TurboSparse, Bamboo, SparseQwen2, ProSparse, ReluLLaMA,
-    SparseLM) becomes a folder of ours that computes the same, with the predictor that it has.
+    SparseLM) becomes a folder of ours that computes the same, with the predictor that it has. A
+    model of a family that is made sparse (AFM, Nemotron) is copied: pack takes it as it is.
 
     Parameters
     ----------
@@ -105,7 +106,7 @@ def convert(
     out
         New model folder.
     activation
-        Of a dense model: drelu, the default, is the paper's; geglu, reglu and relu are for
+        Of a dense model: drelu, the default, is the paper's; geglu, reglu, relu and relu2 are for
         comparisons; swiglu copies the dense model as it is. Of a sparse model: what its weights
         were trained with, where config.json does not name it (SparseQwen2 drelu, ReluLLaMA reglu).
     predictor
@@ -199,7 +200,7 @@ def convert(
             add_shard(work, "predictor.safetensors", merged)
         copy_companions(folder, work)
         _mend_generation(work, raw)
-        if wanted != "swiglu":
+        if raw["model_type"].startswith(families.PREFIX):
             copy_code(work)
         write_json(work / "config.json", raw)
     if texts:
@@ -223,7 +224,8 @@ def _source_config(folder: Path, asked: Activation | None) -> Any:
             f"{folder} is already sparse (ffn_activation {raw.get('ffn_activation', 'drelu')!r}); "
             "convert the dense model it came from"
         )
-    unnamed = not record_of(raw) and raw.get("hidden_act") == "relu"
+    known = stock(str(raw.get("model_type")))
+    unnamed = not record_of(raw) and known.get(str(raw.get("hidden_act")), "") is None
     config = load_config(folder, asked if unnamed else None)
     was = activation_of(config)
     fits = was in ("reglu", "drelu") if unnamed else was == "swiglu" or asked in (None, was)

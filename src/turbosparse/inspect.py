@@ -22,6 +22,7 @@ _PARTS = {
     "neuron_order": "feed-forward",
     "predictor": "predictors",
     **dict.fromkeys(("attention_norm", "ffn_norm", "norm", "router"), "norms and router"),
+    **dict.fromkeys(("attention_norm.bias", "ffn_norm.bias", "norm.bias"), "norms and router"),
     **dict.fromkeys(("embedding", "head"), "embedding and head"),
 }
 

@@ -32,7 +32,7 @@ from turbosparse.base.folders import (
 )
 from turbosparse.base.progress import track
 from turbosparse.hf import families
-from turbosparse.hf.activations import WITHOUT_ZEROS, Activation
+from turbosparse.hf.activations import ACTIVATIONS, WITHOUT_ZEROS, Activation
 from turbosparse.hf.checkpoint import Checkpoint
 from turbosparse.hf.hub import model_folder
 from turbosparse.hf.load import (
@@ -48,7 +48,13 @@ from turbosparse.ops.predictor import Predictor
 from turbosparse.ops.quant import quantise, signs
 from turbosparse.ops.rows import FFNRows, row_bytes
 from turbosparse.packed.files import Spec, write_weights
-from turbosparse.packed.format import cluster_neurons, ffn_prefix, layout
+from turbosparse.packed.format import (
+    cluster_neurons,
+    ffn_prefix,
+    layout,
+    pair_bytes,
+    same_matrices,
+)
 from turbosparse.packed.header import FFN, VERSION, Header, QuantMap
 from turbosparse.packed.stats import Stats
 
@@ -138,7 +144,7 @@ def pack(
     profile = Stats.find(folder, local_path(stats) if stats else None)
     if profile:
         profile.check(config)
-    quants = QuantMap.default(quant, _pairs(quant_map), tied=config.tie_word_embeddings)
+    quants = QuantMap.default(quant, _pairs(quant_map), same=same_matrices(config))
     plan = layout(config, quants, ffn.predictor)
     choices = _Choices(quants, profile, ffn)
 
@@ -152,7 +158,7 @@ def pack(
         header = Header(
             format_version=VERSION,
             quant=quants,
-            cluster_neurons=cluster_neurons(config.hidden_size, quants),
+            cluster_neurons=cluster_neurons(config.hidden_size, choices.kinds),
             ffn=ffn,
             neuron_order="hot_first" if profile else "model",
             source=str(model),
@@ -179,6 +185,16 @@ class _Choices(NamedTuple):
     quants: QuantMap
     stats: Stats | None
     ffn: FFN
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Of a feed-forward, those that are packed."""
+        return ACTIVATIONS[self.ffn.activation].parts
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Their quantisation."""
+        return self.quants.of(self.parts)
 
 
 def _pairs(text: str) -> dict[str, str]:
@@ -247,24 +263,25 @@ def _ffn(
     config: Any, checkpoint: Checkpoint, choices: _Choices, slot: tuple[int, int | None]
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """The tensors of one feed-forward, in the order of the plan."""
-    prefix = ffn_prefix(*slot)
-    gate, up, down, fc1, fc2 = (
-        families.table(config).name(role, *slot) for role in (*families.FFN_ROLES, "fc1", "fc2")
-    )
-    hidden, quants, predictor = config.hidden_size, choices.quants.ffn, choices.ffn.predictor
+    prefix, name = ffn_prefix(*slot), families.table(config).name
+    hidden, quants, predictor = config.hidden_size, choices.kinds, choices.ffn.predictor
     order = _order(choices.stats, *slot, config.intermediate_size)
-    gates = _quantised(checkpoint, gate, quants[0], order)
+    gates = np.empty((len(order), row_bytes(quants[0], hidden)), np.uint8)
+    pairs = np.empty((len(order), pair_bytes(hidden, quants)), np.uint8)
+    rows = FFNRows(gates, pairs, hidden, quants)
+    for part, quant, out in zip(choices.parts, quants, rows.split(), strict=True):
+        transpose = part == "down"
+        _quantised(checkpoint, name(part, *slot), quant, order, out=out, transpose=transpose)
     yield f"{prefix}gate", gates
-    width = row_bytes(quants[1], hidden)
-    pairs = np.empty((len(order), width + row_bytes(quants[2], hidden)), np.uint8)
-    _quantised(checkpoint, up, quants[1], order, out=pairs[:, :width])
-    _quantised(checkpoint, down, quants[2], order, out=pairs[:, width:], transpose=True)
     yield f"{prefix}pairs", pairs
     yield f"{prefix}neuron_order", order.int().numpy()
     if predictor and predictor.kind == "sign":
-        yield f"{prefix}predictor.signs", signs(FFNRows(gates, pairs, hidden, quants))
+        yield (
+            f"{prefix}predictor.signs",
+            signs(rows, len(ACTIVATIONS[choices.ffn.activation].zero_by)),
+        )
     elif predictor:
-        own = str(predictor.quant)
+        own, fc1, fc2 = str(predictor.quant), *(name(role, *slot) for role in ("fc1", "fc2"))
         yield f"{prefix}predictor.fc1", _quantised(checkpoint, fc1, own)
         yield f"{prefix}predictor.fc2", _quantised(checkpoint, fc2, own, order)
 

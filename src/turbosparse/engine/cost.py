@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,9 +39,8 @@ def bytes_per_step(engine: Engine, counts: NDArray[np.int32], positions: float) 
     candidate, gate, active = (1 - (1 - share).prod(axis=2).mean((0, 1))).tolist()
     every = 1 - (1 - experts_in_use(config) / experts) ** batch
     neurons = config.intermediate_size * experts * config.num_hidden_layers
-    gates, ups, downs = (
-        neurons * row_bytes(quant, config.hidden_size) for quant in engine.packed.header.quant.ffn
-    )
+    quants = engine.packed.header.ffn_quants
+    gates, *ups, downs = (neurons * row_bytes(quant, config.hidden_size) for quant in quants)
     if engine.mode == "dense":
         gate = active = every
     head = families.config_head_dim(config)
@@ -58,7 +58,7 @@ def bytes_per_step(engine: Engine, counts: NDArray[np.int32], positions: float) 
         "head": by_role["embedding" if config.tie_word_embeddings else "head"],
         "predictors": predictors,
         "gates": gates * candidate,
-        "ups": ups * gate,
+        "ups": sum(ups) * gate,  # an ungated feed-forward has them for gates
         "downs": downs * active,
         "keys and values": batch * positions * kept,
     }
@@ -67,6 +67,6 @@ def bytes_per_step(engine: Engine, counts: NDArray[np.int32], positions: float) 
 def _share_of_predictor(packed: Packed, candidates: float) -> float:
     """How much of a predictor one pass reads: of dReLU's sign bits the up's half only in part."""
     predictor = packed.header.ffn.predictor
-    if predictor is None or predictor.kind == "low_rank":
+    if predictor is None or predictor.kind == "low_rank" or packed.activation != "drelu":
         return 1.0
-    return (1 + candidates**0.5) / 2 if packed.activation == "drelu" else 0.5
+    return (1 + math.sqrt(candidates)) / 2

@@ -42,7 +42,7 @@ class Decoder:
         with self.device:
             self.embedding = self._matrix(name("embedding"))
             self.layers = [Layer(self, index) for index in range(config.num_hidden_layers)]
-            self.norm = self._norm(name("norm"))
+            self.norm = self._norm("norm")
             tied = config.tie_word_embeddings
             self.head = self.embedding if tied else self._matrix(name("head"))
             self.rope = Rope(config)
@@ -108,8 +108,10 @@ class Decoder:
             threshold=self._packed.header.ffn.threshold,
         )
 
-    def _norm(self, name: str) -> Norm:
-        return Norm(torch.tensor(self._tensors[name]), self.config.rms_norm_eps)
+    def _norm(self, role: str, layer: int | None = None) -> Norm:
+        weight, bias = self._packed.norm(role, layer)
+        own = None if bias is None else torch.tensor(bias)
+        return Norm(torch.tensor(weight), own, self.config.eps)
 
     def _vector(self, name: str) -> Tensor:
         return torch.tensor(self._tensors[name])
@@ -119,10 +121,9 @@ class Layer:
     """``x + attention(norm(x))``, then ``x + ffn(norm(x))``."""
 
     def __init__(self, decoder: Decoder, index: int):
-        parts = families.layer_tensors(decoder.config, index)
         self.attention = Attention(decoder, index)
-        self.input_norm = decoder._norm(parts["attention_norm"].name)
-        self.post_norm = decoder._norm(parts["ffn_norm"].name)
+        self.input_norm = decoder._norm("attention_norm", index)
+        self.post_norm = decoder._norm("ffn_norm", index)
         if families.experts(decoder.config):
             self.ffn: Any = Mixture(decoder, index)
         else:
@@ -200,13 +201,16 @@ class Mixture:
 
 
 class Norm:
-    """RMSNorm."""
+    """LayerNorm, or without a bias RMSNorm."""
 
-    def __init__(self, weight: Tensor, eps: float):
-        self.weight, self.eps = weight, eps
+    def __init__(self, weight: Tensor, bias: Tensor | None, eps: float):
+        self.weight, self.bias, self.eps = weight, bias, eps
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+        if self.bias is not None:
+            x = x - x.mean(-1, keepdim=True)
+        y = self.weight * (x * torch.rsqrt(x.square().mean(-1, keepdim=True) + self.eps))
+        return y if self.bias is None else y + self.bias
 
 
 class Rope:
@@ -223,7 +227,7 @@ class Rope:
 
 
 class Rotation:
-    """The turn of T positions; `cos` and `sin` are ``[T, D]``."""
+    """The turn of T positions; `cos` and `sin` are ``[T, R]``, of the R features that turn."""
 
     def __init__(self, cos: Tensor, sin: Tensor):
         self.cos, self.sin = cos, sin
@@ -233,9 +237,11 @@ class Rotation:
         return Rotation(torch.cat([p.cos for p in parts]), torch.cat([p.sin for p in parts]))
 
     def __call__(self, x: Tensor) -> Tensor:
-        """Rotate ``[heads, T, D]``; the pairs are (d, d + D/2)."""
-        left, right = x.chunk(2, -1)
-        return x * self.cos + torch.cat((-right, left), -1) * self.sin
+        """Rotate ``[heads, T, D]``; the pairs are (d, d + R/2), and what is behind R stays."""
+        turned, rest = x.tensor_split([self.cos.shape[-1]], -1)
+        left, right = turned.chunk(2, -1)
+        turned = turned * self.cos + torch.cat((-right, left), -1) * self.sin
+        return torch.cat((turned, rest), -1)
 
 
 class Cache:

@@ -40,18 +40,21 @@ class Decoder:
         embedding = _matrix(packed, name("embedding"))
         head = embedding if config.tie_word_embeddings else _matrix(packed, name("head"))
         self.vocabulary = embedding.rows
+        norm, norm_bias = packed.norm("norm")
         self._shape = config.num_hidden_layers, config.num_key_value_heads, head_dim
         self._native = _core.Decoder(
             embedding,
             head,
-            packed.tensors[name("norm")],
+            norm,
             [_layer(packed, index) for index in range(config.num_hidden_layers)],
             frequencies,
             scale,
             config.num_attention_heads,
             config.num_key_value_heads,
+            head_dim,
             experts_in_use(config),
-            config.rms_norm_eps,
+            config.eps,
+            norm_bias,
         )
 
     def new_cache(self, context: int) -> _core.Cache:
@@ -131,11 +134,13 @@ def _layer(packed: Packed, index: int) -> _core.Layer:
     parts = families.layer_tensors(config, index)
     vectors = {role: tensors.get(tensor.name) for role, tensor in parts.items()}
     experts: list[int | None] = list(range(families.experts(config))) or [None]
+    attention_norm, attention_norm_bias = packed.norm("attention_norm", index)
+    ffn_norm, ffn_norm_bias = packed.norm("ffn_norm", index)
     return _core.Layer(
         [_matrix(packed, parts[role].name) for role in "qkvo"],
         [vectors.get(f"{role}.bias") for role in "qkvo"],
-        tensors[parts["attention_norm"].name],
-        tensors[parts["ffn_norm"].name],
+        attention_norm,
+        ffn_norm,
         vectors.get("router"),
         [
             neurons(
@@ -147,4 +152,6 @@ def _layer(packed: Packed, index: int) -> _core.Layer:
             for ffn in (ffn_prefix(index, expert) for expert in experts)
         ],
         sliding_window(config, index) or 0,
+        attention_norm_bias,
+        ffn_norm_bias,
     )

@@ -12,12 +12,13 @@ Vector = NDArray[np.float32]
 
 
 def rope(parameters: dict[str, Any], head: int) -> tuple[Vector, float]:
-    """Frequencies, float32 ``[head / 2]``, and the factor on cosines and sines.
+    """Frequencies, float32 ``[pairs that turn]``, and the factor on cosines and sines.
 
     `parameters` are the ``rope_parameters`` of a config; the formulas are those of
     transformers' ``modeling_rope_utils``.
     """
-    exponents = np.arange(0, head, 2, dtype=np.float32) / np.float32(head)
+    turned = int(head * parameters.get("partial_rotary_factor", 1))
+    exponents = np.arange(0, turned, 2, dtype=np.float32) / np.float32(turned)
     base = np.float32(1) / np.float32(parameters["rope_theta"]) ** exponents
     kind = parameters["rope_type"]
     if kind == "linear":

@@ -7,32 +7,48 @@ from __future__ import annotations
 
 from typing import Literal, NamedTuple, get_args
 
-Activation = Literal["drelu", "geglu", "reglu", "relu", "swiglu"]
+from turbosparse.hf import families
+
+Activation = Literal["drelu", "geglu", "reglu", "relu", "relu2", "swiglu"]
 
 
 class Record(NamedTuple):
     """What the rest of the program has to know about an activation."""
 
     formula: str
-    gated: bool  # whether it reads the gate
-    exact_zeros: bool  # whether there is anything to skip
+    parts: tuple[str, ...]  # the matrices that it reads; an ungated one takes up for its gate
+    zero_by: tuple[str, ...]  # those of which each alone, where not positive, makes Combined zero
     hidden_act: str  # what config.json tells a reader who does not know ``ffn_activation``
+
+    @property
+    def gated(self) -> bool:
+        return "gate" in self.parts
 
     @property
     def cuts(self) -> bool:
         """Whether a gate may be cut to zero above zero too, as FATReLU does."""
-        return self.gated and self.exact_zeros
+        return "gate" in self.zero_by
 
 
+GATED, UNGATED = families.FFN_ROLES, families.FFN_ROLES[1:]
 ACTIVATIONS: dict[str, Record] = {
-    "drelu": Record("relu(gate) * relu(up)", True, True, "relu"),
-    "geglu": Record("gelu(gate) * up", True, False, "gelu"),
-    "reglu": Record("relu(gate) * up", True, True, "relu"),
-    "relu": Record("relu(up)", False, True, "relu"),
-    "swiglu": Record("silu(gate) * up", True, False, "silu"),
+    "drelu": Record("relu(gate) * relu(up)", GATED, ("gate", "up"), "relu"),
+    "geglu": Record("gelu(gate) * up", GATED, (), "gelu"),
+    "reglu": Record("relu(gate) * up", GATED, ("gate",), "relu"),
+    "relu": Record("relu(up)", UNGATED, ("up",), "relu"),
+    "relu2": Record("relu(up) ** 2", UNGATED, ("up",), "relu2"),
+    "swiglu": Record("silu(gate) * up", GATED, (), "silu"),
 }
 assert tuple(ACTIVATIONS) == get_args(Activation)
-# what ``hidden_act`` says where the model is of a stock class; relu: published models mean reglu or
-# drelu, and nothing in them tells which
-STOCK: dict[str, Activation | None] = {"silu": "swiglu", "swish": "swiglu", "relu": None}
-WITHOUT_ZEROS = tuple(name for name, record in ACTIVATIONS.items() if not record.exact_zeros)
+WITHOUT_ZEROS = tuple(name for name, record in ACTIVATIONS.items() if not record.zero_by)
+# what ``hidden_act`` says where the model is of a stock class, with a gate and without; relu beside
+# a gate: published models mean reglu or drelu, and nothing in them tells which
+_STOCK: dict[bool, dict[str, Activation | None]] = {
+    True: {"silu": "swiglu", "swish": "swiglu", "relu": None},
+    False: {"relu": "relu", "relu2": "relu2"},
+}
+
+
+def stock(family: str) -> dict[str, Activation | None]:
+    """By ``hidden_act``, what the stock class of a family may mean; None: it does not say."""
+    return _STOCK[family in families.GATED]

@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf import families
-from turbosparse.hf.activations import ACTIVATIONS, STOCK, Activation
+from turbosparse.hf.activations import ACTIVATIONS, Activation, stock
 from turbosparse.hf.published import PUBLISHED, own_fields
 
 # RoPE whose frequencies do not change with the length of the text
@@ -28,7 +28,6 @@ _COMMON: dict[str, Any] = {
     "hidden_size": 4096,
     "num_hidden_layers": 32,
     "num_attention_heads": 32,
-    "rms_norm_eps": 1e-6,
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
@@ -39,8 +38,13 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
         "sliding_window": 4096,
+        "rms_norm_eps": 1e-6,
     },
-    "llama": {"intermediate_size": 11008, "max_position_embeddings": 2048},
+    "llama": {
+        "intermediate_size": 11008,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-6,
+    },
     "qwen2": {
         "vocab_size": 151936,
         "intermediate_size": 22016,
@@ -48,6 +52,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 32768,
         "sliding_window": 4096,
         "max_window_layers": 28,
+        "rms_norm_eps": 1e-6,
         "bos_token_id": None,
         "eos_token_id": None,
     },
@@ -55,9 +60,32 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
         "intermediate_size": 14336,
         "num_key_value_heads": 8,
         "max_position_embeddings": 131072,
+        "sliding_window": None,
         "rms_norm_eps": 1e-5,
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
+    },
+    "arcee": {
+        "hidden_size": 2560,
+        "intermediate_size": 18432,
+        "hidden_act": "relu2",
+        "max_position_embeddings": 4096,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": 128000,
+        "eos_token_id": 128001,
+    },
+    "nemotron": {
+        "vocab_size": 256000,
+        "hidden_size": 6144,
+        "intermediate_size": 24576,
+        "num_attention_heads": 48,
+        "num_key_value_heads": None,  # its class has no default either
+        "hidden_act": "relu2",
+        "max_position_embeddings": 4096,
+        "norm_eps": 1e-5,
+        "partial_rotary_factor": 0.5,
+        "bos_token_id": 2,
+        "eos_token_id": 3,
     },
 }
 _THETA = {"mixtral": 1e6}  # of the others 1e4
@@ -69,7 +97,7 @@ class Rope(BaseModel):
     model_config = ConfigDict(strict=True, extra="ignore", allow_inf_nan=False)
     rope_type: RopeType
     rope_theta: Positive
-    partial_rotary_factor: Annotated[float, Field(ge=1, le=1)] | None = None  # the whole head
+    partial_rotary_factor: Annotated[float, Field(gt=0, le=1)] | None = None  # None: 1
     factor: Annotated[float, Field(ge=1)] | None = None
     original_max_position_embeddings: Size | None = None
     attention_factor: Positive | None = None
@@ -107,7 +135,8 @@ class ModelConfig(BaseModel):
     num_key_value_heads: Size
     head_dim: Size
     max_position_embeddings: Size
-    rms_norm_eps: Positive
+    rms_norm_eps: Positive | None = None
+    norm_eps: Positive | None = None
     tie_word_embeddings: bool = False
     attention_bias: bool = False
     mlp_bias: bool = False
@@ -130,10 +159,9 @@ class ModelConfig(BaseModel):
     def _defaults(cls, raw: Any) -> Any:
         base = families.family(str(raw.get("model_type")))
         if base is None:
-            ours = (families.PREFIX + name for name in families.FAMILIES)
             raise ValueError(
                 f"model_type {raw.get('model_type')!r} is not supported; supported are "
-                + ", ".join((*families.FAMILIES, *ours, *PUBLISHED))
+                + ", ".join((*families.MODEL_TYPES, *PUBLISHED))
             )
         quantised = raw.get("quantization_config") or raw.get("compression_config")
         if quantised:
@@ -144,8 +172,10 @@ class ModelConfig(BaseModel):
         fields = _COMMON | _DEFAULTS[base] | raw
         fields |= _attention(base, fields)
         fields["rope_parameters"] = _rope(base, fields)
-        for name in ("num_local_experts", "num_experts_per_tok"):
-            if name in _DEFAULTS[base] and fields[name] is None:
+        for name in ("rms_norm_eps", "norm_eps", "num_local_experts", "num_experts_per_tok"):
+            if name not in _DEFAULTS[base]:
+                fields[name] = None
+            elif fields[name] is None:
                 raise ValueError(f"{name} is None")
         if str(raw["model_type"]).startswith(families.PREFIX):
             own = {"ffn_activation": "drelu", "ffn_threshold": 0.0, "hidden_act": "relu"}
@@ -165,8 +195,12 @@ class ModelConfig(BaseModel):
             )
         if self.ffn_threshold and not ACTIVATIONS[self.ffn_activation or "swiglu"].cuts:
             raise ValueError(f"ffn_threshold is not for ffn_activation {self.ffn_activation!r}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim is {self.head_dim}, an odd number: it cannot be rotated")
+        turned = int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1))
+        if turned % 2 or not turned:
+            raise ValueError(
+                f"head_dim is {self.head_dim}, of which {turned} would be rotated: not an even "
+                "number"
+            )
         if self.layer_types and len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
                 f"layer_types has {len(self.layer_types)} entries, num_hidden_layers is "
@@ -189,13 +223,21 @@ class ModelConfig(BaseModel):
     @model_validator(mode="after")
     def _hidden_act_is_known(self) -> Self:
         ours = self.model_type.startswith(families.PREFIX)
-        known = {record.hidden_act for record in ACTIVATIONS.values()} if ours else set(STOCK)
+        named = {record.hidden_act for record in ACTIVATIONS.values()}
+        known = named if ours else stock(self.model_type)
         if self.hidden_act not in known:
             raise ValueError(
                 f"hidden_act {self.hidden_act!r:.80} is not supported; "
                 f"known are {', '.join(sorted(known))}"
             )
         return self
+
+    @property
+    def eps(self) -> float:
+        """Of the norms: LayerNorm has another name for it than RMSNorm."""
+        eps = self.rms_norm_eps or self.norm_eps
+        assert eps
+        return eps
 
     @property
     def context(self) -> int:
@@ -211,11 +253,13 @@ def _attention(base: str, fields: dict[str, Any]) -> dict[str, Any]:
     """Heads and windows as the family's own code reads them."""
     heads, layers = fields["num_attention_heads"], fields["num_hidden_layers"]
     found: dict[str, Any] = {}
-    if fields.get("num_key_value_heads") is None:
+    known = _DEFAULTS[base].get("num_key_value_heads", heads) is not None
+    if known and fields.get("num_key_value_heads") is None:
         found["num_key_value_heads"] = heads
     if fields.get("head_dim") is None and type(heads) is type(fields["hidden_size"]) is int:
         found["head_dim"] = fields["hidden_size"] // max(heads, 1)
-    if base == "llama" or (base == "qwen2" and not fields.get("use_sliding_window")):
+    windowed = "sliding_window" in _DEFAULTS[base]
+    if not windowed or (base == "qwen2" and not fields.get("use_sliding_window")):
         found["sliding_window"] = None
     window = found.get("sliding_window", fields.get("sliding_window"))
     first = fields.get("max_window_layers")
@@ -236,6 +280,9 @@ def _rope(base: str, fields: dict[str, Any]) -> dict[str, Any]:
     rope.setdefault("rope_type", rope.get("type", "default"))
     if "partial_rotary_factor" in fields:
         rope.setdefault("partial_rotary_factor", fields["partial_rotary_factor"])
+    part = rope.get("partial_rotary_factor")
+    if "partial_rotary_factor" not in _DEFAULTS[base] and part not in (None, 1):
+        raise ValueError(f"partial_rotary_factor is {part!r:.80}: {base} rotates whole heads")
     if rope["rope_type"] in ("llama3", "yarn"):
         rope.setdefault("original_max_position_embeddings", fields["max_position_embeddings"])
     return Rope.model_validate(rope).model_dump(exclude_none=True)

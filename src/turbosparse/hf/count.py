@@ -7,10 +7,13 @@ from math import prod
 from typing import Any
 
 from turbosparse.hf import families
+from turbosparse.hf.activations import ACTIVATIONS
+from turbosparse.hf.load import activation_of
 
 RULE = (
     "activated = every weight outside the FFN (attention, norms, router, LM head; of the input "
-    "embedding one row) + 3 × hidden per active neuron of the experts in use; no predictor"
+    "embedding one row) + 3 × hidden (2 × without a gate) per active neuron of the experts in use; "
+    "no predictor"
 )
 
 
@@ -23,9 +26,12 @@ class Parameters:
     read_exact: int  # what exact mode reads: all gates, up where gate > 0, down where Combined ≠ 0
 
 
-def exact_share(active: float, gate_positive: float) -> float:
-    """Share of a gated FFN's weights that exact mode reads; see `count_parameters`."""
-    return (1 + gate_positive + active) / 3
+def exact_matrices(activation: str, active: float, gate_positive: float) -> float:
+    """Matrices' worth of an FFN that exact mode reads, of the three, or ungated two, that it has.
+
+    All of the first; see `count_parameters`.
+    """
+    return 1 + ACTIVATIONS[activation].gated * gate_positive + active
 
 
 def count_parameters(config: Any, *, active: float = 1.0, gate_positive: float = 1.0) -> Parameters:
@@ -37,16 +43,17 @@ def count_parameters(config: Any, *, active: float = 1.0, gate_positive: float =
             model.
         gate_positive: share of neurons whose gate is positive, which is what exact mode goes by.
     """
-    total = sum(prod(shape) for shape in families.tensor_shapes(config).values())
-    per_ffn = 3 * config.hidden_size * config.intermediate_size
-    outside = total - per_ffn * len(families.ffns(config))
+    shapes = [(tensor.row.packed, prod(tensor.shape)) for tensor in families.tensors(config)]
+    total = sum(size for _, size in shapes)
+    outside = sum(size for packed, size in shapes if packed != "ffn")
     if not config.tie_word_embeddings:
         outside -= (config.vocab_size - 1) * config.hidden_size
-    in_use = config.num_hidden_layers * (
-        config.num_experts_per_tok if families.experts(config) else 1
-    )
+    experts = config.num_experts_per_tok if families.experts(config) else 1
+    matrix = config.num_hidden_layers * experts * config.hidden_size * config.intermediate_size
+    activation = activation_of(config)
+    needed = len(ACTIVATIONS[activation].parts) * active
     return Parameters(
         total=total,
-        activated=round(outside + in_use * per_ffn * active),
-        read_exact=round(outside + in_use * per_ffn * exact_share(active, gate_positive)),
+        activated=round(outside + matrix * needed),
+        read_exact=round(outside + matrix * exact_matrices(activation, active, gate_positive)),
     )

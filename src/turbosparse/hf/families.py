@@ -149,27 +149,33 @@ def config_head_dim(config: Any) -> int:
 
 def _rows(
     module: str,
-    parts: tuple[str, str, str],
+    parts: dict[str, str],
     *,
     router: str = "",
     biases: str = "",
     when: When = "always",
+    norms: tuple[str, ...] = ("weight",),
 ) -> Table:
     """The table of a family.
 
     Args:
         module: that holds a feed-forward, with its place.
-        parts: names of gate, up and down in it.
+        parts: names of up and down in it, and of the gate, if there is one.
         router: its name in a layer; "" for a dense family.
         biases: which of q, k, v and o have one.
         when: they do.
+        norms: what one consists of. RMSNorm has a weight; LayerNorm1P has a bias as well, and its
+            weight is less by one.
     """
     layer = "model.layers.{layer}."
-    rows = [
-        Row("embedding", "model.embed_tokens.weight", "VH"),
-        Row("attention_norm", f"{layer}input_layernorm.weight", "H", "float"),
-        Row("ffn_norm", f"{layer}post_attention_layernorm.weight", "H", "float"),
-    ]
+
+    def norm(role: str, module: str) -> list[Row]:
+        roles = {"weight": role, "bias": f"{role}.bias"}
+        return [Row(roles[part], f"{module}.{part}", "H", "float") for part in norms]
+
+    rows = [Row("embedding", "model.embed_tokens.weight", "VH")]
+    rows += norm("attention_norm", f"{layer}input_layernorm")
+    rows += norm("ffn_norm", f"{layer}post_attention_layernorm")
     for role, shape in {"q": "QH", "k": "KH", "v": "KH", "o": "HQ"}.items():
         projection = f"{layer}self_attn.{role}_proj."
         rows.append(Row(role, f"{projection}weight", shape))
@@ -177,34 +183,41 @@ def _rows(
             rows.append(Row(f"{role}.bias", f"{projection}bias", shape[0], "float", when))
     if router:
         rows.append(Row("router", f"{layer}{router}.weight", "EH", "float"))
-    for role, part, shape in zip(FFN_ROLES, parts, ("IH", "IH", "HI"), strict=True):
+    for role, part in parts.items():
+        shape = "HI" if role == "down" else "IH"
         rows.append(Row(role, f"{layer}{module}{part}.weight", shape, "ffn"))
     for role, shape in {"fc1": "RH", "fc2": "IR"}.items():
         name = f"{layer}{module}predictor.{role}.weight"
         rows.append(Row(role, name, shape, "predictor", "predictor"))
-    rows.append(Row("norm", "model.norm.weight", "H", "float"))
+    rows += norm("norm", "model.norm")
     rows.append(Row("head", "lm_head.weight", "VH", "matrix", "untied"))
     return Table(tuple(rows))
 
 
 FFN_ROLES = ("gate", "up", "down")
 ATTENTION_ROLES = tuple(f"{role}{kind}" for role in "qkvo" for kind in ("", ".bias"))
-_DENSE = ("mlp.", ("gate_proj", "up_proj", "down_proj"))
+_UNGATED = ("mlp.", {"up": "up_proj", "down": "down_proj"})
+_DENSE = ("mlp.", {"gate": "gate_proj", **_UNGATED[1]})
 TABLES: dict[str, Table] = {
     "mistral": _rows(*_DENSE),
     "llama": _rows(*_DENSE, biases="qkvo", when="biased"),
     "qwen2": _rows(*_DENSE, biases="qkv"),
     "mixtral": _rows(
-        "block_sparse_moe.experts.{expert}.", ("w1", "w3", "w2"), router="block_sparse_moe.gate"
+        "block_sparse_moe.experts.{expert}.",
+        {"gate": "w1", "up": "w3", "down": "w2"},
+        router="block_sparse_moe.gate",
     ),
+    "arcee": _rows(*_UNGATED, biases="qkvo", when="biased"),
+    "nemotron": _rows(*_UNGATED, biases="qkvo", when="biased", norms=("weight", "bias")),
 }
 FAMILIES = tuple(TABLES)
+GATED = tuple(name for name, table in TABLES.items() if table.row("gate"))
+MODEL_TYPES = (*FAMILIES, *(PREFIX + name for name in GATED))
 
 
 def family(model_type: str) -> str | None:
     """The stock architecture behind a ``model_type``, or None if we do not support it."""
-    base = model_type.removeprefix(PREFIX)
-    return base if base in TABLES else None
+    return model_type.removeprefix(PREFIX) if model_type in MODEL_TYPES else None
 
 
 def table(config: Any) -> Table:
@@ -223,9 +236,10 @@ def ffns(config: Any) -> list[tuple[int, int | None]]:
     return [(layer, expert) for layer in range(config.num_hidden_layers) for expert in slots]
 
 
-def ffn(config: Any, layer: int, expert: int | None) -> list[str]:
-    """Names of gate, up and down."""
-    return [table(config).name(role, layer, expert) for role in FFN_ROLES]
+def ffn(config: Any, layer: int, expert: int | None) -> dict[str, str]:
+    """Names of gate, up and down by role; there may be no gate."""
+    rows = [row for row in table(config).rows if row.packed == "ffn"]
+    return {row.role: row.pattern.format(layer=layer, expert=expert) for row in rows}
 
 
 def layer_tensors(config: Any, layer: int) -> dict[str, Tensor]:

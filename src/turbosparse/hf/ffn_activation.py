@@ -12,7 +12,7 @@ def combined(
 
     Args:
         gate, up: pre-activations ``x·W_gate`` and ``x·W_up``, ``[..., neurons]``.
-        activation: its name. ``relu`` is the ungated FFN: it ignores `gate`.
+        activation: its name. ``relu`` and ``relu2`` are ungated: they ignore `gate`.
         threshold: a gate at most this large counts as zero: FATReLU (ProSparse, arXiv 2402.13516).
     """
     if threshold:
@@ -25,6 +25,8 @@ def combined(
         return relu(gate) * up
     if activation == "relu":
         return relu(up)
+    if activation == "relu2":
+        return relu(up).square()
     if activation == "swiglu":
         return silu(gate) * up
     raise ValueError(f"unknown ffn_activation {activation!r}")

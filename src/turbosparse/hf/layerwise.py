@@ -80,7 +80,9 @@ class Layerwise:
     @cached_property
     def _norm(self) -> Any:
         norm = self._shell(0).layers[0].post_attention_layernorm  # of the same kind
-        norm.weight = Parameter(self.checkpoint[self._table.name("norm")].to(self.dtype))
+        for part, _ in list(norm.named_parameters()):
+            name = self._table.name("norm").replace("weight", part)
+            setattr(norm, part, Parameter(self.checkpoint[name].to(self.dtype)))
         return norm
 
     def head(self, hidden: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from typing import Any
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import companions, read_config
 from turbosparse.hf import families
-from turbosparse.hf.activations import ACTIVATIONS, STOCK
+from turbosparse.hf.activations import ACTIVATIONS, stock
 from turbosparse.hf.config import parse
 from turbosparse.hf.hub import model_folder
 from turbosparse.hf.published import own_fields, record_of
@@ -31,7 +31,7 @@ def register() -> None:
     """Make ``AutoConfig`` and ``AutoModelForCausalLM`` know our classes; it may be called again."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    for base in families.FAMILIES:
+    for base in families.GATED:
         module, name = _classes(base)
         config, model = getattr(module, f"{name}Config"), getattr(module, f"{name}ForCausalLM")
         AutoConfig.register(config.model_type, config, exist_ok=True)
@@ -83,8 +83,8 @@ def activation_of(config: Any) -> str:
         activation = str(config.ffn_activation)
         check_activation(activation)
         return activation
-    stock = STOCK[config.hidden_act]
-    if stock is None:
+    found = stock(config.model_type)[config.hidden_act]
+    if found is None:
         formulas = " or ".join(
             f"--activation {name} for {ACTIVATIONS[name].formula}" for name in ("reglu", "drelu")
         )
@@ -92,7 +92,7 @@ def activation_of(config: Any) -> str:
             f"hidden_act {config.hidden_act!r} does not say which feed-forward the model was "
             f"trained with: give {formulas} (its model card says which)"
         )
-    return stock
+    return found
 
 
 def threshold_of(config: Any) -> float:
@@ -101,7 +101,7 @@ def threshold_of(config: Any) -> float:
 
 
 def with_activation(config: Any, activation: str) -> Any:
-    """The same architecture with another FFN activation; for swiglu the stock config class."""
+    """The same architecture with another FFN activation: the stock config class or ours."""
     from transformers import AutoConfig
 
     register()
@@ -268,7 +268,12 @@ def activation_keys(model_type: str, activation: str, threshold: float = 0.0) ->
     check_activation(activation)
     base = str(families.family(model_type))
     own: dict[str, Any] = {"hidden_act": ACTIVATIONS[activation].hidden_act}
-    if activation == "swiglu":
+    if base not in families.GATED and ACTIVATIONS[activation].gated:
+        raise TurboSparseError(
+            f"{base} models have no gate, which {activation} reads; leave out the activation, for "
+            f"they are sparse already, or use {', '.join(stock(base))}"
+        )
+    if activation == "swiglu" or base not in families.GATED:
         return own | {"model_type": base}
     own |= {"ffn_activation": activation, "ffn_threshold": threshold}
     return own | sparse_keys(base)

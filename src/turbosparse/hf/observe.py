@@ -9,9 +9,12 @@ from typing import Any
 import torch
 from torch.nn.functional import linear
 
+from turbosparse.hf.activations import ACTIVATIONS
 from turbosparse.hf.families import PREFIX
+from turbosparse.hf.load import activation_of
 
-# (layer, expert or None, gate [N, I], Combined [N, I], rows [N]: which of the batch's B·T tokens)
+# (layer, expert or None, gate [N, I], Combined [N, I], rows [N]: which of the batch's B·T tokens);
+# of an ungated FFN up is the gate
 See = Callable[[int, int | None, torch.Tensor, torch.Tensor, torch.Tensor], None]
 # (layer, router logits [N, E], the experts that each token goes to [N, k])
 SeeRouter = Callable[[int, torch.Tensor, torch.Tensor], None]
@@ -20,14 +23,16 @@ SeeRouter = Callable[[int, torch.Tensor, torch.Tensor], None]
 @contextmanager
 def observe_ffn(model: Any, see: See) -> Iterator[None]:
     """Call `see` for each layer's FFN, or for every routed expert, in each forward pass inside."""
+    gate = ACTIVATIONS[activation_of(model.config)].parts[0]
     handles = []
     for layer, block in enumerate(model.model.layers):
         mlp = block.mlp
         if hasattr(mlp, "experts"):
-            handles.append(mlp.experts.register_forward_pre_hook(_watch_experts(layer, see)))
+            handles.append(mlp.experts.register_forward_pre_hook(_watch_experts(layer, gate, see)))
         else:
             gates: list[torch.Tensor] = []
-            handles.append(mlp.gate_proj.register_forward_hook(_keep(gates)))
+            projection = getattr(mlp, f"{gate}_proj")
+            handles.append(projection.register_forward_hook(_keep(gates)))
             handles.append(mlp.down_proj.register_forward_pre_hook(_watch_dense(layer, gates, see)))
     try:
         yield
@@ -83,7 +88,7 @@ def _watch_dense(layer: int, gates: list[torch.Tensor], see: See) -> Callable[..
     return hook
 
 
-def _watch_experts(layer: int, see: See) -> Callable[..., None]:
+def _watch_experts(layer: int, gate: str, see: See) -> Callable[..., None]:
     # The fused implementations never show an expert's Combined: it is computed again, from the same
     # input.
     @torch.no_grad()
@@ -94,7 +99,8 @@ def _watch_experts(layer: int, see: See) -> Callable[..., None]:
         for expert in chosen.unique().tolist():
             rows = torch.where((chosen == expert).any(-1))[0]
             gate_up = linear(x[rows], experts.gate_up_proj[expert])
-            see(layer, expert, gate_up.chunk(2, -1)[0], experts._apply_gate(gate_up), rows)
+            halves = dict(zip(("gate", "up"), gate_up.chunk(2, -1), strict=True))
+            see(layer, expert, halves[gate], experts._apply_gate(gate_up), rows)
 
     return hook
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import read_config
 from turbosparse.hf.activations import Activation
-from turbosparse.hf.families import FAMILIES, PREFIX
+from turbosparse.hf.families import GATED, PREFIX
 
 # Their files take a neuron whose sigmoid rounds to 1: its logit is above 0. Our rule is "at least
 # the threshold", and no logit lies between 0 and the smallest normal float32.
@@ -55,7 +55,7 @@ PUBLISHED = {
 def record_of(raw: dict[str, Any]) -> Published | None:
     """What a config.json is of; None if it is no published sparse model or does not say so."""
     kind = str(raw.get("model_type"))
-    if raw.get("hidden_act") == FAT and kind in FAMILIES:  # ProSparse in the form of a stock class
+    if raw.get("hidden_act") == FAT and kind in GATED:  # ProSparse in the form of a stock class
         return Published(kind, "reglu", {})
     return PUBLISHED.get(kind)
 

@@ -14,16 +14,16 @@ def neurons(
     threshold: float = 0.0,
 ) -> _core.Neurons:
     """The core's view of one feed-forward."""
-    view = predictor and _predictor(predictor, rows.hidden, activation)
+    view = predictor and _predictor(predictor, rows.hidden)
     return _core.Neurons(
         rows.gates, rows.pairs, rows.hidden, rows.quants, activation, view, threshold
     )
 
 
-def _predictor(packed: PackedPredictor, hidden: int, activation: str) -> _core.Predictor:
+def _predictor(packed: PackedPredictor, hidden: int) -> _core.Predictor:
     about, tensors = packed.about, packed.tensors
     if about.kind == "sign":
-        return _core.Signs(tensors["signs"], hidden, activation, about.threshold)
+        return _core.Signs(tensors["signs"], hidden, about.threshold)
     fc1 = _core.Matrix(tensors["fc1"], hidden, str(about.quant))
     fc2 = _core.Matrix(tensors["fc2"], fc1.rows, str(about.quant))
     return _core.LowRank(fc1, fc2, about.threshold, about.input == "pre_norm")

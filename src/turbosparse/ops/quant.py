@@ -6,6 +6,8 @@ zeros up to the stride. The numbers are those of GGUF Q8_0 and Q4_0.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -63,22 +65,22 @@ def negative(bits: Tensor, cols: int) -> Tensor:
     return torch.from_numpy(unpacked).bool()
 
 
-def quantise_ffn(gate: Tensor, up: Tensor, down: Tensor, quants: tuple[str, str, str]) -> FFNRows:
-    """Pack a feed-forward, one row ``[hidden]`` of each matrix for each neuron."""
-    parts = zip((gate, up, down), quants, strict=True)
-    packed = tuple(quantise(part, quant).numpy() for part, quant in parts)
-    return FFNRows.join(packed, gate.shape[1], quants)
+def quantise_ffn(weights: Iterable[Tensor], quants: tuple[str, ...]) -> FFNRows:
+    """Pack the parts of a feed-forward, one row ``[hidden]`` of each for each neuron."""
+    parts = list(zip(weights, quants, strict=True))
+    packed = [quantise(part, quant).numpy() for part, quant in parts]
+    return FFNRows.join(packed, parts[0][0].shape[1], quants)
 
 
 def dequantise_ffn(rows: FFNRows) -> tuple[Tensor, ...]:
-    """Gate, up and down, float32 ``[I, hidden]``."""
+    """The parts (gate, up and down, or up and down), float32 ``[I, hidden]``."""
     parts = zip(rows.split(), rows.quants, strict=True)
     return tuple(dequantise(torch.tensor(part), quant, rows.hidden) for part, quant in parts)
 
 
-def signs(rows: FFNRows) -> NDArray[np.uint8]:
-    """Which weights of the gate and up rows are negative: packed bits."""
-    return torch.cat([sign_bits(part) for part in dequantise_ffn(rows)[:2]], 1).numpy()
+def signs(rows: FFNRows, parts: int) -> NDArray[np.uint8]:
+    """Which weights of the first parts' rows are negative: packed bits."""
+    return torch.cat([sign_bits(part) for part in dequantise_ffn(rows)[:parts]], 1).numpy()
 
 
 def sqnr(reference: Tensor, approximation: Tensor) -> float:

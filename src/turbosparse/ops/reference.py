@@ -5,7 +5,7 @@ Shapes: T tokens, H hidden, I neurons, R rank of a predictor.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,12 +13,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.nn.functional import relu
 
-from turbosparse.hf.activations import WITHOUT_ZEROS
+from turbosparse.hf.activations import ACTIVATIONS, WITHOUT_ZEROS
 from turbosparse.hf.ffn_activation import combined
 from turbosparse.ops import Mode
 from turbosparse.ops.predictor import PackedPredictor
 from turbosparse.ops.quant import dequantise, dequantise_ffn, negative
-from turbosparse.ops.rows import FFNRows
+from turbosparse.ops.rows import FFNRows, sign_bytes
 
 Predict = Callable[[Tensor, Tensor], Tensor]  # x [T, H], residual [T, H] → candidates [T, I]
 
@@ -50,13 +50,13 @@ def sparse_ffn(
     Returns:
         The output ``[T, H]``, and per token the number of candidates (all neurons in the other
         modes), of these those with an active gate, and those with Combined ≠ 0, int32 ``[T, 3]``.
-        In the ungated ``relu`` up is its own gate.
+        Where the activation is ungated, up is its own gate.
     """
     if mode != "dense" and activation in WITHOUT_ZEROS:
         raise ValueError(f"{activation} has no exact zeros to skip: use dense mode")
     if (mode == "predicted") != (candidates is not None):
         raise ValueError("predicted mode needs candidates, and the other modes take none")
-    gated = activation != "relu"
+    gated = ACTIVATIONS[activation].gated
     g = x @ (gate if gated else up).T
     offered = torch.full((len(x),), g.shape[1])
     if candidates is not None:
@@ -85,22 +85,18 @@ def low_rank_candidates(h: Tensor, fc1: Tensor, fc2: Tensor, threshold: float) -
     return ~(relu(h @ fc1.T) @ fc2.T < threshold)
 
 
-def sign_candidates(
-    x: Tensor, gate: Tensor, up: Tensor, activation: str, threshold: float
-) -> Tensor:
+def sign_candidates(x: Tensor, parts: Sequence[Tensor], threshold: float) -> Tensor:
     """The neurons whose signs agree with those of `x` often enough, bool ``[T, I]``.
 
-    The score of a row is 2 · (share of columns that agree) − 1; every row that decides must have
-    at least the threshold: gate and up for drelu, gate for reglu, up for relu.
+    The score of a row is 2 · (share of columns that agree) − 1; each of the neuron's rows that
+    decide must have at least the threshold.
 
     Args:
         x: ``[T, H]``, the FFN's input.
-        gate, up: which weights are negative, bool ``[I, H]``.
-        activation: of the FFN record.
+        parts: which weights are negative, bool ``[I, H]``: of the activation's ``zero_by``.
         threshold: of the scores, −1 to 1.
     """
-    rows = {"drelu": [gate, up], "reglu": [gate], "relu": [up]}[activation]
-    scores = torch.stack([sign_scores(x < 0, row) for row in rows])
+    scores = torch.stack([sign_scores(x < 0, rows) for rows in parts])
     return (scores >= threshold).all(0)
 
 
@@ -137,9 +133,10 @@ class Neurons:
         predictor: PackedPredictor | None = None,
         threshold: float = 0.0,
     ):
-        self.gate, self.up, self.down = dequantise_ffn(rows)
+        parts = dequantise_ffn(rows)
+        self.gate, self.up, self.down = parts[0], parts[-2], parts[-1]
         self.activation, self.threshold = activation, threshold
-        self.candidates = predictor and _predictor(predictor, rows.hidden, activation)
+        self.candidates = predictor and _predictor(predictor, rows.hidden)
 
     def forward(self, x: Tensor, residual: Tensor, *, mode: Mode) -> tuple[Tensor, Tensor]:
         """See `sparse_ffn`; `residual`, which x is the norm of, is for the predictor."""
@@ -160,12 +157,12 @@ class Neurons:
         )
 
 
-def _predictor(packed: PackedPredictor, hidden: int, activation: str) -> Predict:
+def _predictor(packed: PackedPredictor, hidden: int) -> Predict:
     about = packed.about
     if about.kind == "sign":
-        signs = _tensor(packed.tensors["signs"])
-        gate, up = (negative(part, hidden) for part in signs.chunk(2, dim=1))
-        return lambda x, _: sign_candidates(x, gate, up, activation, about.threshold)
+        signs = _tensor(packed.tensors["signs"]).split(sign_bytes(hidden), dim=1)
+        parts = [negative(part, hidden) for part in signs]
+        return lambda x, _: sign_candidates(x, parts, about.threshold)
     fc1, fc2 = (_tensor(packed.tensors[name]) for name in ("fc1", "fc2"))
     first = dequantise(fc1, str(about.quant), hidden)
     second = dequantise(fc2, str(about.quant), len(fc1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -45,25 +46,24 @@ class FFNRows:
     """The packed rows of one feed-forward of I neurons; any first ones are a feed-forward too.
 
     All gate rows are read as one stream; a neuron's up row and down column are read together or
-    not at all.
+    not at all. In an ungated feed-forward up is its own gate: the up rows are `gates`, and the down
+    columns alone are `pairs`.
     """
 
     gates: NDArray[Any]  # uint8 [I, row_bytes]
-    pairs: NDArray[Any]  # uint8 [I, row_bytes of the up row + row_bytes of the down column]
+    pairs: NDArray[Any]  # uint8 [I, row_bytes of each of the other parts]
     hidden: int
-    quants: tuple[str, str, str]  # of gate, up and down
+    quants: tuple[str, ...]  # of the parts: gate, up and down, or up and down
 
     @classmethod
-    def join(
-        cls, parts: tuple[NDArray[Any], ...], hidden: int, quants: tuple[str, str, str]
-    ) -> Self:
-        """From the packed rows of gate, up and down."""
-        return cls(parts[0], np.concatenate(parts[1:], 1), hidden, quants)
+    def join(cls, parts: Sequence[NDArray[Any]], hidden: int, quants: tuple[str, ...]) -> Self:
+        """From the packed rows of the parts."""
+        return cls(np.ascontiguousarray(parts[0]), np.concatenate(parts[1:], 1), hidden, quants)
 
-    def split(self) -> tuple[NDArray[Any], NDArray[Any], NDArray[Any]]:
-        """The packed rows of gate, up and down."""
-        up = row_bytes(self.quants[1], self.hidden)
-        return self.gates, self.pairs[:, :up], self.pairs[:, up:]
+    def split(self) -> list[NDArray[Any]]:
+        """The packed rows of the parts."""
+        widths = [row_bytes(quant, self.hidden) for quant in self.quants[1:]]
+        return [self.gates, *np.split(self.pairs, np.cumsum(widths)[:-1], axis=1)]
 
     def __getitem__(self, neurons: Any) -> Any:
         return type(self)(self.gates[neurons], self.pairs[neurons], self.hidden, self.quants)

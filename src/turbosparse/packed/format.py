@@ -14,7 +14,9 @@ from numpy.typing import NDArray
 
 from turbosparse.base.folders import local_path, read_config
 from turbosparse.hf import families
+from turbosparse.hf.activations import ACTIVATIONS
 from turbosparse.hf.config import parse
+from turbosparse.hf.load import activation_of, threshold_of
 from turbosparse.ops.predictor import PackedPredictor, Predictor
 from turbosparse.ops.rows import BLOCK, FFNRows, finite_scales, row_bytes, sign_bytes
 from turbosparse.packed.files import PAGE, Spec, WeightFile, named_tensors, verify_checksums
@@ -30,16 +32,18 @@ def ffn_prefix(layer: int | None, expert: int | None) -> str:
 def layout(config: Any, quants: QuantMap, predictor: Predictor | None = None) -> dict[str, Spec]:
     """Every tensor of a packed model, in the order in which a decoder reads them."""
     plan: dict[str, Spec] = {}
+    parts = ACTIVATIONS[activation_of(config)].parts
+    kinds = quants.of(parts)
     for name, row, layer, expert, shape in families.tensors(config):
         if row.packed == "matrix":
             plan[name] = _matrix(row.role, shape, getattr(quants, row.role))
         elif row.packed == "float":
             plan[name] = Spec("F32", shape, row.role)
-        elif row.role == "gate":  # up and down are its pairs
+        elif row.role == parts[0]:  # the others are its pairs
             prefix, neurons = ffn_prefix(layer, expert), config.intermediate_size
-            hidden = config.hidden_size
-            plan[f"{prefix}gate"] = _matrix("gate", shape, quants.gate)
-            plan[f"{prefix}pairs"] = Spec("U8", (neurons, pair_bytes(hidden, quants)), "pairs")
+            pair = pair_bytes(config.hidden_size, kinds)
+            plan[f"{prefix}gate"] = _matrix("gate", shape, kinds[0])
+            plan[f"{prefix}pairs"] = Spec("U8", (neurons, pair), "pairs")
             plan[f"{prefix}neuron_order"] = Spec("I32", (neurons,), "neuron_order")
             if predictor:
                 own = _predictor_layout(config, predictor, layer or 0, expert or 0)
@@ -56,7 +60,8 @@ def _predictor_layout(
 ) -> dict[str, Spec]:
     hidden, neurons = config.hidden_size, config.intermediate_size
     if predictor.ranks is None:
-        return {"signs": Spec("U8", (neurons, 2 * sign_bytes(hidden)), "predictor")}
+        rows = len(ACTIVATIONS[activation_of(config)].zero_by)
+        return {"signs": Spec("U8", (neurons, rows * sign_bytes(hidden)), "predictor")}
     quant, rank = str(predictor.quant), predictor.ranks[layer][expert]
     return {
         "fc1": _matrix("predictor", (rank, hidden), quant),
@@ -64,12 +69,19 @@ def _predictor_layout(
     }
 
 
-def pair_bytes(hidden: int, quants: QuantMap) -> int:
-    """The up row and the down column of a neuron."""
-    return row_bytes(quants.up, hidden) + row_bytes(quants.down, hidden)
+def same_matrices(config: Any) -> list[tuple[str, str]]:
+    """Kinds of a `QuantMap` that are one matrix in this model."""
+    tied = [("embedding", "head")] if config.tie_word_embeddings else []
+    gated = ACTIVATIONS[activation_of(config)].gated
+    return tied if gated else [*tied, ("up", "gate")]
 
 
-def cluster_neurons(hidden: int, quants: QuantMap) -> int:
+def pair_bytes(hidden: int, quants: tuple[str, ...]) -> int:
+    """The rows of a neuron behind that of its gate; `quants` are of all parts."""
+    return sum(row_bytes(quant, hidden) for quant in quants[1:])
+
+
+def cluster_neurons(hidden: int, quants: tuple[str, ...]) -> int:
     """The fewest neighbouring neurons whose pairs are whole pages and at least `CLUSTER_BYTES`."""
     pair = pair_bytes(hidden, quants)
     unit = PAGE // gcd(PAGE, pair)
@@ -106,7 +118,20 @@ class Packed:
     def ffn(self, prefix: str) -> FFNRows:
         """The rows of the feed-forward with this `ffn_prefix`."""
         gates, pairs = (self.tensors[prefix + part] for part in ("gate", "pairs"))
-        return FFNRows(gates, pairs, self.config.hidden_size, self.header.quant.ffn)
+        return FFNRows(gates, pairs, self.config.hidden_size, self.header.ffn_quants)
+
+    def norm(
+        self, role: str, layer: int | None = None
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32] | None]:
+        """Weight and bias of a LayerNorm, or weight and None of an RMSNorm.
+
+        What stands in a folder is that of LayerNorm1P, whose weight is less by one.
+        """
+        name = families.table(self.config).name
+        weight, bias = self.tensors[name(role, layer)], f"{role}.bias"
+        if families.table(self.config).row(bias) is None:
+            return weight, None
+        return weight + np.float32(1), self.tensors[name(bias, layer)]
 
     def predictor(self, prefix: str) -> PackedPredictor | None:
         """That of the feed-forward with this `ffn_prefix`; None if the folder holds none."""
@@ -144,8 +169,6 @@ class Packed:
 
 def _check_header(folder: Path, header: Header, config: Any) -> None:
     """Raise unless the block is of the model that the rest of config.json describes."""
-    from turbosparse.hf.load import activation_of, threshold_of
-
     own = activation_of(config), threshold_of(config)
     if own != (said := (header.ffn.activation, header.ffn.threshold)):
         detail = "{} {:g}, not {} {:g}".format(*said, *own)
@@ -154,9 +177,11 @@ def _check_header(folder: Path, header: Header, config: Any) -> None:
     if header.profile and not header.profile.fits(config.num_hidden_layers, experts):
         detail = f"not of {config.num_hidden_layers} layers with {experts} feed-forwards each"
         raise FormatError(folder, Fault.PROFILE, detail)
-    if config.tie_word_embeddings and header.quant.head != header.quant.embedding:
-        raise FormatError(folder, Fault.HEADER, "quant: the head is the embedding")
-    if header.cluster_neurons != (cluster := cluster_neurons(config.hidden_size, header.quant)):
+    for one, other in same_matrices(config):
+        if getattr(header.quant, one) != getattr(header.quant, other):
+            raise FormatError(folder, Fault.HEADER, f"quant: the {other} is the {one}")
+    cluster = cluster_neurons(config.hidden_size, header.ffn_quants)
+    if header.cluster_neurons != cluster:
         detail = f"cluster_neurons: {header.cluster_neurons}, not {cluster}"
         raise FormatError(folder, Fault.HEADER, detail)
     _check_ranks(folder, header.ffn.predictor, config)

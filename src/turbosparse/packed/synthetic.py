@@ -23,6 +23,7 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import new_folder, write_json
 from turbosparse.base.progress import track
 from turbosparse.hf import families
+from turbosparse.hf.activations import ACTIVATIONS, WITHOUT_ZEROS
 from turbosparse.hf.load import with_activation
 from turbosparse.ops.predictor import Predictor
 from turbosparse.ops.quant import negative, quantise, signs
@@ -55,6 +56,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_local_experts": 8,
         "num_experts_per_tok": 2,
     },
+    "afm-4.5b": {
+        "model_type": "arcee",
+        "vocab_size": 128004,
+        "hidden_size": 2560,
+        "intermediate_size": 18432,
+        "num_hidden_layers": 36,
+        "num_attention_heads": 20,
+        "num_key_value_heads": 4,
+    },
     "llama-1b": {
         "model_type": "llama",
         "vocab_size": 32000,
@@ -86,8 +96,8 @@ QUIET = 1e-3  # o and down projections are this much smaller, so that the direct
 class Wanted:
     """A synthetic model that is asked for, and what it names as its source.
 
-    `sparsity` is the share of neurons with Combined zero; 0 makes a swiglu model. `predictor` is
-    ``rank=N``, ``sign`` or None.
+    `sparsity` is the share of neurons with Combined zero; 0 makes a swiglu model. A shape without a
+    gate is a relu2 model. `predictor` is ``rank=N``, ``sign`` or None.
     """
 
     shape: str
@@ -109,6 +119,10 @@ class Wanted:
             raise TurboSparseError(f"shape {self.shape!r} is unknown; use {', '.join(SHAPES)}")
         if not 0 <= self.sparsity < 1:
             raise TurboSparseError(f"sparsity {self.sparsity:g} must be 0 or more and less than 1")
+        if not self.sparsity and self.activation not in WITHOUT_ZEROS:
+            raise TurboSparseError(
+                f"sparsity 0 makes a swiglu model, and {self.shape} has no gate; give more than 0"
+            )
         if self.predictor and not self.sparsity:
             raise TurboSparseError("sparsity 0 makes a swiglu model: it has no zeros to predict")
         if self.predictor not in (None, "sign") and not self.rank:
@@ -116,6 +130,17 @@ class Wanted:
                 f"--predictor {self.predictor!r} is unknown; use sign, or rank=N with N a "
                 f"multiple of {BLOCK}"
             )
+
+    @property
+    def activation(self) -> str:
+        if SHAPES[self.shape]["model_type"] not in families.GATED:
+            return "relu2"
+        return "drelu" if self.sparsity else "swiglu"
+
+    @property
+    def deciding(self) -> int:
+        """Rows of a neuron that make it inactive."""
+        return len(ACTIVATIONS[self.activation].zero_by)
 
     @property
     def rank(self) -> int:
@@ -128,7 +153,8 @@ def make_synthetic(out: Path, wanted: Wanted, *, quant: str, seed: int = 0) -> N
     """Write a packed folder of a named shape, without tokenizer, streaming to disk.
 
     Gate and up are positive independently, each with probability √(1 − sparsity). With a low-rank
-    predictor an up is positive only where its gate is, with probability 1 − sparsity.
+    predictor, or without a gate, an up is positive with probability 1 − sparsity: where there is a
+    gate, only where that is.
 
     Args:
         out: new folder.
@@ -145,21 +171,20 @@ def make_synthetic(out: Path, wanted: Wanted, *, quant: str, seed: int = 0) -> N
     fields = dict(SHAPES[wanted.shape])
     if wanted.layers:
         fields["num_hidden_layers"] = wanted.layers
-    activation = "drelu" if wanted.sparsity else "swiglu"
     stock = AutoConfig.for_model(fields.pop("model_type"), **fields, max_position_embeddings=4096)
-    config = with_activation(stock, activation)
-    weights = _Weights(quant, wanted.sparsity, seed)
+    config = with_activation(stock, wanted.activation)
+    weights = _Weights(quant, wanted, seed)
     predictor, weights.shared = _predicted_ffn(config, wanted, weights)
     quants = QuantMap.uniform(quant)
-    plan = layout(config, quants, predictor)
+    plan, parts = layout(config, quants, predictor), ACTIVATIONS[wanted.activation].parts
     with new_folder(out) as work:
         tensors = ((name, weights.make(name, spec, config)) for name, spec in plan.items())
         files = write_weights(work, plan, track(tensors, f"making {wanted.shape}", total=len(plan)))
         header = Header(
             format_version=VERSION,
             quant=quants,
-            cluster_neurons=cluster_neurons(config.hidden_size, quants),
-            ffn=FFN(activation=activation, predictor=predictor),  # type: ignore[arg-type]
+            cluster_neurons=cluster_neurons(config.hidden_size, quants.of(parts)),
+            ffn=FFN(activation=wanted.activation, predictor=predictor),  # type: ignore[arg-type]
             neuron_order="model",
             source=str(wanted),
             packed_by=f"turbosparse {__version__}",
@@ -200,7 +225,8 @@ def _low_rank_ffn(
     b = weights.random.standard_normal((neurons, half), dtype=np.float32) / half**0.5
     rows = torch.from_numpy(b @ a)
     parts = []
-    for share in ((1 - wanted.sparsity) ** 0.5, 1 - wanted.sparsity):
+    shares = (1 - wanted.sparsity) ** 0.5, 1 - wanted.sparsity
+    for share in shares[-wanted.deciding :]:
         rows[:, :BLOCK] = lean(share, hidden) * spread
         parts.append(quantise(rows, weights.quant).numpy())
     quant = wanted.predictor_quant
@@ -218,7 +244,7 @@ def _low_rank_ffn(
     )
     return predictor, {
         "gate": parts[0],
-        "up": parts[1],
+        "up": parts[-1],
         "fc1": quantise(torch.from_numpy(fc1), quant).numpy(),
         "fc2": quantise(torch.from_numpy(fc2), quant).numpy(),
     }
@@ -229,16 +255,18 @@ def _sign_ffn(
 ) -> tuple[Predictor, dict[str, NDArray[Any]]]:
     """Random rows, whose signs say little, and the threshold that lets the wanted share pass."""
     hidden = config.hidden_size
-    gate, up = (weights.leaning(config.intermediate_size, hidden) for _ in range(2))
-    bits = signs(FFNRows.join((gate, up, up), hidden, (weights.quant,) * 3))
+    count = wanted.deciding
+    rows = [weights.leaning(config.intermediate_size, hidden) for _ in range(count)]
+    quants = (weights.quant,) * (count + 1)
+    bits = signs(FFNRows.join([*rows, rows[-1]], hidden, quants), count)
     x = torch.from_numpy(weights.random.random((64, hidden)) < 0.5)
     x[:, :BLOCK] = False  # the constant features are positive
     some = torch.from_numpy(bits[:2048])
-    scores = [sign_scores(x, negative(half, hidden)) for half in some.chunk(2, dim=1)]
+    scores = [sign_scores(x, negative(part, hidden)) for part in some.chunk(count, dim=1)]
     density = min(1 - wanted.sparsity + SIGN_MARGIN, 1.0)
-    threshold = float(np.quantile(torch.minimum(*scores).numpy(), 1 - density))
+    threshold = float(np.quantile(torch.stack(scores).amin(0).numpy(), 1 - density))
     predictor = Predictor(kind="sign", input="post_norm", threshold=threshold)
-    return predictor, {"gate": gate, "up": up, "signs": bits}
+    return predictor, {"gate": rows[0], "up": rows[-1], "signs": bits}
 
 
 def lean(share: float, cols: int) -> float:
@@ -254,8 +282,8 @@ def lean(share: float, cols: int) -> float:
 class _Weights:
     """Random tensors in packed form."""
 
-    def __init__(self, quant: str, sparsity: float, seed: int):
-        self.quant, self.sparsity = quant, sparsity
+    def __init__(self, quant: str, wanted: Wanted, seed: int):
+        self.quant, self.wanted = quant, wanted
         self.shared: dict[str, NDArray[Any]] = {}
         self.random = np.random.default_rng(seed)
         if quant == "f16":
@@ -282,8 +310,12 @@ class _Weights:
         if last == "gate":
             return self.leaning(rows, hidden)
         if last == "pairs":
+            width = row_bytes(self.quant, hidden)
+            down = self._rows(rows, hidden, width, QUIET)
+            if stride == width:
+                return down
             up = self.shared["up"] if "up" in self.shared else self.leaning(rows, hidden)
-            return np.concatenate((up, self._rows(rows, hidden, stride // 2, QUIET)), 1)
+            return np.concatenate((up, down), 1)
         if last == "o":
             heads = config.num_attention_heads * families.config_head_dim(config)
             return self._rows(rows, heads, stride, QUIET)
@@ -295,8 +327,8 @@ class _Weights:
     def leaning(self, neurons: int, hidden: int) -> NDArray[np.uint8]:
         """Gate or up rows of neurons; together they are active as often as is asked."""
         rows = self._rows(neurons, hidden, row_bytes(self.quant, hidden))
-        if self.sparsity:
-            share = (1 - self.sparsity) ** 0.5
+        if self.wanted.deciding:
+            share = (1 - self.wanted.sparsity) ** (1 / self.wanted.deciding)
             self._first_block(rows, hidden, lean(share, hidden) * SPREAD)
         return rows
 

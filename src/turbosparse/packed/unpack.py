@@ -21,7 +21,9 @@ def state_dict(packed: Packed) -> dict[str, Tensor]:
     for layer, expert in families.ffns(packed.config):
         prefix = ffn_prefix(layer, expert)
         order = torch.tensor(packed.tensors[f"{prefix}neuron_order"]).argsort()
-        gate, up, down = (part[order] for part in dequantise_ffn(packed.ffn(prefix)))
+        parts = [part[order] for part in dequantise_ffn(packed.ffn(prefix))]
+        # a gate that the activation does not read may be anything
+        whole = {"gate": parts[0], "up": parts[-2], "down": parts[-1].T}
         names = families.ffn(packed.config, layer, expert)
-        tensors |= zip(names, (gate, up, down.T), strict=True)
+        tensors |= {name: whole[role] for role, name in names.items()}
     return tensors

@@ -200,7 +200,7 @@ def _model(known: Known) -> dict[str, Any]:
         "family": str(families.family(config.model_type)).title(),
         "activation": known.activation,
         "formula": record.formula,
-        "zeros": record.exact_zeros,
+        "zeros": bool(record.zero_by),
         "parameters": count_parameters(config).total,
         "activated": sparsity and count_parameters(config, active=1 - mean(sparsity)).activated,
         "rule": RULE,

@@ -171,7 +171,7 @@ def activation_bytes(config: Any, *, tokens: int, compute: int, stream: int) -> 
     norm = (_FLOAT + stream + compute) * hidden
     attention = compute * (3 * queries + 2 * keys)
     # Of a neuron: relu(gate), relu(up), Combined; silu and gelu keep their input as well.
-    kept = {"geglu": 4, "swiglu": 4, "relu": 1}.get(_activation(config), 3)
+    kept = {"geglu": 4, "swiglu": 4, "relu": 1, "relu2": 2}.get(_activation(config), 3)
     used = config.num_experts_per_tok if families.experts(config) else 1
     ffn = used * compute * (kept * neurons + (2 * hidden if families.experts(config) else 0))
     layer = 2 * norm + attention + ffn
