@@ -24,12 +24,16 @@ from turbosparse.hf.load import load_tokenizer
 from turbosparse.ops.quant import dequantise, quantise
 from turbosparse.pack import pack
 
-ARCHITECTURE = {"llama": "llama", "mixtral": "llama", "qwen2": "qwen2"}
+ARCHITECTURE = {"mixtral": "llama"} | {
+    name: name for name in ("llama", "qwen2", "arcee", "nemotron")
+}
 PLAIN = {"rope_parameters": {"rope_type": "default", "rope_theta": 5e4}}
 CHANGES: dict[str, dict[str, Any]] = {
     "llama": {"tie_word_embeddings": True, **PLAIN},
     "qwen2": {"use_sliding_window": False, "head_dim": 16, **PLAIN},
     "mixtral": {"head_dim": 16, **PLAIN},
+    "arcee": {"attention_bias": False},  # YaRN, as AFM has it
+    "nemotron": {"attention_bias": True},
 }
 Q4_0, Q8_0 = gguf.GGMLQuantizationType.Q4_0, gguf.GGMLQuantizationType.Q8_0
 
@@ -56,7 +60,16 @@ def write_gguf(folder: Path, path: Path, kind: Any = None, **more: Any) -> dict[
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    scaling = config.rope_parameters
+    if "factor" in scaling:
+        writer.add_rope_scaling_type(gguf.RopeScalingType(scaling["rope_type"]))
+        writer.add_rope_scaling_factor(scaling["factor"])
+        writer.add_rope_scaling_orig_ctx_len(scaling["original_max_position_embeddings"])
+    if arch == "nemotron":
+        writer.add_layer_norm_eps(config.norm_eps)
+        writer.add_rope_dimension_count(config.head_dim // 2)
+    else:
+        writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     if config.num_local_experts:
         writer.add_expert_count(config.num_local_experts)
         writer.add_expert_used_count(raw["num_experts_per_tok"])
@@ -80,7 +93,10 @@ def write_gguf(folder: Path, path: Path, kind: Any = None, **more: Any) -> dict[
         names = [table.name(tensor.role, tensor.layer, expert) for expert in experts]
         parts = [weights[name] for name in names]
         heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
-        if arch == "llama" and tensor.role.removesuffix(".bias") in heads:
+        if arch == "nemotron" and "norm.weight" in tensor.name:  # whole, not less by one
+            parts = [parts[0] + 1]
+            weights[names[0]] = parts[0] - 1
+        if arch in ("llama", "arcee") and tensor.role.removesuffix(".bias") in heads:
             parts = [pair_order(parts[0], heads[tensor.role[0]])]
         stack = np.stack(parts) if experts != [None] else parts[0]
         if kind is not None and tensor.row.packed != "float":

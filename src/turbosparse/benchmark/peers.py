@@ -77,9 +77,9 @@ def write_random_gguf(path: Path, config: ModelConfig, quant: str) -> None:
     kind = {"f16": "F16", "q8": "Q8_0", "q4": "Q4_0"}[quant]
     tensors = list(gguf_table(config, biases=False).tensors(config))
     data = _random_tensors(tensors, quant)
-    write_gguf(
-        path, "llama", config, kind, tensors, data, lambda w: w.add_tokenizer_model("no_vocab")
-    )
+    base = str(families.family(config.model_type))
+    arch = "llama" if base in families.GATED else base
+    write_gguf(path, arch, config, kind, tensors, data, lambda w: w.add_tokenizer_model("no_vocab"))
 
 
 def _random_tensors(tensors: list[families.Tensor], quant: str) -> Iterator[NDArray[Any]]:

@@ -20,7 +20,8 @@ from turbosparse.hf.config import ModelConfig, parse
 
 POWERINFER = b"PWRI"  # instead of GGUF: what makes PowerInfer run a file sparsely
 SHARD_BYTES = 2 << 30
-ARCHITECTURES = ("llama", "qwen2")
+ARCHITECTURES = ("llama", "qwen2", "arcee", "nemotron")
+_PERMUTED = ("llama", "arcee")  # q and k have the two of a rotation side by side
 # metadata of an architecture → config.json
 CONFIG = {
     "block_count": "num_hidden_layers",
@@ -31,6 +32,7 @@ CONFIG = {
     "attention.head_count_kv": "num_key_value_heads",
     "attention.key_length": "head_dim",
     "attention.layer_norm_rms_epsilon": "rms_norm_eps",
+    "attention.layer_norm_epsilon": "norm_eps",
     "attention.sliding_window": "sliding_window",
     "rope.freq_base": "rope_theta",
     "vocab_size": "vocab_size",
@@ -116,37 +118,33 @@ def _config(source: Path, fields: dict[str, Any], tensors: set[str]) -> tuple[di
         raise TurboSparseError(f"{source}: {kind}.{unknown[0]} is a setting that is not supported")
     if missing := [key for key in _REQUIRED if key not in own]:
         raise TurboSparseError(f"{source}: {kind}.{missing[0]} is missing; download the file again")
-    moe = bool(own.get("expert_count"))
+    base = "mixtral" if own.get("expert_count") else kind
     config = {CONFIG[key]: value for key, value in own.items() if key in CONFIG}
     config |= {
-        "model_type": "mixtral" if moe else kind,
-        "architectures": [_CLASSES["mixtral" if moe else kind]],
-        "hidden_act": "silu",
+        "model_type": base,
+        "architectures": [f"{base.title()}ForCausalLM"],
+        "hidden_act": "silu" if base in families.GATED else "relu2",
         "tie_word_embeddings": "output.weight" not in tensors,
         "torch_dtype": "float32",
     }
     config.setdefault("num_key_value_heads", config["num_attention_heads"])
     config.setdefault("vocab_size", len(fields["tokenizer.ggml.tokens"]))
     head = config.setdefault("head_dim", config["hidden_size"] // config["num_attention_heads"])
+    if kind == "nemotron":
+        config["partial_rotary_factor"] = own.pop("rope.dimension_count", head) / head
     for key in ("attention.value_length", "rope.dimension_count"):
         if own.get(key, head) != head:
             raise TurboSparseError(
                 f"{source}: {kind}.{key} is {own[key]}, not the head size {head}: not supported"
             )
-    if kind == "llama" and not moe:
+    bias = families.TABLES[base].row("q.bias")
+    if bias and bias.when == "biased":
         config["attention_bias"] = any(name.endswith("attn_q.bias") for name in tensors)
     _set_rope(source, config, own)
     for token in ("bos", "eos"):
         if (number := fields.get(f"tokenizer.ggml.{token}_token_id")) is not None:
             config[f"{token}_token_id"] = number
-    return config, kind == "llama"
-
-
-_CLASSES = {
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-    "mixtral": "MixtralForCausalLM",
-}
+    return config, kind in _PERMUTED
 
 
 def _set_rope(source: Path, config: dict[str, Any], own: dict[str, Any]) -> None:
@@ -225,6 +223,13 @@ def _byte_level(source: Path, ggml: dict[str, Any]) -> Any:
     return fast
 
 
+_NORMS = {
+    "attention_norm": "blk.{layer}.attn_norm",
+    "ffn_norm": "blk.{layer}.ffn_norm",
+    "norm": "output_norm",
+}
+
+
 def gguf_table(config: Any, *, biases: bool = True, sparse: bool = False) -> families.Table:
     """The weights by their names in a GGUF file, where the experts of a layer are one tensor.
 
@@ -235,12 +240,11 @@ def gguf_table(config: Any, *, biases: bool = True, sparse: bool = False) -> fam
     stacked = "_exps" if families.experts(config) else ""
     patterns = {
         "embedding": "token_embd.weight",
-        "attention_norm": "blk.{layer}.attn_norm.weight",
-        "ffn_norm": "blk.{layer}.ffn_norm.weight",
         "router": "blk.{layer}.ffn_gate_inp.weight",
-        "norm": "output_norm.weight",
         "head": "output.weight",
     }
+    for role, part in _NORMS.items():
+        patterns |= {role: f"{part}.weight", f"{role}.bias": f"{part}.bias"}
     for role, part in {"q": "q", "k": "k", "v": "v", "o": "output"}.items():
         patterns[role] = f"blk.{{layer}}.attn_{part}.weight"
         if biases:
@@ -256,7 +260,7 @@ def _tensors(
     source: Path, reader: Any, config: ModelConfig, *, permuted: bool
 ) -> Iterator[tuple[str, NDArray[Any]]]:
     """Every weight by its Hugging Face name; experts one by one."""
-    name = families.table(config).name
+    name, whole = families.table(config).name, families.table(config).row("norm.bias")
     heads = {"q": config.num_attention_heads, "k": config.num_key_value_heads}
     waiting = {tensor.name: tensor for tensor in reader.tensors}
     for wanted in gguf_table(config).tensors(config):
@@ -272,6 +276,8 @@ def _tensors(
         weight = _numbers(source, found).reshape(shape)
         if permuted and wanted.role.removesuffix(".bias") in heads:
             weight = _rotary_order(weight, heads[wanted.role[0]])
+        if whole and wanted.role in _NORMS:  # LayerNorm1P: a file holds the sum of weight and one
+            weight = weight - 1
         if wanted.row.packed == "ffn" and families.experts(config):
             for expert, part in enumerate(weight):
                 yield name(wanted.role, wanted.layer, expert), np.ascontiguousarray(part)

@@ -60,6 +60,7 @@ def write_gguf(
 def _add_settings(writer: Any, arch: str, config: ModelConfig) -> None:
     """The graphs that read these files slide no window, so the context ends with it."""
     head, context = families.config_head_dim(config), config.max_position_embeddings
+    part = config.rope_parameters.get("partial_rotary_factor", 1)
     fields = config.model_dump() | {
         "rope_theta": config.rope_parameters["rope_theta"],
         "max_position_embeddings": min(context, config.sliding_window or context),
@@ -69,8 +70,8 @@ def _add_settings(writer: Any, arch: str, config: ModelConfig) -> None:
         if (value := fields[field]) is not None:
             add = writer.add_float32 if isinstance(value, float) else writer.add_uint32
             add(f"{arch}.{key}", value)
-    for key in ("attention.value_length", "rope.dimension_count"):
-        writer.add_uint32(f"{arch}.{key}", head)
+    writer.add_value_length(head)
+    writer.add_rope_dimension_count(int(part * head))
 
 
 def add_tokenizer(writer: Any, tokenizer: Any, size: int) -> None:
