@@ -36,12 +36,9 @@ _OTHERS = {
 
 
 class _Loaded(NamedTuple):
-    """A tensor from elsewhere, read as from an open shard."""
+    """A tensor from elsewhere, which says its shape as an open shard does."""
 
     tensor: torch.Tensor
-
-    def get_tensor(self, _: str) -> torch.Tensor:
-        return self.tensor
 
     def get_slice(self, _: str) -> _Loaded:
         return self
@@ -90,8 +87,11 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
     def __getitem__(self, name: str) -> torch.Tensor:
         from safetensors import safe_open
 
+        file, home = self._home[name]
+        if isinstance(home, _Loaded):
+            return home.tensor
         # opened for each: what was read through a mapping counts as memory until it is closed
-        with safe_open(self.folder / self._home[name][0], framework="pt") as shard:
+        with safe_open(self.folder / file, framework="pt") as shard:
             tensor: torch.Tensor = shard.get_tensor(name)
         return tensor
 
