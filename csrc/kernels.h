@@ -4,8 +4,9 @@
 // the kernels read. It may begin at any byte.
 //   f16  cols halves, little-endian
 //   q8   cols int8, then cols/32 half scales             weight = scale * int8
-//   q4   cols/2 bytes of nibbles, then cols/32 half scales   weight = scale * (nibble - 8)
-// The nibbles of q4 lie in tiles of 16 groups of 32 weights, the last tile having fewer groups, G:
+//   q4   cols/2 bytes of nibbles, then cols/32 half scales   weight = scale * Q4_CODES[nibble]
+//   q4_0 the same                                            weight = scale * (nibble - 8)
+// The nibbles lie in tiles of 16 groups of 32 weights, the last tile having fewer groups, G:
 // [word r = 0..3][group g = 0..G-1][byte b = 0..3]. Byte 4r + b of a group holds its weight 4r + b
 // in the low nibble and weight 4r + b + 16 in the high one, so one 32-bit lane holds one group.
 //
@@ -15,9 +16,15 @@
 
 #include <stdint.h>
 
-enum Quant { QUANT_F16, QUANT_Q8, QUANT_Q4, QUANTS };
+enum Quant { QUANT_F16, QUANT_Q8, QUANT_Q4, QUANT_Q4_0, QUANTS };
 
 enum { GROUP = 32, TILE_GROUPS = 16, TILE = GROUP * TILE_GROUPS, CACHE_LINE = 64, ROW_STEP = 16 };
+
+// What a nibble stands for. Those of q4 are the values of IQ4_NL in GGUF files: closer together
+// near zero, where most weights are.
+static const int8_t Q4_CODES[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
+                                    1,    13,   25,  38,  53,  69,  89,  113};
+static const int8_t Q4_0_CODES[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
 // Some rows of weights: number `indices[i]`, or i itself where indices is null, for each i < count.
 struct Rows {
@@ -57,12 +64,16 @@ struct KernelSet {
   void (*agreements)(const struct Rows* rows, const uint64_t* bits, int words, int32_t* out);
 };
 
-// One x of a q4 product as integers, a group of 32 at a time: x = scale * (256 a + b), to 15 bits,
-// with a, b in -128..127. With powers of two as scales, small integers stay exact. In a
-// tile: the two limbs, [half][word][group][byte] as the nibbles lie; what their products start
-// from, -8 times the sum of a group; the scales.
+// One x of a q4 product as integers, a group of 32 at a time: x = scale * integer, to 15 bits. With
+// powers of two as scales, small integers stay exact. In a tile: the integers as the nibbles lie,
+// [half][word][group][byte], in two halves: either limbs a, b in -128..127 of 256 a + b, or whole
+// ones, those of bytes 0 and 2 and those of bytes 1 and 3; what the products of each half start
+// from, as the bytes of weights are too large by some zero; the scales.
 struct Q4Tile {
-  int8_t limbs[2][8][4 * TILE_GROUPS];
+  union {
+    int8_t limbs[2][8][4 * TILE_GROUPS];
+    int16_t whole[2][8][2 * TILE_GROUPS];
+  };
   int32_t start[2][TILE_GROUPS];
   float scale[TILE_GROUPS];
 };

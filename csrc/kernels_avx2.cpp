@@ -9,7 +9,6 @@ namespace {
 using Floats = __m256;
 using Ints = __m256i;
 constexpr int kLanes = 8, kRows = 4, kDotTokens = 2, kAxpyTokens = 4, kWide = 2;
-constexpr bool kNibblesRaw = true;
 
 Floats zero() { return _mm256_setzero_ps(); }
 Floats broadcast(float value) { return _mm256_set1_ps(value); }
@@ -46,25 +45,67 @@ Ints load_words(const uint8_t* p, int lanes) {
 Ints load_ints(const void* p) { return _mm256_load_si256(static_cast<const __m256i*>(p)); }
 Ints low_nibbles(Ints v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 Ints high_nibbles(Ints v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
-Floats nibble_weight(Ints v, int k) {
-  const __m256i nibbles = _mm256_and_si256(_mm256_srli_epi32(v, 4 * k), _mm256_set1_epi32(15));
-  return _mm256_cvtepi32_ps(nibbles);
-}
-// 16 bits hold the sums of a tile: 8 times 2 products of at most 15 * 128.
-Ints first_products(const int32_t*) { return _mm256_setzero_si256(); }
-Ints products(Ints sum, Ints u, Ints s) {
-  return _mm256_add_epi16(sum, _mm256_maddubs_epi16(u, s));
-}
-Ints lane_sums(Ints products, const int32_t* start) {
-  return _mm256_add_epi32(_mm256_madd_epi16(products, _mm256_set1_epi16(1)), load_ints(start));
-}
-Floats combined(Ints high, Ints low) {
-  return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(high, 8), low));
-}
+
+struct Linear {
+  static constexpr int kZero = 8;
+  static constexpr bool kWhole = false;
+  static constexpr float kOffset = -8;
+  static Ints bytes(Ints nibbles) { return nibbles; }
+  // 16 bits hold the sums of a tile: 8 times 2 products of at most 15 * 128.
+  static Ints first_products(const int32_t*) { return _mm256_setzero_si256(); }
+  static Ints products(Ints sum, Ints w, Ints x, int) {
+    return _mm256_add_epi16(sum, _mm256_maddubs_epi16(w, x));
+  }
+  static Floats total(const Ints (&sums)[2], const Q4Tile& tile, int lane) {
+    const Ints high = lane_sums(sums[0], tile.start[0] + lane);
+    const Ints low = lane_sums(sums[1], tile.start[1] + lane);
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_slli_epi32(high, 8), low));
+  }
+  static Ints lane_sums(Ints products, const int32_t* start) {
+    return _mm256_add_epi32(_mm256_madd_epi16(products, _mm256_set1_epi16(1)), load_ints(start));
+  }
+  static Ints expand(Ints words) { return words; }
+  static Floats weight(Ints words, int k) {
+    const Ints shifted = _mm256_srli_epi32(words, 4 * k);
+    return _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(15)));
+  }
+};
+
+// Products of two bytes do not fit the 16 bits of maddubs: weights and x are taken as 16 bits.
+struct Coded {
+  static constexpr int kZero = 128;
+  static constexpr bool kWhole = true;
+  static constexpr float kOffset = 0;
+  struct Expanded {
+    Ints of[2];  // the low and the high nibbles' weights, as bytes
+  };
+  static Ints look_up(Ints nibbles, int zero) {
+    const __m128i codes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(Q4_CODES));
+    const __m128i moved = _mm_add_epi8(codes, _mm_set1_epi8(static_cast<char>(zero)));
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(moved), nibbles);
+  }
+  static Ints bytes(Ints nibbles) { return look_up(nibbles, kZero); }
+  static Ints first_products(const int32_t* start) { return load_ints(start); }
+  static Ints products(Ints sum, Ints w, Ints x, int half) {
+    const Ints part = half ? _mm256_srli_epi16(w, 8) : _mm256_and_si256(w, _mm256_set1_epi16(0xff));
+    return _mm256_add_epi32(sum, _mm256_madd_epi16(part, x));
+  }
+  static Floats total(const Ints (&sums)[2], const Q4Tile&, int) {
+    return _mm256_cvtepi32_ps(_mm256_add_epi32(sums[0], sums[1]));
+  }
+  static Expanded expand(Ints words) {
+    return {{look_up(low_nibbles(words), 0), look_up(high_nibbles(words), 0)}};
+  }
+  static Floats weight(const Expanded& expanded, int k) {
+    const Ints top = _mm256_slli_epi32(expanded.of[k % 2], 24 - 4 * (k - k % 2));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(top, 24));
+  }
+};
 
 #include "kernels_rows.inl"
 #include "kernels_simd.inl"
 
 }  // namespace
 
-extern const KernelSet avx2_kernels = {{kKernels[0], kKernels[1], kKernels[2]}, agreements};
+extern const KernelSet avx2_kernels = {{kKernels[0], kKernels[1], kKernels[2], kKernels[3]},
+                                       agreements};

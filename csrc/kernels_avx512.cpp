@@ -9,7 +9,6 @@ namespace {
 using Floats = __m512;
 using Ints = __m512i;
 constexpr int kLanes = 16, kRows = 4, kDotTokens = 2, kAxpyTokens = 4, kWide = 4;
-constexpr bool kNibblesRaw = false;
 
 Floats zero() { return _mm512_setzero_ps(); }
 Floats broadcast(float value) { return _mm512_set1_ps(value); }
@@ -37,21 +36,40 @@ Ints load_words(const uint8_t* p, int lanes) { return _mm512_maskz_loadu_epi32(f
 Ints load_ints(const void* p) { return _mm512_load_si512(p); }
 Ints low_nibbles(Ints v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 Ints high_nibbles(Ints v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
-// A permutation looks at the low four bits of its index only.
-Floats nibble_weight(Ints v, int k) {
-  const Floats weights = _mm512_setr_ps(-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7);
-  return _mm512_permutexvar_ps(_mm512_srli_epi32(v, 4 * k), weights);
-}
-Ints first_products(const int32_t* start) { return load_ints(start); }
-Ints products(Ints sum, Ints u, Ints s) { return _mm512_dpbusd_epi32(sum, u, s); }
-Ints lane_sums(Ints products, const int32_t*) { return products; }
-Floats combined(Ints high, Ints low) {
-  return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(high, 8), low));
-}
+__m128i sixteen(const int8_t* codes) { return _mm_loadu_si128((const __m128i*)codes); }
+
+template <const int8_t* kCodes>
+struct Looked {
+  static constexpr bool kWhole = false;
+  static constexpr float kOffset = 0;
+  static Ints first_products(const int32_t* start) { return load_ints(start); }
+  static Ints products(Ints sum, Ints w, Ints x, int) { return _mm512_dpbusd_epi32(sum, w, x); }
+  static Floats total(const Ints (&sums)[2], const Q4Tile&, int) {
+    return _mm512_cvtepi32_ps(_mm512_add_epi32(_mm512_slli_epi32(sums[0], 8), sums[1]));
+  }
+  static Ints expand(Ints words) { return words; }
+  // A permutation looks at the low four bits of its index only.
+  static Floats weight(Ints words, int k) {
+    const Floats weights = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(sixteen(kCodes)));
+    return _mm512_permutexvar_ps(_mm512_srli_epi32(words, 4 * k), weights);
+  }
+};
+struct Linear : Looked<Q4_0_CODES> {
+  static constexpr int kZero = 8;
+  static Ints bytes(Ints nibbles) { return nibbles; }
+};
+struct Coded : Looked<Q4_CODES> {
+  static constexpr int kZero = 128;
+  static Ints bytes(Ints nibbles) {
+    const __m128i codes = _mm_xor_si128(sixteen(Q4_CODES), _mm_set1_epi8(-128));
+    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(codes), nibbles);
+  }
+};
 
 #include "kernels_rows.inl"
 #include "kernels_simd.inl"
 
 }  // namespace
 
-extern const KernelSet avx512_kernels = {{kKernels[0], kKernels[1], kKernels[2]}, agreements};
+extern const KernelSet avx512_kernels = {{kKernels[0], kKernels[1], kKernels[2], kKernels[3]},
+                                         agreements};

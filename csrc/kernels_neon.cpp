@@ -9,7 +9,6 @@ namespace {
 using Floats = float32x4_t;
 using Ints = int32x4_t;
 constexpr int kLanes = 4, kRows = 4, kDotTokens = 2, kAxpyTokens = 4, kWide = 4;
-constexpr bool kNibblesRaw = true;
 
 Floats zero() { return vdupq_n_f32(0); }
 Floats broadcast(float value) { return vdupq_n_f32(value); }
@@ -44,19 +43,48 @@ Ints low_nibbles(Ints v) {
   return vreinterpretq_s32_u8(vandq_u8(vreinterpretq_u8_s32(v), vdupq_n_u8(15)));
 }
 Ints high_nibbles(Ints v) { return vreinterpretq_s32_u8(vshrq_n_u8(vreinterpretq_u8_s32(v), 4)); }
-Floats nibble_weight(Ints v, int k) {
-  return vcvtq_f32_s32(vandq_s32(vshlq_s32(v, vdupq_n_s32(-4 * k)), vdupq_n_s32(15)));
-}
-Ints first_products(const int32_t* start) { return vld1q_s32(start); }
-Ints products(Ints sum, Ints u, Ints s) {  // a nibble fits a signed byte
-  return vdotq_s32(sum, vreinterpretq_s8_s32(u), vreinterpretq_s8_s32(s));
-}
-Ints lane_sums(Ints products, const int32_t*) { return products; }
-Floats combined(Ints high, Ints low) { return vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(high, 8), low)); }
+
+struct Signed {  // both kinds of weights fit a signed byte
+  static constexpr bool kWhole = false;
+  static Ints first_products(const int32_t* start) { return vld1q_s32(start); }
+  static Ints products(Ints sum, Ints w, Ints x, int) {
+    return vdotq_s32(sum, vreinterpretq_s8_s32(w), vreinterpretq_s8_s32(x));
+  }
+  static Floats total(const Ints (&sums)[2], const Q4Tile&, int) {
+    return vcvtq_f32_s32(vaddq_s32(vshlq_n_s32(sums[0], 8), sums[1]));
+  }
+};
+struct Linear : Signed {
+  static constexpr int kZero = 8;
+  static constexpr float kOffset = -8;
+  static Ints bytes(Ints nibbles) { return nibbles; }
+  static Ints expand(Ints words) { return words; }
+  static Floats weight(Ints words, int k) {
+    return vcvtq_f32_s32(vandq_s32(vshlq_s32(words, vdupq_n_s32(-4 * k)), vdupq_n_s32(15)));
+  }
+};
+struct Coded : Signed {
+  static constexpr int kZero = 0;
+  static constexpr float kOffset = 0;
+  struct Expanded {
+    Ints of[2];  // the low and the high nibbles' weights, as bytes
+  };
+  static Ints bytes(Ints nibbles) {
+    return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(Q4_CODES), vreinterpretq_u8_s32(nibbles)));
+  }
+  static Expanded expand(Ints words) {
+    return {{bytes(low_nibbles(words)), bytes(high_nibbles(words))}};
+  }
+  static Floats weight(const Expanded& expanded, int k) {
+    const Ints top = vshlq_s32(expanded.of[k % 2], vdupq_n_s32(24 - 4 * (k - k % 2)));
+    return vcvtq_f32_s32(vshrq_n_s32(top, 24));
+  }
+};
 
 #include "kernels_rows.inl"
 #include "kernels_simd.inl"
 
 }  // namespace
 
-extern const KernelSet neon_kernels = {{kKernels[0], kKernels[1], kKernels[2]}, agreements};
+extern const KernelSet neon_kernels = {{kKernels[0], kKernels[1], kKernels[2], kKernels[3]},
+                                       agreements};

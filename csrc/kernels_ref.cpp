@@ -47,18 +47,20 @@ void dequantise_q8(const uint8_t* row, float* __restrict out, int cols) {
 }
 
 // One group whose words of 4 bytes lie `word_stride` bytes apart.
+template <const int8_t* kCodes>
 void dequantise_q4_group(const uint8_t* words, int word_stride, float scale,
                          float* __restrict out) {
   for (int r = 0; r < 4; ++r) {
     uint32_t word;
     std::memcpy(&word, words + r * word_stride, sizeof word);
     for (int b = 0; b < 4; ++b) {
-      out[4 * r + b] = scale * (static_cast<int>(word >> (8 * b) & 15) - 8);
-      out[4 * r + b + GROUP / 2] = scale * (static_cast<int>(word >> (8 * b + 4) & 15) - 8);
+      out[4 * r + b] = scale * kCodes[word >> (8 * b) & 15];
+      out[4 * r + b + GROUP / 2] = scale * kCodes[word >> (8 * b + 4) & 15];
     }
   }
 }
 
+template <const int8_t* kCodes>
 void dequantise_q4(const uint8_t* row, float* __restrict out, int cols) {
   const uint8_t* scales = row + cols / 2;
   const int groups = cols / GROUP;
@@ -67,7 +69,8 @@ void dequantise_q4(const uint8_t* row, float* __restrict out, int cols) {
     const uint8_t* nibbles = row + tile * (GROUP / 2);
     for (int g = 0; g < tile_groups; ++g) {
       const float scale = half_to_float(scales + 2 * (tile + g));
-      dequantise_q4_group(nibbles + 4 * g, 4 * tile_groups, scale, out + (tile + g) * GROUP);
+      dequantise_q4_group<kCodes>(nibbles + 4 * g, 4 * tile_groups, scale,
+                                  out + (tile + g) * GROUP);
     }
   }
 }
@@ -154,4 +157,6 @@ constexpr Kernels table() {
 }  // namespace
 
 extern const KernelSet reference_kernels = {
-    {table<dequantise_f16>(), table<dequantise_q8>(), table<dequantise_q4>()}, agreements};
+    {table<dequantise_f16>(), table<dequantise_q8>(), table<dequantise_q4<Q4_CODES>>(),
+     table<dequantise_q4<Q4_0_CODES>>()},
+    agreements};

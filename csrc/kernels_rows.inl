@@ -10,17 +10,19 @@
 //   kRows                        rows read side by side
 //   kDotTokens, kAxpyTokens      tokens that share an unpacked row, in dots and in sums of rows
 //   kWide                        registers of each token's sum, in sums of rows for several tokens
-//   kNibblesRaw                  nibble_weight gives 0..15, not -8..7
 //   zero, broadcast, load, store, add, multiply, multiply_add (a b + c), sum_of
 //   from_halves(p), from_halves(p, lanes), from_bytes(p)         halves or int8 as floats
 //   load_words(p, lanes)         the first `lanes` 32-bit words, then zeros
 //   load_ints(p)                 a whole aligned register
 //   low_nibbles, high_nibbles    of each byte, as bytes
-//   nibble_weight(words, k)      nibble k of each word as a float
-//   first_products(start)        what `products` starts from
-//   products(sum, u, s)          sum + the products of unsigned and signed bytes, up to 8 times
-//   lane_sums(sum, start)        the sums of each 32-bit lane, `start` included
-//   combined(high, low)          256 high + low as floats
+//   Coded, Linear                the weights of q4 and of q4_0, each with
+//     kZero, bytes(nibbles)      of dots: the weights as bytes, kZero more than they are
+//     kWhole                     x is whole integers, not limbs (see Q4Tile)
+//     first_products(start)      what `products` starts from
+//     products(sum, w, x, half)  sum + the products of `bytes` and a half of x, up to 8 times
+//     total(sums, tile, lane)    the floats that the sums of both halves stand for
+//     kOffset                    of sums of rows: `weight` gives weight - kOffset
+//     expand(words), weight(expanded, k)          nibble k of each word as a float
 //
 // Nothing in the two may be seen by the linker, which would merge it across instruction sets: no
 // standard C++ header, no inline function outside the anonymous namespace.

@@ -1,4 +1,5 @@
-// The SIMD kernels on f16, q8 and q4 rows and on sign bits, and their tables. See kernels_rows.inl.
+// The SIMD kernels on f16, q8, q4 and q4_0 rows and on sign bits, and their tables. See
+// kernels_rows.inl.
 
 constexpr int kParts = TILE_GROUPS / kLanes;  // registers that hold a tile's groups
 constexpr int kPieces = GROUP / kLanes;       // registers that hold a group's weights
@@ -191,7 +192,7 @@ struct AxpysQ8 : Axpys {
   }
 };
 
-// -- q4 ------------------------------------------------------------------------------------------
+// -- q4 and q4_0 ---------------------------------------------------------------------------------
 
 // Part of a tile of a row: a lane is a group, and the last tile of a row may have fewer.
 struct Nibbles {
@@ -211,6 +212,7 @@ struct Nibbles {
   Floats scale(const uint8_t* row) const { return from_halves(row + scales, lanes); }
 };
 
+template <const int8_t* kCodes>
 void dequantise_q4(const uint8_t* row, float* out, int cols) {
   for (int tile = 0; tile < cols; tile += TILE) {
     const int groups = smaller((cols - tile) / GROUP, TILE_GROUPS);
@@ -219,8 +221,8 @@ void dequantise_q4(const uint8_t* row, float* out, int cols) {
     for (int g = 0; g < groups; ++g, out += GROUP) {
       for (int i = 0; i < GROUP / 2; ++i) {
         const uint8_t byte = row[tile / 2 + (i / 4 * groups + g) * 4 + i % 4];
-        out[i] = scales[g] * ((byte & 15) - 8);
-        out[i + GROUP / 2] = scales[g] * ((byte >> 4) - 8);
+        out[i] = scales[g] * kCodes[byte & 15];
+        out[i + GROUP / 2] = scales[g] * kCodes[byte >> 4];
       }
     }
   }
@@ -256,6 +258,24 @@ float to_integers(const float* x, int32_t* integers) {
   return scale;
 }
 
+// Puts the integers of group g into the tile's halves; returns the sum of each.
+template <bool kWhole>
+void put_integers(const int32_t* integers, int g, Q4Tile* out, int32_t (&sums)[2]) {
+  for (int i = 0; i < GROUP; ++i) {
+    if (kWhole) {
+      out->whole[i % 2][i / 4][2 * g + i % 4 / 2] = static_cast<int16_t>(integers[i]);
+      sums[i % 2] += integers[i];
+    } else {
+      const int32_t high = (integers[i] + 128) >> 8, low = integers[i] - 256 * high;
+      out->limbs[0][i / 4][4 * g + i % 4] = static_cast<int8_t>(high);
+      out->limbs[1][i / 4][4 * g + i % 4] = static_cast<int8_t>(low);
+      sums[0] += high;
+      sums[1] += low;
+    }
+  }
+}
+
+template <typename Weights>
 void prepare_q4(const float* x, int cols, void* prepared) {
   Q4Tile* out = static_cast<Q4Tile*>(prepared);
   for (int tile = 0; tile < cols; tile += TILE, ++out) {
@@ -263,25 +283,14 @@ void prepare_q4(const float* x, int cols, void* prepared) {
     if (groups < TILE_GROUPS) __builtin_memset(out, 0, sizeof *out);
     for (int g = 0; g < groups; ++g, x += GROUP) {
       int32_t integers[GROUP], sums[2] = {};
-      int8_t bytes[2][GROUP];
       out->scale[g] = to_integers(x, integers);
-      for (int i = 0; i < GROUP; ++i) {
-        const int32_t high = (integers[i] + 128) >> 8, low = integers[i] - 256 * high;
-        bytes[0][i] = static_cast<int8_t>(high);
-        bytes[1][i] = static_cast<int8_t>(low);
-        sums[0] += high;
-        sums[1] += low;
-      }
-      for (int limb = 0; limb < 2; ++limb) {
-        out->start[limb][g] = -8 * sums[limb];
-        for (int word = 0; word < 8; ++word) {
-          __builtin_memcpy(out->limbs[limb][word] + 4 * g, bytes[limb] + 4 * word, 4);
-        }
-      }
+      put_integers<Weights::kWhole>(integers, g, out, sums);
+      for (int half = 0; half < 2; ++half) out->start[half][g] = -Weights::kZero * sums[half];
     }
   }
 }
 
+template <typename Weights>
 struct DotsQ4 : Dots {
   static constexpr int kBits = 4;
 
@@ -309,12 +318,12 @@ struct DotsQ4 : Dots {
                                   int tile, int lane, Fetching& fetch,
                                   Floats (&total)[N][T]) const {
     const Q4Tile* tiles[T];
-    Ints limbs[N][T][2];
+    Ints sums[N][T][2];
     for (int t = 0; t < T; ++t) {
       tiles[t] = x<Q4Tile>(token + t) + tile;
       for (int n = 0; n < N; ++n)
-        for (int limb = 0; limb < 2; ++limb) {
-          limbs[n][t][limb] = first_products(tiles[t]->start[limb] + lane);
+        for (int half = 0; half < 2; ++half) {
+          sums[n][t][half] = Weights::first_products(tiles[t]->start[half] + lane);
         }
     }
 #pragma GCC unroll 4
@@ -324,18 +333,19 @@ struct DotsQ4 : Dots {
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
         const Ints word = nibbles.word(group.row[n], r);
-        w[n][0] = low_nibbles(word);
-        w[n][1] = high_nibbles(word);
+        w[n][0] = Weights::bytes(low_nibbles(word));
+        w[n][1] = Weights::bytes(high_nibbles(word));
       }
 #pragma GCC unroll 2
       for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 2
-        for (int limb = 0; limb < 2; ++limb) {
-          const Ints x0 = load_ints(tiles[t]->limbs[limb][r] + 4 * lane);
-          const Ints x1 = load_ints(tiles[t]->limbs[limb][4 + r] + 4 * lane);
+        for (int half = 0; half < 2; ++half) {
+          const Ints x0 = load_ints(tiles[t]->limbs[half][r] + 4 * lane);
+          const Ints x1 = load_ints(tiles[t]->limbs[half][4 + r] + 4 * lane);
 #pragma GCC unroll 4
           for (int n = 0; n < N; ++n) {
-            limbs[n][t][limb] = products(products(limbs[n][t][limb], w[n][0], x0), w[n][1], x1);
+            const Ints sum = Weights::products(sums[n][t][half], w[n][0], x0, half);
+            sums[n][t][half] = Weights::products(sum, w[n][1], x1, half);
           }
         }
       }
@@ -345,8 +355,7 @@ struct DotsQ4 : Dots {
       const Floats x_scale = load(tiles[t]->scale + lane);
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
-        const Floats product = combined(lane_sums(limbs[n][t][0], tiles[t]->start[0] + lane),
-                                        lane_sums(limbs[n][t][1], tiles[t]->start[1] + lane));
+        const Floats product = Weights::total(sums[n][t], *tiles[t], lane);
         const Floats scale = multiply(nibbles.scale(group.row[n]), x_scale);
         total[n][t] = multiply_add(product, scale, total[n][t]);
       }
@@ -369,6 +378,7 @@ void add_sum_q4(const float* sum, int cols, float* out) {
   }
 }
 
+template <typename Weights>
 struct AxpysQ4 : Axpys {
   static constexpr int kBits = 4;
 
@@ -379,11 +389,11 @@ struct AxpysQ4 : Axpys {
       const Nibbles nibbles(cols, tile, part);
       if (nibbles.lanes <= 0) break;
       const Floats scale = nibbles.scale(row);
-      const Ints word = nibbles.word(row, r);
+      const auto words = Weights::expand(nibbles.word(row, r));
 #pragma GCC unroll 8
       for (int k = 0; k < 8; ++k) {
-        const Floats w =
-            kNibblesRaw ? add(nibble_weight(word, k), broadcast(-8)) : nibble_weight(word, k);
+        Floats w = Weights::weight(words, k);
+        if (Weights::kOffset != 0) w = add(w, broadcast(Weights::kOffset));
         store(out + k * TILE_GROUPS + part * kLanes, multiply(w, scale));
       }
     }
@@ -404,7 +414,9 @@ struct AxpysQ4 : Axpys {
         Floats a[N], offset = zero();
         for (int n = 0; n < N; ++n) {
           a[n] = multiply(broadcast(coefficients[i + n]), nibbles.scale(group.row[n]));
-          if (kNibblesRaw) offset = multiply_add(broadcast(-8), a[n], offset);
+          if (Weights::kOffset != 0) {
+            offset = multiply_add(broadcast(Weights::kOffset), a[n], offset);
+          }
         }
         for (int r = 0; r < 4; ++r) {
           fetch.step();
@@ -423,13 +435,13 @@ struct AxpysQ4 : Axpys {
 #pragma GCC unroll 8
     for (int k = 0; k < 8; ++k) {
       y[k] = load(at + k * TILE_GROUPS);
-      if (kNibblesRaw) y[k] = add(y[k], offset);
+      if (Weights::kOffset != 0) y[k] = add(y[k], offset);
     }
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
-      const Ints word = nibbles.word(group.row[n], r);
+      const auto words = Weights::expand(nibbles.word(group.row[n], r));
 #pragma GCC unroll 8
-      for (int k = 0; k < 8; ++k) y[k] = multiply_add(nibble_weight(word, k), a[n], y[k]);
+      for (int k = 0; k < 8; ++k) y[k] = multiply_add(Weights::weight(words, k), a[n], y[k]);
     }
 #pragma GCC unroll 8
     for (int k = 0; k < 8; ++k) store(at + k * TILE_GROUPS, y[k]);
@@ -481,11 +493,22 @@ void axpys(const Rows* rows, const float* coefficients, int64_t stride, int64_t 
   }
 }
 
+template <typename Weights, const int8_t* kCodes>
+constexpr Kernels kernels_q4() {
+  return {dequantise_q4<kCodes>,
+          prepared_bytes_q4,
+          prepare_q4<Weights>,
+          dots<DotsQ4<Weights>, prepared_bytes_q4>,
+          sum_floats_q4,
+          axpys<AxpysQ4<Weights>, sum_floats_q4>,
+          add_sum_q4};
+}
+
 constexpr Kernels kKernels[QUANTS] = {
     {dequantise_f16, prepared_bytes, prepare, dots<DotsF16, prepared_bytes>, sum_floats,
      axpys<AxpysF16, sum_floats>, add_sum},
     {dequantise_q8, prepared_bytes, prepare, dots<DotsQ8, prepared_bytes>, sum_floats,
      axpys<AxpysQ8, sum_floats>, add_sum},
-    {dequantise_q4, prepared_bytes_q4, prepare_q4, dots<DotsQ4, prepared_bytes_q4>, sum_floats_q4,
-     axpys<AxpysQ4, sum_floats_q4>, add_sum_q4},
+    kernels_q4<Coded, Q4_CODES>(),
+    kernels_q4<Linear, Q4_0_CODES>(),
 };

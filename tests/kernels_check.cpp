@@ -18,8 +18,8 @@
 namespace {
 
 // Of float32 sums, as in tests/test_kernels.py; q4 keeps x to 15 bits of the largest of a group.
-constexpr double kRelativeRms[QUANTS] = {2e-5, 2e-5, 1.2e-4};
-constexpr const char* kQuants[QUANTS] = {"f16", "q8", "q4"};
+constexpr double kRelativeRms[QUANTS] = {2e-5, 2e-5, 1.2e-4, 1.2e-4};
+constexpr const char* kQuants[QUANTS] = {"f16", "q8", "q4", "q4_0"};
 constexpr float kNan = std::numeric_limits<float>::quiet_NaN();
 
 std::mt19937 random_bits(0);
@@ -66,10 +66,10 @@ int64_t row_stride(int quant, int cols) {
   return (payload + step - 1) / step * step;
 }
 
-// Zero, subnormal, or up to 4 in size.
-uint16_t random_half() {
+// Zero, subnormal, or up to 2^(largest - 14) in size.
+uint16_t random_half(uint32_t largest) {
   const uint32_t bits = random_bits();
-  const uint32_t exponent = bits >> 16 & 7 ? 6 + bits % 11 : 0;
+  const uint32_t exponent = bits >> 16 & 7 ? largest - bits % 11 : 0;
   return static_cast<uint16_t>((bits >> 31) << 15 | exponent << 10 |
                                (bits >> 20 & 15 ? bits >> 5 & 0x3ff : 0));
 }
@@ -83,7 +83,8 @@ void fill_rows(uint8_t* data, int64_t rows, int64_t stride, int quant, int cols)
     for (int b = 0; b < bytes; ++b) row[b] = static_cast<uint8_t>(random_bits());
     const int halves = quant == QUANT_F16 ? cols : cols / GROUP;
     for (int h = 0; h < halves; ++h) {
-      const uint16_t half = random_half();
+      const uint16_t half =
+          random_half(quant == QUANT_Q4 ? 12 : 16);  // its codes are 16 times as large
       std::memcpy(row + bytes + 2 * h, &half, sizeof half);
     }
   }

@@ -17,6 +17,7 @@ from turbosparse.engine.cost import bytes_per_step
 from turbosparse.engine.engine import Engine
 from turbosparse.hf.count import count_parameters
 from turbosparse.ops.quant import dequantise
+from turbosparse.ops.rows import QUANTS
 from turbosparse.packed.format import Packed
 from turbosparse.packed.synthetic import SHAPES, Wanted, make_synthetic
 
@@ -38,7 +39,7 @@ def toy_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(SHAPES, "mixtral-toy", moe)
 
 
-@pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
+@pytest.mark.parametrize("quant", QUANTS)
 @pytest.mark.parametrize("shape", ["llama-toy", "mixtral-toy", "arcee-toy"])
 def test_a_synthetic_model_computes_the_asked_sparsity(
     tmp_path: Path, shape: str, quant: str
@@ -51,7 +52,7 @@ def test_a_synthetic_model_computes_the_asked_sparsity(
     assert step.active == pytest.approx(0.1, abs=0.02)
 
 
-@pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
+@pytest.mark.parametrize("quant", QUANTS)
 def test_synthetic_weights_have_one_deviation(tmp_path: Path, quant: str) -> None:
     make_synthetic(tmp_path / "model", Wanted("llama-toy", 0.0), quant=quant)
     packed = Packed(tmp_path / "model")
@@ -96,7 +97,7 @@ def test_the_machine_is_named_with_its_processor(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("shape", ["llama-toy", "mixtral-toy"])
-@pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
+@pytest.mark.parametrize("quant", QUANTS)
 def test_a_synthetic_predictor_knows_its_neurons(tmp_path: Path, shape: str, quant: str) -> None:
     card = bench(
         shape=shape,

@@ -63,7 +63,7 @@ def read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         ("Matrix", {"cols": 33, "quant": "q8"}, "33, expected a multiple of 32"),
         ("Matrix", {"cols": 0, "quant": "f16"}, "0, expected at least 1"),
         ("Matrix", {"cols": -32}, "-32, expected at least 1"),
-        ("Matrix", {"quant": "q5"}, "'q5', expected one of f16, q8, q4"),
+        ("Matrix", {"quant": "q5"}, "'q5', expected one of f16, q8, q4, q4_0"),
         ("Matrix", {"data": zeros(7, 32, dtype=np.int8)}, "incompatible"),
         ("Matrix", {"data": zeros(7, 64)[:, ::2]}, "incompatible"),
         ("Matrix", {"data": zeros(32)}, "incompatible"),

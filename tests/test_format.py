@@ -163,7 +163,7 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], Fault]] = {
         lambda f: edit_block(f, lambda b: b.pop("format_version")),
         Fault.NOT_PACKED,
     ),
-    "later version": (lambda f: edit_block(f, lambda b: b.update(format_version=3)), Fault.VERSION),
+    "later version": (lambda f: edit_block(f, lambda b: b.update(format_version=4)), Fault.VERSION),
     "unknown quant": (lambda f: edit_block(f, lambda b: b.update(quant="q5")), Fault.HEADER),
     "unknown key": (lambda f: edit_block(f, lambda b: b.update(colour="red")), Fault.HEADER),
     "key missing": (lambda f: edit_block(f, lambda b: b.pop("ffn")), Fault.HEADER),

@@ -155,7 +155,7 @@ def test_a_gguf_file_holds_the_model_that_it_was_made_of(
     assert (mine.bos_token, mine.eos_token) == ("<s>", "</s>")
 
 
-@pytest.mark.parametrize(("kind", "quant"), [(Q4_0, "q4"), (Q8_0, "q8")])
+@pytest.mark.parametrize(("kind", "quant"), [(Q4_0, "q4_0"), (Q8_0, "q8")])
 def test_packing_gives_back_the_numbers_of_the_file(
     toy: Any, tmp_path: Path, kind: Any, quant: str
 ) -> None:

@@ -23,8 +23,8 @@ from turbosparse.ops.quant import dequantise, dequantise_ffn, quantise, quantise
 from turbosparse.ops.reference import Neurons, sparse_ffn
 from turbosparse.ops.rows import BLOCK, QUANTS, FFNRows, row_bytes
 
-ROUNDED = ("q4",)  # their products round x to 15 bits
-BITS = {"f16": 0, "q8": 8, "q4": 4}  # of a weight, before the halves of a row
+ROUNDED = ("q4", "q4_0")  # their products round x to 15 bits
+BITS = {"f16": 0, "q8": 8, "q4": 4, "q4_0": 4}  # of a weight, before the halves of a row
 CALLS = [(1, 1), (1, 5), (3, 2), (18, 1), (40, 5)]  # tokens, threads
 TOKENS = max(tokens for tokens, _ in CALLS)
 ODD = (1, 7, 63, 172)  # widths that only f16 can have

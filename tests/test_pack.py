@@ -471,7 +471,7 @@ def test_the_quantisation_is_a_map(sparse: Make, tmp_path: Path) -> None:
     assert done.quant == "q8, q k v q4, down f16"
     for wrong, message in {
         "nose=q8": "quant map: 'nose' is unknown; use attention, ffn, embedding",
-        "head=q5": "quant map: head=q5 is unknown; use f16, q8 or q4",
+        "head=q5": "quant map: head=q5 is unknown; use f16, q8, q4, q4_0",
         "head": "quant map 'head' is not valid; write it like head=q8,down=q8",
     }.items():
         with pytest.raises(TurboSparseError, match=re.escape(message)):

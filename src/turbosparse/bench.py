@@ -32,6 +32,7 @@ from turbosparse.benchmark.harness import Memory, Spread, machine
 from turbosparse.engine import native
 from turbosparse.engine.cost import bytes_per_step, experts_in_use
 from turbosparse.engine.engine import Engine, Mode
+from turbosparse.ops.rows import Quant
 from turbosparse.packed.format import Packed
 from turbosparse.packed.synthetic import Wanted, make_synthetic
 
@@ -100,10 +101,10 @@ def bench(
     *,
     shape: str | None = None,
     sparsity: float | None = None,
-    quant: Literal["f16", "q8", "q4"] | None = None,
+    quant: Quant | None = None,
     layers: int | None = None,
     predictor: str | None = None,
-    predictor_quant: Literal["f16", "q8", "q4"] | None = None,
+    predictor_quant: Quant | None = None,
     mode: Mode = "auto",
     threads: int | None = None,
     batch: int = 1,

@@ -46,7 +46,7 @@ from turbosparse.hf.powerinfer import read_predictor
 from turbosparse.hf.published import own_fields
 from turbosparse.ops.predictor import Predictor
 from turbosparse.ops.quant import quantise, signs
-from turbosparse.ops.rows import FFNRows, row_bytes
+from turbosparse.ops.rows import FFNRows, Quant, row_bytes
 from turbosparse.packed.files import Spec, write_weights
 from turbosparse.packed.format import (
     cluster_neurons,
@@ -86,11 +86,11 @@ def pack(
     model: str,
     out: AnyPath,
     *,
-    quant: Literal["f16", "q8", "q4"] = "q4",
+    quant: Quant = "q4",
     quant_map: str = "",
     stats: AnyPath | None = None,
     predictor: Literal["auto", "none", "sign"] | str = "auto",
-    predictor_quant: Literal["f16", "q8", "q4"] = "q8",
+    predictor_quant: Quant = "q8",
     predictor_input: Literal["pre_norm", "post_norm"] | None = None,
     activation: Activation | None = None,
 ) -> PackedModel:
@@ -103,8 +103,9 @@ def pack(
     out
         New packed folder.
     quant
-        q4 and q8 have the numbers of GGUF Q4_0 and Q8_0; f16 is exact for bf16 weights in its
-        range. With q4 the embedding and the head are q8.
+        q4, q4_0 and q8 have the numbers of GGUF IQ4_NL, Q4_0 and Q8_0: a file in one of these comes
+        through unchanged. f16 is exact for bf16 weights in its range. With q4 and q4_0 the
+        embedding and the head are q8.
     quant_map
         Another quant for some matrices, such as head=q4,down=q8: of embedding, q, k, v, o, head,
         gate, up, down, or of attention and ffn as a whole.

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import yaml
 from rich.console import Group
@@ -30,6 +30,7 @@ from turbosparse.engine.text import Tokenizer
 from turbosparse.generate import summarise
 from turbosparse.hf.count import RULE, count_parameters
 from turbosparse.hf.load import load_config, load_model, load_tokenizer
+from turbosparse.ops.rows import Quant
 from turbosparse.pack import pack
 from turbosparse.packed.stats import FILE as STATS_FILE
 from turbosparse.packed.stats import Stats
@@ -46,7 +47,7 @@ MODELS = {
     "surgery": "after surgery",
     "sparse": "recovered",
 }
-QUANTS: tuple[Literal["f16", "q8", "q4"], ...] = ("f16", "q8", "q4")
+QUANTS: tuple[Quant, ...] = ("f16", "q8", "q4")
 BACKENDS: tuple[tuple[Backend, Mode], ...] = (
     ("torch", "dense"),
     ("torch", "exact"),

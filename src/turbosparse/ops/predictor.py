@@ -7,6 +7,8 @@ from typing import Any, Literal, NamedTuple, Self
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 
+from turbosparse.ops.rows import Quant
+
 
 class Predictor(BaseModel):
     """How candidate neurons are picked; see `ops.reference` for the two kinds.
@@ -18,7 +20,7 @@ class Predictor(BaseModel):
     kind: Literal["low_rank", "sign"]
     input: Literal["pre_norm", "post_norm"]
     threshold: FiniteFloat
-    quant: Literal["f16", "q8", "q4"] | None = None  # of a low_rank one's matrices
+    quant: Quant | None = None  # of a low_rank one's matrices
     ranks: list[list[int]] | None = None  # of a low_rank one, for each layer and expert
     recall: FiniteFloat | None = None
     density: FiniteFloat | None = None

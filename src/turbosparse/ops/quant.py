@@ -1,7 +1,7 @@
 """Block formats of packed weights: quantise, and dequantise, which is the truth for every kernel.
 
 ``docs/format.md`` says where each byte lies: values, then one fp16 scale for each block of 32, then
-zeros up to the stride. The numbers are those of GGUF Q8_0 and Q4_0.
+zeros up to the stride. The numbers are those of GGUF Q8_0, IQ4_NL (our q4) and Q4_0.
 """
 
 from __future__ import annotations
@@ -14,26 +14,44 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.ops.rows import BLOCK, TILE, FFNRows, row_bytes, sign_bytes
+from turbosparse.ops.rows import BLOCK, TILE, FFNRows, row_bytes, sign_bytes, value_bytes
 
 F16_MAX = 65504.0
+# what a nibble stands for; q4's are closer together near zero, where most weights are
+CODES: dict[str, tuple[int, ...]] = {
+    "q4": (-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113),
+    "q4_0": tuple(range(-8, 8)),
+}
+# What the largest weight of a block may become in q4. All codes are tried, so that what was in this
+# form before comes back as it was, and some numbers beside the outer ones.
+_ENDS = (*CODES["q4"], -136, -115, 101, 122)
+_Q4_CHUNK = 1 << 16  # weights, whose arrays fit a processor's cache
 
 
-def quantise(weights: Tensor, quant: str) -> Tensor:
+def quantise(weights: Tensor, quant: str, importance: Tensor | None = None) -> Tensor:
     """Pack a matrix row by row: ``[rows, cols]`` of any float type → uint8 ``[rows, row_bytes]``.
+
+    Args:
+        weights: the matrix.
+        quant: of `QUANTS`.
+        importance: ``[cols]``, mean squares of what the columns are multiplied with. The scales of
+            q4 are chosen for the least sum of squared errors, each times its column's importance.
 
     Raises:
         TurboSparseError: a weight is not finite, or too large for fp16.
     """
     w = weights.float()
     stride = row_bytes(quant, w.shape[1])
-    limit = F16_MAX if quant == "f16" else F16_MAX * (127 if quant == "q8" else 8)
+    limit = F16_MAX * {"f16": 1, "q8": 127, "q4": 113, "q4_0": 8}[quant]
     largest = float(w.abs().max()) if w.numel() else 0.0
     if not largest <= limit:  # NaN compares false
         raise TurboSparseError(
             f"a weight of magnitude {largest:g} does not fit {quant} (at most {limit:g})"
         )
-    payload = {"f16": _pack_f16, "q8": _pack_q8, "q4": _pack_q4}[quant](w)
+    if quant == "q4":
+        payload = _pack_q4(w, torch.ones(w.shape[1]) if importance is None else importance)
+    else:
+        payload = {"f16": _pack_f16, "q8": _pack_q8, "q4_0": _pack_q4_0}[quant](w)
     return torch.nn.functional.pad(payload, (0, stride - payload.shape[1]))
 
 
@@ -41,11 +59,13 @@ def dequantise(packed: Tensor, quant: str, cols: int) -> Tensor:
     """Unpack rows: uint8 ``[rows, row_bytes]`` → float32 ``[rows, cols]``."""
     if quant == "f16":
         return packed[:, : 2 * cols].contiguous().view(torch.float16).float()
-    blocks = cols // BLOCK
-    values = cols if quant == "q8" else cols // 2
+    blocks, values = cols // BLOCK, value_bytes(quant, cols)
     scales = packed[:, values : values + 2 * blocks].contiguous().view(torch.float16).float()
     payload = packed[:, :values].contiguous()
-    q = payload.view(torch.int8) if quant == "q8" else _nibbles(payload, blocks)
+    if quant == "q8":
+        q = payload.view(torch.int8)
+    else:
+        q = torch.tensor(CODES[quant], dtype=torch.int8)[_nibbles(payload, blocks).int()]
     return (q.reshape(-1, blocks, BLOCK) * scales[..., None]).reshape(-1, cols)
 
 
@@ -101,26 +121,72 @@ def _pack_q8(w: Tensor) -> Tensor:
     return _with_scales(q.to(torch.int8).flatten(1).view(torch.uint8), scale)
 
 
-def _pack_q4(w: Tensor) -> Tensor:
+def _pack_q4_0(w: Tensor) -> Tensor:
     blocks = w.unflatten(1, (-1, BLOCK))
-    extreme = blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
-    scale = extreme / -8
+    scale = _extremes(blocks) / -8
     q = (blocks.double() * _inverse(scale).double() + 8.5).trunc().clamp(0, 15).to(torch.uint8)
+    return _with_scales(_tiles(q), scale)
+
+
+def _pack_q4(w: Tensor, importance: Tensor) -> Tensor:
+    rows = max(1, _Q4_CHUNK // w.shape[1])
+    column = importance.float().clamp(min=1e-30).unflatten(0, (-1, BLOCK))
+    parts = [_coded(part.unflatten(1, (-1, BLOCK)), column) for part in w.split(rows)]
+    nibbles, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+    return _with_scales(_tiles(nibbles), scales)
+
+
+def _coded(blocks: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
+    """Nibbles and scales ``[rows, blocks, 1]`` of the least weighted error that was found.
+
+    For each of `_ENDS` the largest weight becomes that number, and the least squares of the codes
+    that follow give the scale.
+    """
+    codes = torch.tensor(CODES["q4"], dtype=torch.float32)
+    # the nearest code of numbers that grow by halves, as the borders between codes do
+    halves = torch.arange(-256, 256) / 2 + 0.25
+    nearest = torch.bucketize(halves, (codes[1:] + codes[:-1]) / 2).to(torch.uint8)
+
+    def nibbles(scale: Tensor) -> Tensor:
+        at = (blocks * (2 * _inverse(scale)) + 256).clamp_(0, 511).int()
+        return nearest.index_select(0, at.flatten()).view(at.shape)
+
+    def weights(scale: Tensor) -> Tensor:
+        return codes.index_select(0, nibbles(scale).flatten().int()).view(blocks.shape)
+
+    extreme = _extremes(blocks)
+    best, least = torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
+    for end in _ENDS:
+        code = weights((extreme / end).half().float())
+        fitted = (importance * blocks * code).sum(-1, keepdim=True)
+        scale = (fitted / (importance * code * code).sum(-1, keepdim=True)).half().float()
+        error = (importance * (weights(scale) * scale - blocks).square_()).sum(-1, keepdim=True)
+        best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
+    return nibbles(best), best
+
+
+def _extremes(blocks: Tensor) -> Tensor:
+    """The weight of largest magnitude of each block, ``[rows, blocks, 1]``."""
+    return blocks.gather(-1, blocks.abs().argmax(-1, keepdim=True))
+
+
+def _tiles(q: Tensor) -> Tensor:
+    """Nibbles ``[rows, blocks, 32]`` → bytes ``[rows, blocks · 16]``, as they lie in a row."""
     low, high = q.unflatten(-1, (2, 16)).unbind(-2)
     block_bytes = low | (high << 4)  # [rows, blocks, 16]
     tiles = [t.unflatten(-1, (4, 4)).transpose(1, 2).flatten(1) for t in block_bytes.split(TILE, 1)]
-    return _with_scales(torch.cat(tiles, 1), scale)
+    return torch.cat(tiles, 1)
 
 
 def _nibbles(payload: Tensor, blocks: int) -> Tensor:
-    """q4 nibble bytes → signed values ``[rows, blocks, 32]``."""
+    """The inverse of `_tiles`."""
     rows = len(payload)
     tiles = [
         tile.reshape(rows, 4, -1, 4).transpose(1, 2).flatten(2)
         for tile in payload.reshape(rows, blocks * 16).split(TILE * 16, 1)
     ]
     block_bytes = torch.cat(tiles, 1)
-    return torch.cat((block_bytes & 15, block_bytes >> 4), -1).to(torch.int8) - 8
+    return torch.cat((block_bytes & 15, block_bytes >> 4), -1)
 
 
 def _inverse(scale: Tensor) -> Tensor:

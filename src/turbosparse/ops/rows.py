@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from turbosparse.base.errors import TurboSparseError
 
-QUANTS = ("f16", "q8", "q4")
+Quant = Literal["f16", "q8", "q4", "q4_0"]
+QUANTS: tuple[Quant, ...] = get_args(Quant)
+_BITS = {"f16": 16, "q8": 8, "q4": 4, "q4_0": 4}  # of a value
 BLOCK = 32
 TILE = 16  # blocks
 CACHE_LINE = 64  # bytes
@@ -30,10 +32,13 @@ def row_bytes(quant: str, cols: int) -> int:
         raise TurboSparseError(
             f"{quant} needs rows of a multiple of {BLOCK} weights, not {cols}; use f16"
         )
-    scales = 2 * cols // BLOCK
-    payload = {"f16": 2 * cols, "q8": cols + scales, "q4": cols // 2 + scales}[quant]
-    step = CACHE_LINE if quant == "f16" else ROW_STEP
-    return -(-payload // step) * step
+    scales, step = (0, CACHE_LINE) if quant == "f16" else (2 * cols // BLOCK, ROW_STEP)
+    return -(-(value_bytes(quant, cols) + scales) // step) * step
+
+
+def value_bytes(quant: str, cols: int) -> int:
+    """Bytes of a row's values, which the scales follow."""
+    return cols * _BITS[quant] // 8
 
 
 def sign_bytes(cols: int) -> int:
@@ -71,7 +76,7 @@ class FFNRows:
 
 def finite_scales(rows: NDArray[Any], quant: str, cols: int) -> bool:
     """Whether every weight of packed rows is finite: only halves can be anything else."""
-    start = {"f16": 0, "q8": cols, "q4": cols // 2}[quant]
+    start = 0 if quant == "f16" else value_bytes(quant, cols)
     halves = rows[:, start : start + 2 * (cols if quant == "f16" else cols // BLOCK)]
     step = max(1, (1 << 22) // max(1, halves.shape[1]))
     return all(

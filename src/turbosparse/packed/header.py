@@ -12,9 +12,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.activations import ACTIVATIONS, WITHOUT_ZEROS, Activation
 from turbosparse.ops.predictor import Predictor
+from turbosparse.ops.rows import QUANTS, Quant
 
-VERSION: Final = 2
-Quant = Literal["f16", "q8", "q4"]
+VERSION: Final = 3
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -79,14 +79,16 @@ class QuantMap(_Record):
         Beside q4 the embedding and the head are q8: for SmolLM2 of 135 M parameters quantising
         then costs 24 % of perplexity instead of 33 % (20,000 tokens of Wikipedia).
         """
-        ends = dict.fromkeys(("embedding", "head"), "q8" if quant == "q4" else quant)
+        ends = dict.fromkeys(("embedding", "head"), "q8" if quant in ("q4", "q4_0") else quant)
         kinds = dict.fromkeys(cls.model_fields, quant) | ends
         for name, kind in sorted(overrides.items(), key=lambda item: item[0] not in _GROUPS):
             if name not in kinds and name not in _GROUPS:
                 known = ", ".join((*_GROUPS, *kinds))
                 raise TurboSparseError(f"quant map: {name!r} is unknown; use {known}")
-            if kind not in ("f16", "q8", "q4"):
-                raise TurboSparseError(f"quant map: {name}={kind} is unknown; use f16, q8 or q4")
+            if kind not in QUANTS:
+                raise TurboSparseError(
+                    f"quant map: {name}={kind} is unknown; use {', '.join(QUANTS)}"
+                )
             kinds |= dict.fromkeys(_GROUPS.get(name, (name,)), kind)
         for pair in same:
             given = {overrides[kind] for kind in pair if kind in overrides}
@@ -159,7 +161,7 @@ class Profile(_Record):
 class Header(_Record):
     """The ``"turbosparse"`` block of a packed ``config.json``."""
 
-    format_version: Literal[2]
+    format_version: Literal[3]
     quant: QuantMap
     cluster_neurons: int  # neurons whose pairs are read together from disk
     ffn: FFN

@@ -26,9 +26,9 @@ from turbosparse.hf import families
 from turbosparse.hf.activations import ACTIVATIONS, WITHOUT_ZEROS
 from turbosparse.hf.load import with_activation
 from turbosparse.ops.predictor import Predictor
-from turbosparse.ops.quant import negative, quantise, signs
+from turbosparse.ops.quant import CODES, negative, quantise, signs
 from turbosparse.ops.reference import sign_scores
-from turbosparse.ops.rows import BLOCK, TILE, FFNRows, row_bytes
+from turbosparse.ops.rows import BLOCK, TILE, FFNRows, row_bytes, value_bytes
 from turbosparse.packed.files import Spec, write_weights
 from turbosparse.packed.format import cluster_neurons, layout
 from turbosparse.packed.header import FFN, VERSION, Header, QuantMap
@@ -159,7 +159,7 @@ def make_synthetic(out: Path, wanted: Wanted, *, quant: str, seed: int = 0) -> N
     Args:
         out: new folder.
         wanted: the model.
-        quant: ``f16``, ``q8`` or ``q4``.
+        quant: of `QUANTS`.
         seed: of the weights.
 
     Raises:
@@ -279,6 +279,10 @@ def lean(share: float, cols: int) -> float:
     return float(NormalDist().inv_cdf(share) * (cols - BLOCK) ** 0.5 / (BLOCK * CONSTANT))
 
 
+# without these as many codes are negative as positive, and their sum is 0
+_UNBALANCED = {"q4": (-127, -49, 13, 69), "q4_0": (-8,)}
+
+
 class _Weights:
     """Random tensors in packed form."""
 
@@ -292,10 +296,12 @@ class _Weights:
         elif quant == "q8":
             self.pool = self.random.integers(-127, 128, 1 << 26, dtype=np.int8).view(np.uint8)
             self.deviation = 73.6  # of uniform −127…127
-        else:  # nibbles of −7…7: all weights have mean 0
-            low, high = self.random.integers(1, 16, (2, 1 << 26), dtype=np.uint8)
+        else:  # nibbles whose weights have mean 0
+            codes = np.array(CODES[quant])
+            nibbles = np.flatnonzero(~np.isin(codes, _UNBALANCED[quant])).astype(np.uint8)
+            low, high = nibbles[self.random.integers(0, len(nibbles), (2, 1 << 26), np.uint8)]
             self.pool = low | high << 4
-            self.deviation = 4.32
+            self.deviation = float(codes[nibbles].std())
 
     def make(self, name: str, spec: Spec, config: Any) -> NDArray[Any]:
         last = name.rpartition(".")[2] if spec.role == "predictor" else spec.role
@@ -343,7 +349,7 @@ class _Weights:
     def _rows(self, rows: int, cols: int, stride: int, factor: float = 1.0) -> NDArray[np.uint8]:
         """``[rows, stride]`` of random weights with standard deviation `factor` · `SPREAD`."""
         out = np.zeros((rows, stride), np.uint8)
-        payload = {"f16": 2 * cols, "q8": cols, "q4": cols // 2}[self.quant]
+        payload = value_bytes(self.quant, cols)
         pool = self.pools[factor] if self.quant == "f16" else self.pool
         step = max(1, (len(pool) - payload) // payload)
         for start in range(0, rows, step):
@@ -356,7 +362,7 @@ class _Weights:
         return out
 
     def _scales(self, rows: NDArray[np.uint8], cols: int) -> NDArray[np.float16]:
-        values = cols if self.quant == "q8" else cols // 2
+        values = value_bytes(self.quant, cols)
         return rows[:, values : values + 2 * cols // BLOCK].view("<f2")
 
     def _first_block(self, rows: NDArray[np.uint8], cols: int, value: float) -> None:
@@ -369,5 +375,6 @@ class _Weights:
         else:
             blocks = min(TILE, cols // BLOCK)  # of the first tile
             for word in range(4):
-                rows[:, word * 4 * blocks : word * 4 * blocks + 4] = 0x99  # nibble 9 is weight 1
+                one = CODES[self.quant].index(1)
+                rows[:, word * 4 * blocks : word * 4 * blocks + 4] = one | one << 4
             self._scales(rows, cols)[:, 0] = value
