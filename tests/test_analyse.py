@@ -77,6 +77,29 @@ def test_nats_per_token_are_those_of_one_forward_per_document(
     assert stats.perplexity("boats") == pytest.approx(math.exp(expected / count), rel=1e-5)
 
 
+@pytest.mark.parametrize("family", ["qwen2", "mixtral"])
+def test_squares_are_those_of_what_the_matrices_read(
+    sparse: Make, short: list[str], family: str
+) -> None:
+    model, ids = double(sparse(family)), token_ids(sparse(family), short)
+    stats = measure(model, load_tokenizer(sparse(family)), {"boats": short})
+    layer = model.model.layers[1]
+    outputs = {"qkv": layer.input_layernorm, "ffn": layer.post_attention_layernorm}
+    outputs["head"] = model.model.norm
+    sums = dict.fromkeys(stats.squares, torch.tensor(0.0))
+
+    def add(kind: str, x: torch.Tensor) -> None:
+        sums[kind] = sums[kind] + x.detach().flatten(0, -2).square().sum(0)
+
+    for kind, module in outputs.items():
+        module.register_forward_hook(lambda *given, kind=kind: add(kind, given[2]))
+    layer.self_attn.o_proj.register_forward_pre_hook(lambda _, given: add("o", given[0]))
+    for document in ids:
+        model(torch.tensor([document[:-1]]))
+    for kind, expected in sums.items():
+        torch.testing.assert_close(stats.squares[kind][-1].double(), expected, rtol=1e-5, atol=0)
+
+
 @pytest.mark.parametrize("truncate", [False, True])
 @pytest.mark.parametrize("window", [3, 10, 47])
 def test_each_token_of_a_long_document_is_predicted_once(
@@ -312,6 +335,8 @@ def test_layer_by_layer_finds_the_same(sparse: Make, texts: list[str], family: s
     assert parts.nats_per_token() == pytest.approx(whole.nats_per_token(), rel=1e-5)
     assert parts.predicted == whole.predicted
     assert torch.equal(parts.tokens, whole.tokens)
+    for kind, squares in whole.squares.items():
+        torch.testing.assert_close(parts.squares[kind], squares, rtol=1e-4, atol=1e-6)
     different = (parts.active - whole.active).abs().sum() / whole.active.sum()
     assert different < 1e-3  # a neuron may fire or not by the order of a sum
 

@@ -132,9 +132,8 @@ def test_powerinfer_computes_what_our_engine_does(
     folder, out = model(family, activation), tmp_path / "m.gguf"
     shown = export(str(folder), out, to="powerinfer-gguf", quant=quant)
     assert (shown.bytes, shown.tensors) == (out.stat().st_size, 25)
-    own = quant.removesuffix("_0")
-    ends = f"embedding={own},head={own}"
-    pack(str(folder), tmp_path / "p", quant=own, quant_map=ends, predictor_quant=own)
+    ends = f"embedding={quant},head={quant}"
+    pack(str(folder), tmp_path / "p", quant=quant, quant_map=ends, predictor_quant=quant)
     engine = Engine(tmp_path / "p", backend="torch", mode="predicted")
     truth = torch.from_numpy(np.concatenate([*engine.logits(TEXT)]))
     found = powerinfer(read(out), TEXT)

@@ -1,7 +1,8 @@
 """Stage 3: what happens inside a model: perplexity, sparsity, and how often each neuron fires.
 
-Reads a model folder, dense or sparse, and a held-out corpus; writes ``stats.turbosparse``, which
-`pack` uses to put the hot neurons first. Sparsity counts exact zeros of Combined, so a SwiGLU model
+Reads a model folder, dense or sparse, and a held-out corpus; writes ``stats.turbosparse``, from
+which `pack` learns the hot neurons, to put them first, and how much each column of a matrix matters
+to its quantisation. Sparsity counts exact zeros of Combined, so a SwiGLU model
 honestly shows none.
 
     turbosparse analyse mistral-sparse --data held_out.jsonl
@@ -38,7 +39,7 @@ from turbosparse.hf.load import (
     load_tokenizer,
     threshold_of,
 )
-from turbosparse.hf.observe import See, observe_ffn
+from turbosparse.hf.observe import See, SeeInput, observe_ffn, observe_inputs
 from turbosparse.packed.format import is_packed
 from turbosparse.packed.stats import FILE, Stats
 from turbosparse.training.readers import documents, take_last
@@ -332,7 +333,8 @@ def _logits(
     model.eval()
     for ids in batches:
         inputs = ids[:, :-1].clamp(min=0).to(model.device)
-        with observe_ffn(model, _counting(stats, near, ids, model.config)):
+        see = _counting(stats, near, ids, model.config)
+        with observe_ffn(model, see), observe_inputs(model, _squaring(stats, ids)):
             yield ids, model(inputs, use_cache=False).logits.cpu()
 
 
@@ -344,10 +346,13 @@ def _layer_by_layer(
         shell = model.layer(index)
         for number, ids in enumerate(batches):
             see = _counting(stats, near, ids, model.config, index)
-            with observe_ffn(SimpleNamespace(model=shell, config=model.config), see):
+            layer = SimpleNamespace(model=shell, config=model.config)
+            with observe_ffn(layer, see), observe_inputs(layer, _squaring(stats, ids, index)):
                 hidden[number] = model.run(shell, hidden[number])
     for ids, states in zip(batches, hidden, strict=True):
-        yield ids, model.head(model.norm(states))
+        normed = model.norm(states)
+        _squaring(stats, ids)("head", 0, normed.flatten(0, -2))
+        yield ids, model.head(normed)
 
 
 def _counting(
@@ -365,6 +370,17 @@ def _counting(
         stats.tokens[at] += int(keep.sum())
         if near:
             near.see(active)
+
+    return see
+
+
+def _squaring(stats: Stats, ids: Tensor, first: int = 0) -> SeeInput:
+    """Sum the squares of what matrices read of predicted tokens; padding is left out."""
+    real = (ids[:, 1:] >= 0).flatten()
+
+    def see(kind: str, layer: int, x: Tensor) -> None:
+        squares = x[real.to(x.device)].float().square().sum(0)
+        stats.squares[kind][first + layer] += squares.cpu()
 
     return see
 

@@ -2,8 +2,8 @@
 
 Streams tensor by tensor: a model of any size packs in the memory of its largest matrix or of one
 feed-forward, as on disk and packed.
-With the statistics of `analyse` the neurons of each FFN are laid hot first; the function computed
-does not change.
+With the statistics of `analyse` the neurons of each FFN are laid hot first, which does not change
+the function computed, and q4 keeps those columns best that matter most.
 
     turbosparse pack mistral-sparse mistral-q4 --quant q4
 """
@@ -197,6 +197,9 @@ class _Choices(NamedTuple):
         """Their quantisation."""
         return self.quants.of(self.parts)
 
+    def importance(self, role: str, layer: int | None) -> Tensor | None:
+        return self.stats.importance(role, layer) if self.stats else None
+
 
 def _pairs(text: str) -> dict[str, str]:
     """``a=b,c=d`` as a table."""
@@ -255,7 +258,10 @@ def _tensors(
         elif spec.role in ("pairs", "neuron_order", "predictor"):
             continue  # came with the gates
         elif spec.quant:
-            yield name, _quantised(checkpoint, name, spec.quant)
+            tied = spec.role == "embedding" and config.tie_word_embeddings
+            _, layer, _ = families.table(config).find(name) or (None, None, None)
+            importance = choices.importance("head" if tied else spec.role, layer)
+            yield name, _quantised(checkpoint, name, spec.quant, importance=importance)
         else:
             yield name, _finite(name, checkpoint[name].float().numpy())
 
@@ -271,8 +277,16 @@ def _ffn(
     pairs = np.empty((len(order), pair_bytes(hidden, quants)), np.uint8)
     rows = FFNRows(gates, pairs, hidden, quants)
     for part, quant, out in zip(choices.parts, quants, rows.split(), strict=True):
-        transpose = part == "down"
-        _quantised(checkpoint, name(part, *slot), quant, order, out=out, transpose=transpose)
+        weights, importance = name(part, *slot), choices.importance(part, slot[0])
+        _quantised(
+            checkpoint,
+            weights,
+            quant,
+            order,
+            importance=importance,
+            out=out,
+            transpose=part == "down",
+        )
     yield f"{prefix}gate", gates
     yield f"{prefix}pairs", pairs
     yield f"{prefix}neuron_order", order.int().numpy()
@@ -300,6 +314,7 @@ def _quantised(
     quant: str,
     order: Tensor | None = None,
     *,
+    importance: Tensor | None = None,
     out: NDArray[np.uint8] | None = None,
     transpose: bool = False,
 ) -> NDArray[np.uint8]:
@@ -312,7 +327,8 @@ def _quantised(
     for at in range(0, rows, step):
         part = slice(at, at + step)
         try:
-            out[part] = quantise(weights[part if order is None else order[part]], quant).numpy()
+            rows_of = weights[part if order is None else order[part]]
+            out[part] = quantise(rows_of, quant, importance).numpy()
         except TurboSparseError as error:
             raise TurboSparseError(f"{name}: {error}") from error
     return out

@@ -18,6 +18,8 @@ from turbosparse.hf.load import activation_of
 See = Callable[[int, int | None, torch.Tensor, torch.Tensor, torch.Tensor], None]
 # (layer, router logits [N, E], the experts that each token goes to [N, k])
 SeeRouter = Callable[[int, torch.Tensor, torch.Tensor], None]
+# (what reads it: qkv, o, ffn or head, layer, the batch's inputs [B·T, cols])
+SeeInput = Callable[[str, int, torch.Tensor], None]
 
 
 @contextmanager
@@ -54,6 +56,35 @@ def observe_routers(model: Any, see: SeeRouter) -> Iterator[None]:
     finally:
         for handle in handles:
             handle.remove()
+
+
+@contextmanager
+def observe_inputs(model: Any, see: SeeInput) -> Iterator[None]:
+    """Call `see` for what the matrices of each layer and the head multiply, in each forward pass.
+
+    The experts of a layer have one input, of all tokens.
+    """
+    places = [("head", 0, model.lm_head)] if hasattr(model, "lm_head") else []
+    for layer, block in enumerate(model.model.layers):
+        attention = block.self_attn
+        parts = {"qkv": attention.q_proj, "o": attention.o_proj, "ffn": block.mlp}
+        places += [(kind, layer, module) for kind, module in parts.items()]
+    handles = [
+        module.register_forward_pre_hook(_watch_input(kind, layer, see))
+        for kind, layer, module in places
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _watch_input(kind: str, layer: int, see: SeeInput) -> Callable[..., None]:
+    def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        see(kind, layer, inputs[0].detach().flatten(0, -2))
+
+    return hook
 
 
 def _recomputing() -> bool:

@@ -130,7 +130,8 @@ def _pack_q4_0(w: Tensor) -> Tensor:
 
 def _pack_q4(w: Tensor, importance: Tensor) -> Tensor:
     rows = max(1, _Q4_CHUNK // w.shape[1])
-    column = importance.float().clamp(min=1e-30).unflatten(0, (-1, BLOCK))
+    share = importance.float() / importance.max().clamp(min=torch.finfo(torch.float32).tiny)
+    column = share.clamp(min=1e-6).unflatten(0, (-1, BLOCK))
     parts = [_coded(part.unflatten(1, (-1, BLOCK)), column) for part in w.split(rows)]
     nibbles, scales = (torch.cat(part) for part in zip(*parts, strict=True))
     return _with_scales(_tiles(nibbles), scales)

@@ -16,6 +16,9 @@ from turbosparse.base.folders import new_file
 from turbosparse.hf import families
 from turbosparse.packed.header import Profile
 
+# what the matrices of a role read, by its name in `Stats.squares`
+_READS = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "ffn", "up": "ffn", "head": "head"}
+_COUNTS = ("active", "gate_positive", "tokens")
 # not *.safetensors: loaders take every file of that name in a folder for weights
 FILE = "stats.turbosparse"
 
@@ -38,12 +41,30 @@ class Stats:
     # exact zeros
     near_zero: dict[str, float] = field(default_factory=dict)
     about: dict[str, str] = field(default_factory=dict)  # model, activation
+    # of what matrices read, summed over the tokens: qkv, o and ffn ``[layers, cols]``, head
+    # ``[1, cols]``
+    squares: dict[str, Tensor] = field(default_factory=dict)
 
     @classmethod
     def empty(cls, config: Any) -> Stats:
         shape = (config.num_hidden_layers, families.experts(config) or 1, config.intermediate_size)
-        zeros = torch.zeros(shape, dtype=torch.int64)
-        return cls(zeros, zeros.clone(), torch.zeros(shape[:2], dtype=torch.int64))
+        zeros, size = torch.zeros(shape, dtype=torch.int64), families.sizes(config)
+        inputs = {"qkv": (shape[0], "H"), "o": (shape[0], "Q"), "ffn": (shape[0], "H")}
+        squares = {
+            kind: torch.zeros(layers, size[cols])
+            for kind, (layers, cols) in (inputs | {"head": (1, "H")}).items()
+        }
+        tokens = torch.zeros(shape[:2], dtype=torch.int64)
+        return cls(zeros, zeros.clone(), tokens, squares=squares)
+
+    def importance(self, role: str, layer: int | None) -> Tensor | None:
+        """How much each column of a matrix matters, ``[cols]``: the squares that it met.
+
+        None where nothing is known, as of a packed down row, whose weights all meet the same
+        Combined.
+        """
+        kind = _READS.get(role)
+        return self.squares[kind][layer or 0] if kind else None
 
     def active_ratio(self) -> Tensor:
         """Share of Combined entries that are not zero, ``[layers, E]`` float64."""
@@ -83,11 +104,13 @@ class Stats:
     def save(self, path: Path) -> None:
         from safetensors.torch import save_file
 
-        counts = {"active": self.active, "gate_positive": self.gate_positive, "tokens": self.tokens}
         fields = ("nats", "predicted", "sparsity", "near_zero", "about")
         about = {name: getattr(self, name) for name in fields}
         with new_file(path) as work:
-            save_file(counts, work, metadata={"turbosparse": json.dumps(about)})
+            save_file(self._tensors(), work, metadata={"turbosparse": json.dumps(about)})
+
+    def _tensors(self) -> dict[str, Tensor]:
+        return {name: getattr(self, name) for name in _COUNTS} | self.squares
 
     @classmethod
     def load(cls, path: Path) -> Stats:
@@ -96,8 +119,9 @@ class Stats:
         try:
             with safe_open(path, framework="pt") as file:
                 about = json.loads(file.metadata()["turbosparse"])
-                counts = (file.get_tensor(n) for n in ("active", "gate_positive", "tokens"))
-                stats = cls(*counts, **about)
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+            counts = [tensors.pop(name) for name in _COUNTS]
+            stats = cls(*counts, **(about | {"squares": tensors}))
             stats.nats_per_token()  # raises unless these are numbers
             return stats
         except (
@@ -134,12 +158,15 @@ class Stats:
 
     def check(self, config: Any) -> None:
         """Raise unless these statistics are of a model of this shape."""
-        empty = Stats.empty(config)
-        for name in ("active", "gate_positive", "tokens"):
-            mine, expected = getattr(self, name), getattr(empty, name)
-            if (mine.shape, mine.dtype) != (expected.shape, expected.dtype):
+        own, needed = self._tensors(), Stats.empty(config)._tensors()
+        for name in own | needed:
+            mine, expected = (_describe(tensors.get(name)) for tensors in (own, needed))
+            if mine != expected:
                 raise TurboSparseError(
-                    f"the statistics are of another model: {name} is {list(mine.shape)} "
-                    f"{mine.dtype}, this model ([layers, experts, neurons]) needs "
-                    f"{list(expected.shape)} {expected.dtype}; run `turbosparse analyse` on it"
+                    f"the statistics are of another model: {name} is {mine}, this model needs "
+                    f"{expected}; run `turbosparse analyse` on it"
                 )
+
+
+def _describe(tensor: Tensor | None) -> str:
+    return "missing" if tensor is None else f"{list(tensor.shape)} {tensor.dtype}"
