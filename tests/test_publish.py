@@ -126,6 +126,13 @@ def test_a_dense_model_claims_no_zeros(measured: Make) -> None:
     assert "trust_remote_code" not in card
 
 
+def test_a_model_of_others_is_not_said_to_be_made_here(measured: Make, dense: Make) -> None:
+    assert "It was made with TurboSparse" in dry(measured())
+    card = dry(dense("qwen2"))
+    assert "This Qwen2 model has swiglu feed-forwards" in card
+    assert "made" not in card
+
+
 def test_a_model_in_the_published_layout_needs_this_package(measured: Make, tmp_path: Path) -> None:
     card = dry(copy(measured(), tmp_path / "model", model_type="bamboo"))
     assert "from transformers" not in card

@@ -73,6 +73,11 @@ class Known:
             log=_log(folder),
         )
 
+    @property
+    def made(self) -> bool:
+        """Whether this package made it: the stock model of others it did not."""
+        return bool(self.kind.startswith(families.PREFIX) or self.packed or self.recipe)
+
     def sparsity(self) -> list[float]:
         """Of each layer; of experts the mean by their tokens."""
         profile = self.profile
@@ -142,6 +147,7 @@ def write_card(
         version=__version__,
         predictor=predictor,
         alone=alone,
+        made=known.made,
         own=known.kind.startswith(families.PREFIX),
         chart=CHART,
         training=_training(known),
@@ -187,7 +193,7 @@ def _metadata(known: Known, base: str | None, licence: dict[str, Any], *, alone:
         base_model=base,
         library_name="transformers" if alone else "turbosparse",
         pipeline_tag="text-generation",
-        tags=["turbosparse", known.activation, "activation-sparsity", "arxiv:2406.05955"],
+        tags=["turbosparse", known.activation, *(["arxiv:2406.05955"] if known.made else [])],
     )
     return str(data.to_yaml())
 
