@@ -8,7 +8,7 @@ namespace {
 
 using Floats = __m256;
 using Ints = __m256i;
-constexpr int kLanes = 8, kRows = 4, kDotTokens = 2, kAxpyTokens = 4, kWide = 2;
+constexpr int kLanes = 8, kRows = 4, kDotTokens = 2, kAxpyTokens = 2, kWide = 4;
 
 Floats zero() { return _mm256_setzero_ps(); }
 Floats broadcast(float value) { return _mm256_set1_ps(value); }
@@ -49,7 +49,6 @@ Ints high_nibbles(Ints v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
 struct Linear {
   static constexpr int kZero = 8;
   static constexpr bool kWhole = false;
-  static constexpr float kOffset = -8;
   static Ints bytes(Ints nibbles) { return nibbles; }
   // 16 bits hold the sums of a tile: 8 times 2 products of at most 15 * 128.
   static Ints first_products(const int32_t*) { return _mm256_setzero_si256(); }
@@ -64,10 +63,12 @@ struct Linear {
   static Ints lane_sums(Ints products, const int32_t* start) {
     return _mm256_add_epi32(_mm256_madd_epi16(products, _mm256_set1_epi16(1)), load_ints(start));
   }
-  static Ints expand(Ints words) { return words; }
+  // less 8, a nibble is its own bits with the highest one turned, in two's complement
+  static Ints expand(Ints words) {
+    return _mm256_xor_si256(words, _mm256_set1_epi8(static_cast<char>(0x88)));
+  }
   static Floats weight(Ints words, int k) {
-    const Ints shifted = _mm256_srli_epi32(words, 4 * k);
-    return _mm256_cvtepi32_ps(_mm256_and_si256(shifted, _mm256_set1_epi32(15)));
+    return _mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(words, 28 - 4 * k), 28));
   }
 };
 
@@ -75,7 +76,6 @@ struct Linear {
 struct Coded {
   static constexpr int kZero = 128;
   static constexpr bool kWhole = true;
-  static constexpr float kOffset = 0;
   struct Expanded {
     Ints of[2];  // the low and the high nibbles' weights, as bytes
   };

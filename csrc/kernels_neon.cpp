@@ -56,16 +56,17 @@ struct Signed {  // both kinds of weights fit a signed byte
 };
 struct Linear : Signed {
   static constexpr int kZero = 8;
-  static constexpr float kOffset = -8;
   static Ints bytes(Ints nibbles) { return nibbles; }
-  static Ints expand(Ints words) { return words; }
+  // less 8, a nibble is its own bits with the highest one turned, in two's complement
+  static Ints expand(Ints words) {
+    return veorq_s32(words, vreinterpretq_s32_u8(vdupq_n_u8(0x88)));
+  }
   static Floats weight(Ints words, int k) {
-    return vcvtq_f32_s32(vandq_s32(vshlq_s32(words, vdupq_n_s32(-4 * k)), vdupq_n_s32(15)));
+    return vcvtq_f32_s32(vshrq_n_s32(vshlq_s32(words, vdupq_n_s32(28 - 4 * k)), 28));
   }
 };
 struct Coded : Signed {
   static constexpr int kZero = 0;
-  static constexpr float kOffset = 0;
   struct Expanded {
     Ints of[2];  // the low and the high nibbles' weights, as bytes
   };

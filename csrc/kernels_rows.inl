@@ -21,8 +21,7 @@
 //     first_products(start)      what `products` starts from
 //     products(sum, w, x, half)  sum + the products of `bytes` and a half of x, up to 8 times
 //     total(sums, tile, lane)    the floats that the sums of both halves stand for
-//     kOffset                    of sums of rows: `weight` gives weight - kOffset
-//     expand(words), weight(expanded, k)          nibble k of each word as a float
+//     expand(words), weight(expanded, k)          of sums of rows: nibble k of each word, a float
 //
 // Nothing in the two may be seen by the linker, which would merge it across instruction sets: no
 // standard C++ header, no inline function outside the anonymous namespace.
@@ -167,49 +166,65 @@ struct Axpys {
 };
 
 // The same for several tokens: a piece of some rows is unpacked to floats, in the order of the
-// sums, and multiplied with all tokens. Together with their sums it fits the nearest cache.
+// sums, and multiplied with all tokens. Together with their sums it fits the nearest cache. The
+// arithmetic is that of one token, so a sum does not depend on how many there are.
 constexpr int kPiece = TILE / 4, kUnpacked = 64;  // columns, rows
+constexpr int kMany = 4;                          // tokens from which it pays
 
-// sums[t] += coefficients[t, n] * piece[n] for T tokens and `count` rows.
-template <int T>
-void add_piece(const float (*piece)[kPiece], int count, const float* coefficients, int64_t stride,
-               int width, float* sums, int64_t sum_stride) {
-  for (int c = 0; c < width; c += kWide * kLanes) {
-    Floats y[T][kWide];
-#pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) {
-#pragma GCC unroll 4
-      for (int k = 0; k < kWide; ++k) y[t][k] = load(sums + t * sum_stride + c + k * kLanes);
-    }
-    for (int n = 0; n < count; ++n) {
+struct Piece {
+  alignas(64) float weights[kUnpacked][kPiece] = {};  // without their scales
+  alignas(64) float scales[kUnpacked][TILE_GROUPS] = {};
+};
+
+// sums[t] += coefficients[t, n] * row n of the piece, for T tokens and `count` rows.
+template <typename Form, int T>
+void add_piece(const Piece& piece, int count, const float* coefficients, int64_t stride, int width,
+               float* sums, int64_t sum_stride) {
+  constexpr int kApart = Form::kApart;
+  for (int from = 0; from < width; from += kWide * kApart) {
+    for (int c = from; c < from + kApart; c += kLanes) {
+      Floats y[T][kWide];
 #pragma GCC unroll 4
       for (int t = 0; t < T; ++t) {
-        const Floats a = broadcast(coefficients[t * stride + n]);
 #pragma GCC unroll 4
-        for (int k = 0; k < kWide; ++k) {
-          y[t][k] = multiply_add(load(piece[n] + c + k * kLanes), a, y[t][k]);
+        for (int k = 0; k < kWide; ++k) y[t][k] = load(sums + t * sum_stride + c + k * kApart);
+      }
+      for (int n = 0; n < count; ++n) {
+#pragma GCC unroll 4
+        for (int t = 0; t < T; ++t) {
+          Floats a;
+#pragma GCC unroll 4
+          for (int k = 0; k < kWide; ++k) {
+            const int at = c + k * kApart;
+            if (k % Form::kAlike == 0) {
+              a = Form::scaled(coefficients[t * stride + n], piece.scales[n], at);
+            }
+            y[t][k] = multiply_add(load(piece.weights[n] + at), a, y[t][k]);
+          }
         }
       }
-    }
 #pragma GCC unroll 4
-    for (int t = 0; t < T; ++t) {
+      for (int t = 0; t < T; ++t) {
 #pragma GCC unroll 4
-      for (int k = 0; k < kWide; ++k) store(sums + t * sum_stride + c + k * kLanes, y[t][k]);
+        for (int k = 0; k < kWide; ++k) store(sums + t * sum_stride + c + k * kApart, y[t][k]);
+      }
     }
   }
 }
 
-// `Form` unpacks the piece at column c of a row, and knows its bytes.
+// `Form` unpacks the piece at column c of a row, knows its bytes, and scales a coefficient for the
+// lanes at a column of the piece; kAlike registers that lie kApart floats from each other have the
+// same scales.
 template <typename Form>
 void axpys_many(const Rows& rows, const float* coefficients, int64_t stride, int64_t tokens,
                 int cols, float* sums, int64_t sum_stride) {
-  alignas(64) float unpacked[kUnpacked][kPiece] = {};
+  Piece piece;
   for (int64_t i = 0; i < rows.count; i += kUnpacked) {
     const int count = static_cast<int>(rows.count - i < kUnpacked ? rows.count - i : kUnpacked);
     for (int c = 0; c < sum_stride; c += kPiece) {
       for (int n = 0; n < count; ++n) {
         const uint8_t* row = row_at(rows, i + n);
-        Form::unpack(row, cols, c, unpacked[n]);
+        Form::unpack(row, cols, c, piece.weights[n], piece.scales[n]);
         const bool last = c + kPiece >= sum_stride && i + kUnpacked + n < rows.count;
         const uint8_t* next = last ? row_at(rows, i + kUnpacked + n) : row;
         Form::fetch(next, cols, last ? 0 : c + kPiece);
@@ -220,12 +235,12 @@ void axpys_many(const Rows& rows, const float* coefficients, int64_t stride, int
       float* y = sums + c;
       int64_t t = 0;
       for (; t + kAxpyTokens <= tokens; t += kAxpyTokens) {
-        add_piece<kAxpyTokens>(unpacked, count, a + t * stride, stride, width, y + t * sum_stride,
-                               sum_stride);
+        add_piece<Form, kAxpyTokens>(piece, count, a + t * stride, stride, width,
+                                     y + t * sum_stride, sum_stride);
       }
       for (; t < tokens; ++t) {
-        add_piece<1>(unpacked, count, a + t * stride, stride, width, y + t * sum_stride,
-                     sum_stride);
+        add_piece<Form, 1>(piece, count, a + t * stride, stride, width, y + t * sum_stride,
+                           sum_stride);
       }
     }
   }

@@ -61,13 +61,14 @@ struct DotsF16 : Dots {
 };
 
 struct AxpysF16 : Axpys {
-  static constexpr int kBits = 16;
+  static constexpr int kBits = 16, kApart = kLanes, kAlike = kWide;
 
-  static void unpack(const uint8_t* row, int cols, int c, float* out) {
+  static void unpack(const uint8_t* row, int cols, int c, float* out, float*) {
     for (int k = 0; k < smaller(round_up(cols - c, GROUP), kPiece); k += kLanes) {
       store(out + k, from_halves(row + 2 * (c + k)));
     }
   }
+  ALWAYS_INLINE static Floats scaled(float a, const float*, int) { return broadcast(a); }
   ALWAYS_INLINE static void fetch(const uint8_t* row, int, int c) {
     prefetch(row + 2 * c, 2 * kPiece);
   }
@@ -151,14 +152,16 @@ struct DotsQ8 : Dots {
 };
 
 struct AxpysQ8 : Axpys {
-  static constexpr int kBits = 8;
+  static constexpr int kBits = 8, kApart = kLanes, kAlike = kPieces;
 
-  static void unpack(const uint8_t* row, int cols, int c, float* out) {
-    alignas(64) float scales[TILE_GROUPS];
+  static void unpack(const uint8_t* row, int cols, int c, float* out, float* scales) {
     load_scales(row + cols + c / GROUP * 2, smaller(cols - c, kPiece) / GROUP, scales);
     for (int k = 0; k < smaller(cols - c, kPiece); k += kLanes) {
-      store(out + k, multiply(broadcast(scales[k / GROUP]), from_bytes(row + c + k)));
+      store(out + k, from_bytes(row + c + k));
     }
+  }
+  ALWAYS_INLINE static Floats scaled(float a, const float* scales, int c) {
+    return broadcast(scales[c / GROUP] * a);
   }
   ALWAYS_INLINE static void fetch(const uint8_t* row, int cols, int c) {
     prefetch(row + c, kPiece);
@@ -380,23 +383,24 @@ void add_sum_q4(const float* sum, int cols, float* out) {
 
 template <typename Weights>
 struct AxpysQ4 : Axpys {
-  static constexpr int kBits = 4;
+  static constexpr int kBits = 4, kApart = TILE_GROUPS, kAlike = kWide;
 
   // A piece is a word of each group of a tile.
-  static void unpack(const uint8_t* row, int cols, int c, float* out) {
+  static void unpack(const uint8_t* row, int cols, int c, float* out, float* scales) {
     const int tile = c / TILE * TILE, r = (c - tile) / kPiece;
     for (int part = 0; part < kParts; ++part) {
       const Nibbles nibbles(cols, tile, part);
       if (nibbles.lanes <= 0) break;
-      const Floats scale = nibbles.scale(row);
+      store(scales + part * kLanes, nibbles.scale(row));
       const auto words = Weights::expand(nibbles.word(row, r));
 #pragma GCC unroll 8
       for (int k = 0; k < 8; ++k) {
-        Floats w = Weights::weight(words, k);
-        if (Weights::kOffset != 0) w = add(w, broadcast(Weights::kOffset));
-        store(out + k * TILE_GROUPS + part * kLanes, multiply(w, scale));
+        store(out + k * TILE_GROUPS + part * kLanes, Weights::weight(words, k));
       }
     }
+  }
+  ALWAYS_INLINE static Floats scaled(float a, const float* scales, int c) {
+    return multiply(broadcast(a), load(scales + c % TILE_GROUPS));
   }
   ALWAYS_INLINE static void fetch(const uint8_t* row, int cols, int c) {
     prefetch(row + c / 2, kPiece / 2);
@@ -411,17 +415,14 @@ struct AxpysQ4 : Axpys {
       for (int part = 0; part < kParts; ++part) {
         const Nibbles nibbles(cols, tile, part);
         if (nibbles.lanes <= 0) break;
-        Floats a[N], offset = zero();
+        Floats a[N];
         for (int n = 0; n < N; ++n) {
           a[n] = multiply(broadcast(coefficients[i + n]), nibbles.scale(group.row[n]));
-          if (Weights::kOffset != 0) {
-            offset = multiply_add(broadcast(Weights::kOffset), a[n], offset);
-          }
         }
         for (int r = 0; r < 4; ++r) {
           fetch.step();
           float* y = sum + tile + 8 * r * TILE_GROUPS + part * kLanes;
-          add_word<N>(group, nibbles, r, a, offset, y);
+          add_word<N>(group, nibbles, r, a, y);
         }
       }
     }
@@ -430,13 +431,10 @@ struct AxpysQ4 : Axpys {
   // Adds the eight nibbles of word r.
   template <int N>
   ALWAYS_INLINE void add_word(const Group<N>& group, const Nibbles& nibbles, int r,
-                              const Floats (&a)[N], Floats offset, float* at) const {
+                              const Floats (&a)[N], float* at) const {
     Floats y[8];
 #pragma GCC unroll 8
-    for (int k = 0; k < 8; ++k) {
-      y[k] = load(at + k * TILE_GROUPS);
-      if (Weights::kOffset != 0) y[k] = add(y[k], offset);
-    }
+    for (int k = 0; k < 8; ++k) y[k] = load(at + k * TILE_GROUPS);
 #pragma GCC unroll 4
     for (int n = 0; n < N; ++n) {
       const auto words = Weights::expand(nibbles.word(group.row[n], r));
@@ -482,7 +480,7 @@ void dots(const Rows* rows, const void* prepared, int64_t tokens, int cols, floa
 template <typename Kernel, int64_t (*floats)(int)>
 void axpys(const Rows* rows, const float* coefficients, int64_t stride, int64_t tokens, int cols,
            float* sums) {
-  if (tokens >= kAxpyTokens) {
+  if (tokens >= kMany) {
     axpys_many<Kernel>(*rows, coefficients, stride, tokens, cols, sums, floats(cols));
     return;
   }

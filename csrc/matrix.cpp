@@ -276,7 +276,8 @@ void Neurons::forward(const float* x, const float* residual, float* out, int32_t
     if (mode == Mode::kPredicted) {
       prediction = predictor->begin(x + at, residual + at, block, threads);
     }
-    const int some = worthwhile_threads(threads, neurons * (gate + pair), block);
+    // as for one token: the order of the sums must not depend on how many there are
+    const int some = worthwhile_threads(threads, neurons * (gate + pair), 1);
     const Prepared for_gates(of_gate, x + at, block, hidden, some);
     std::optional<Prepared> for_ups;
     if (of_up.prepare != of_gate.prepare) for_ups.emplace(of_up, x + at, block, hidden, some);

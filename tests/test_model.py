@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import CONTEXT, EVERY, WINDOW, Shared, merge_predictor
@@ -299,6 +300,26 @@ def test_sequences_of_a_batch_do_not_see_each_other(
 ) -> None:
     """Eight sequences of different lengths in one step give the logits that each gives alone."""
     check_batch(Engine(packed(family, "q4"), backend=backend).decoder, "exact")
+
+
+@pytest.mark.parametrize("isa", _core.available_isas())
+@pytest.mark.parametrize("quant", ["q4", "q8", "f16"])
+@pytest.mark.parametrize("family", ["mistral", "mixtral"])
+@pytest.mark.usefixtures("restored_isa")
+def test_logits_do_not_depend_on_batch_and_chunks(
+    packed: Make, family: str, quant: str, isa: str
+) -> None:
+    """To the last bit: who is served beside a text does not change it."""
+    _core.set_isa(isa)
+    for mode in ("dense", "exact"):
+        engine = Engine(packed(family, quant), threads=2, mode=mode)
+        expected = engine.step([engine.sequence(PROMPT)])[0].logits
+        batch = [engine.sequence(PROMPT[-length:]) for length in (30, 1, 4, 9, 30)]
+        for chunk in (1, 3, 64):
+            for sequence in batch:
+                sequence.drop()
+            found = engine.step(batch, chunk=chunk)[0].logits
+            np.testing.assert_array_equal(found, expected)
 
 
 @pytest.mark.parametrize("kind", ["pre_norm", "sign"])
