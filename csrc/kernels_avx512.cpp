@@ -41,7 +41,6 @@ __m128i sixteen(const int8_t* codes) { return _mm_loadu_si128((const __m128i*)co
 template <const int8_t* kCodes>
 struct Looked {
   static constexpr bool kWhole = false;
-  static constexpr float kOffset = 0;
   static Ints first_products(const int32_t* start) { return load_ints(start); }
   static Ints products(Ints sum, Ints w, Ints x, int) { return _mm512_dpbusd_epi32(sum, w, x); }
   static Floats total(const Ints (&sums)[2], const Q4Tile&, int) {

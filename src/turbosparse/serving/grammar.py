@@ -10,6 +10,7 @@ import llguidance
 import numpy as np
 from llguidance.numpy import allocate_token_bitmask, fill_next_token_bitmask
 
+from turbosparse.base.errors import TurboSparseError
 from turbosparse.engine.sampling import Logits
 from turbosparse.serving.errors import ApiError
 
@@ -60,6 +61,8 @@ class Follow:
     def mask(self, logits: Logits) -> Logits:
         fill_next_token_bitmask(self._matcher, self._bits)
         allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: len(logits)]
+        if not allowed.any():  # a limit of the library, in a grammar that is too complex
+            raise TurboSparseError(f"the grammar allows no token: {self._matcher.get_error()}")
         return np.where(allowed, logits, np.float32(-np.inf))
 
     def accept(self, token: int) -> None:

@@ -32,7 +32,9 @@ class Served:
 
     @cached_property
     def grammars(self) -> Grammars:
-        stops = self.tokenizer.stop_ids(chat=True)
+        stops = self.tokenizer.stop_ids()
+        if not stops:
+            raise ApiError(400, f"{self.name} has no end token, which a grammar needs")
         return Grammars(self.folder, self.engine.config.vocab_size, stops)
 
     def _context(self) -> int:

@@ -52,8 +52,9 @@ class Prefixes:
     def keep(self, sequence: Sequence) -> None:
         """Take a text that has ended; those that it continues are not needed any more."""
         sequence.truncate(sequence.length)
+        longer = [*sequence.tokens, -1]
         for text in list(self._kept):
-            if shared(text, [*sequence.tokens, -1]) == text.length:
+            if shared(text, longer) == text.length:
                 self._free(text)
         if sequence.length < _WORTH:
             sequence.free()

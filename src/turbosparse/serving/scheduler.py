@@ -137,8 +137,10 @@ class Scheduler:
         with self._changed:
             if self._closes_at is not None:
                 raise ApiError(503, "the server is shutting down", retry_after=10)
-            texts = len(self._waiting) + len(self._running)
-            if texts and texts + len(request.choices) > self.parallel + self.queue:
+            texts, most = len(self._waiting) + len(self._running), self.parallel + self.queue
+            if len(request.choices) > most:
+                raise ApiError(400, f"a request may ask for {most} texts", param="n")
+            if texts + len(request.choices) > most:
                 raise ApiError(
                     429, f"{texts} texts run or wait, and no more fit; try later",
                     code="queue_full", retry_after=1 + len(self._waiting) // self.parallel,
