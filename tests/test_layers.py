@@ -17,7 +17,7 @@ ALLOWED = {
     "ops": {"base", "hf"},
     "packed": {"base", "hf", "ops"},
     "engine": {"base", "hf", "ops", "packed"},
-    "serving": {"base", "packed", "engine"},
+    "serving": {"base", "hf", "packed", "engine"},
     "training": {"base", "hf"},
     "sharing": {"base", "hf", "ops", "packed", "training"},
     "benchmark": {"base", "hf", "ops", "packed", "engine"},

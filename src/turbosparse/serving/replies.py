@@ -18,6 +18,7 @@ import numpy as np
 from turbosparse.engine.cost import experts_in_use
 from turbosparse.engine.engine import Engine
 from turbosparse.engine.text import Tokenizer
+from turbosparse.hf.activations import ACTIVATIONS
 from turbosparse.serving.models import Served
 from turbosparse.serving.requests import ChatRequest, CompletionRequest
 from turbosparse.serving.scheduler import Piece
@@ -247,7 +248,8 @@ def figures(engine: Engine, pieces: list[Piece]) -> Json:
     """
     config = engine.config
     layers = np.mean([piece.step.layers for piece in pieces], axis=0)  # [layers, 3]
-    columns = [0, 2] if engine.packed.activation == "relu" else [0, 1, 2]  # relu has no gate
+    gated = ACTIVATIONS[engine.packed.activation].gated
+    columns = [0, 1, 2] if gated else [0, 2]  # candidates' first rows, then ups, then downs
     experts = experts_in_use(config)
     rows = config.intermediate_size * experts * len(layers) * len(columns)
     share = 1.0 if engine.mode == "dense" else float(layers[:, columns].mean())
