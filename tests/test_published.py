@@ -37,6 +37,7 @@ from turbosparse.generate import generate
 from turbosparse.hf import families
 from turbosparse.hf.config import read_model_config
 from turbosparse.hf.load import load_config, load_model, load_tokenizer
+from turbosparse.inspect import inspect
 from turbosparse.ops import BACKENDS
 from turbosparse.pack import pack
 from turbosparse.packed.format import Packed
@@ -511,8 +512,13 @@ def test_a_predictor_belongs_to_a_sparse_dense_model(
         convert(str(dense("mistral")), tmp_path / "out", predictor=predictor)
     with pytest.raises(TurboSparseError, match="for dense models, not for experts"):
         pack(str(source("turbosparsemixtral")), tmp_path / "out", predictor=predictor)
-    with pytest.raises(TurboSparseError, match="no such folder: sing"):
+    with pytest.raises(TurboSparseError, match="no such folder: sing; give a folder of predictors"):
         pack(str(base[0]), tmp_path / "out", predictor="sing")
+
+
+def test_inspect_says_what_is_special(packed: Make) -> None:
+    assert "threshold above 0" in str(inspect(packed("bamboo")).predictor)
+    assert inspect(packed("prosparse")).threshold == 0.25
 
 
 def test_models_and_predictors_come_from_the_hub(

@@ -35,6 +35,7 @@ class Inspection:
     architecture: str
     quant: str
     activation: str
+    threshold: float  # of the gates: FATReLU
     predictor: str | None
     neuron_order: str
     source: str
@@ -56,7 +57,8 @@ class Inspection:
 
         table = Table("", "", title=self.folder, show_header=False)
         experts = f" × {self.experts} experts" if self.experts else ""
-        table.add_row("model", f"{self.architecture}, {self.activation}, from {self.source}")
+        cut = f" with gates up to {self.threshold:g} cut" if self.threshold else ""
+        table.add_row("model", f"{self.architecture}, {self.activation}{cut}, from {self.source}")
         table.add_row(
             "shape", f"{self.layers} layers{experts}, {self.neurons} neurons, hidden {self.hidden}"
         )
@@ -109,6 +111,7 @@ def inspect(folder: AnyPath) -> Inspection:
         architecture=config.model_type,
         quant=str(header.quant),
         activation=packed.activation,
+        threshold=header.ffn.threshold,
         predictor=_describe(header.ffn.predictor),
         neuron_order=header.neuron_order,
         source=header.source,

@@ -31,8 +31,8 @@ def model_folder(source: str | Path, *, weights: bool = True) -> Path:
     return _download(repository, folder.name, shard_names(folder))
 
 
-def some_files(source: str | Path, files: list[str]) -> Path:
-    """The local folder of a source; of a hub id these files are downloaded."""
+def some_files(source: str | Path, files: list[str], *, what: str = "a model folder") -> Path:
+    """The local folder of a source; of a hub id these files are downloaded. Errors name `what`."""
     path = local_path(source)
     if path.is_dir():
         return path
@@ -40,9 +40,7 @@ def some_files(source: str | Path, files: list[str]) -> Path:
         raise TurboSparseError(f"{source} is a file; give the folder that holds it")
     repository, _, revision = str(source).partition("@")
     if not is_hub_id(repository):
-        raise TurboSparseError(
-            f"no such folder: {source}; give a model folder or a hub id org/name"
-        )
+        raise TurboSparseError(f"no such folder: {source}; give {what} or a hub id org/name")
     return _download(repository, revision or None, files)
 
 

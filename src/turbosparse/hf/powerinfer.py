@@ -35,7 +35,8 @@ def read_predictor(source: str, config: Any) -> tuple[dict[str, Tensor], dict[st
     """
     if families.experts(config):
         raise TurboSparseError(f"{source}: such predictors are for dense models, not for experts")
-    folder = some_files(source, ["config.json", "model_*.pt"])
+    files = ["config.json", "model_*.pt"]
+    folder = some_files(source, files, what="a folder of predictors (model_0.pt, …)")
     layers = range(config.num_hidden_layers)
     found = {path.name for path in folder.glob("model_*.pt")}
     if wrong := sorted(found ^ {f"model_{layer}.pt" for layer in layers}):

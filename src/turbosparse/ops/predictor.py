@@ -7,6 +7,7 @@ from typing import Any, Literal, NamedTuple, Self
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 
+from turbosparse.hf.published import ABOVE_ZERO
 from turbosparse.ops.rows import Quant
 
 
@@ -37,7 +38,8 @@ class Predictor(BaseModel):
     def __str__(self) -> str:
         recall = "" if self.recall is None else f", recall {self.recall:.1%}"
         kind = f"{self.kind} {self.quant}" if self.quant else self.kind
-        return f"{kind} predictor, threshold {self.threshold:g}{recall}"
+        least = "above 0" if self.threshold == ABOVE_ZERO else f"{self.threshold:g}"
+        return f"{kind} predictor, threshold {least}{recall}"
 
 
 class PackedPredictor(NamedTuple):
