@@ -36,7 +36,7 @@ from turbosparse.export import export
 from turbosparse.generate import generate
 from turbosparse.hf import families
 from turbosparse.hf.config import read_model_config
-from turbosparse.hf.load import load_config, load_model, load_tokenizer
+from turbosparse.hf.load import load_config, load_model, load_tokenizer, save_model
 from turbosparse.inspect import inspect
 from turbosparse.ops import BACKENDS
 from turbosparse.pack import pack
@@ -297,6 +297,15 @@ def test_training_settings_do_not_travel(ours: Make) -> None:
     assert config["eos_token_id"] == [2, IM_END]
     assert "use_cache" not in config
     assert load_config(ours("bamboo")).use_cache
+
+
+def test_what_training_saves_can_generate(source: Make, tmp_path: Path) -> None:
+    model = load_model(source("bamboo"), dtype=torch.float32)
+    save_model(model, load_tokenizer(source("bamboo")), tmp_path)
+    again = load_model(tmp_path).eval()
+    made = again.generate(torch.tensor([PROMPT]), max_new_tokens=3, pad_token_id=0)
+    assert made.shape[1] > len(PROMPT)
+    assert "use_cache" not in json.loads((tmp_path / "config.json").read_text())
 
 
 def test_the_template_opens_the_answer_once(packed: Make) -> None:

@@ -35,12 +35,10 @@ from turbosparse.base.folders import (
 from turbosparse.hf import families
 from turbosparse.hf.activations import Activation, stock
 from turbosparse.hf.hub import model_folder
-from turbosparse.hf.published import end_tokens, own_fields, record_of
+from turbosparse.hf.published import mend_generation, own_fields, record_of, with_cache
 from turbosparse.training.mixture import packed_sequences
 from turbosparse.training.readers import document_streams
 
-GENERATION = "generation_config.json"
-_SAMPLING = ("temperature", "do_sample", "top_k", "top_p", "min_p")
 STREAMS = 64  # that a folder's files are read in, in turn
 
 
@@ -166,7 +164,7 @@ def convert(
     checkpoint = Checkpoint(folder)
     checkpoint.check(config)
     tokenizer = load_tokenizer(folder)
-    raw = _with_cache(own_fields(folder, tokenizer))
+    raw = with_cache(own_fields(folder, tokenizer))
     if wanted != "swiglu":
         raw |= activation_keys(raw["model_type"], wanted, threshold_of(config))
     merged = None
@@ -199,7 +197,7 @@ def convert(
         if merged:
             add_shard(work, "predictor.safetensors", merged)
         copy_companions(folder, work)
-        _mend_generation(work, raw)
+        mend_generation(work, raw)
         if raw["model_type"].startswith(families.PREFIX):
             copy_code(work)
         write_json(work / "config.json", raw)
@@ -235,25 +233,6 @@ def _source_config(folder: Path, asked: Activation | None) -> Any:
             f"--activation {asked} would make another function of its weights"
         )
     return config
-
-
-def _with_cache(fields: dict[str, Any]) -> dict[str, Any]:
-    """Without what a training run leaves behind: generating without a cache is quadratic."""
-    return {key: value for key, value in fields.items() if (key, value) != ("use_cache", False)}
-
-
-def _mend_generation(folder: Path, raw: dict[str, Any]) -> None:
-    """Make generation_config.json one that transformers can follow, and name all end tokens."""
-    if not (folder / GENERATION).is_file():
-        return
-    given = read_config(folder, GENERATION)
-    mended = _with_cache(given)
-    if not given.get("temperature", 1):  # greedy is meant, but transformers refuses the zero
-        mended = {key: value for key, value in mended.items() if key not in _SAMPLING}
-    if ends := end_tokens(given.get("eos_token_id"), raw.get("eos_token_id")):
-        mended["eos_token_id"] = ends
-    if mended != given:
-        write_json(folder / GENERATION, mended)
 
 
 def _check_calibration(

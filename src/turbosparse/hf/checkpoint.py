@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import read_config, refuse_pointer, write_json
@@ -35,18 +35,6 @@ _OTHERS = {
 }
 
 
-class _Loaded(NamedTuple):
-    """A tensor from elsewhere, which says its shape as an open shard does."""
-
-    tensor: torch.Tensor
-
-    def get_slice(self, _: str) -> _Loaded:
-        return self
-
-    def get_shape(self) -> tuple[int, ...]:
-        return tuple(self.tensor.shape)
-
-
 class Checkpoint(Mapping[str, "torch.Tensor"]):
     """The tensors of a model folder by name, each read from disk when it is asked for."""
 
@@ -56,6 +44,7 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         self.folder = folder
         self.shards = shard_files(folder)
         self._home: dict[str, tuple[str, Any]] = {}
+        self._merged: dict[str, torch.Tensor] = {}
         for path in self.shards:
             refuse_pointer(path)
             try:
@@ -82,16 +71,16 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
             raise TurboSparseError(
                 f"{self.folder} holds {twice[0]} itself; leave out the one of {source}"
             )
-        self._home |= {name: (source, _Loaded(tensor)) for name, tensor in tensors.items()}
+        self._merged |= tensors
+        self._home |= dict.fromkeys(tensors, (source, None))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         from safetensors import safe_open
 
-        file, home = self._home[name]
-        if isinstance(home, _Loaded):
-            return home.tensor
+        if name in self._merged:
+            return self._merged[name]
         # opened for each: what was read through a mapping counts as memory until it is closed
-        with safe_open(self.folder / file, framework="pt") as shard:
+        with safe_open(self.folder / self._home[name][0], framework="pt") as shard:
             tensor: torch.Tensor = shard.get_tensor(name)
         return tensor
 
@@ -105,6 +94,8 @@ class Checkpoint(Mapping[str, "torch.Tensor"]):
         return len(self._home)
 
     def shape(self, name: str) -> tuple[int, ...]:
+        if name in self._merged:
+            return tuple(self._merged[name].shape)
         return tuple(self._home[name][1].get_slice(name).get_shape())
 
     def check(self, config: Any) -> None:

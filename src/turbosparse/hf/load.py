@@ -15,7 +15,7 @@ from turbosparse.hf import families
 from turbosparse.hf.activations import ACTIVATIONS, stock
 from turbosparse.hf.config import parse
 from turbosparse.hf.hub import model_folder
-from turbosparse.hf.published import own_fields, record_of
+from turbosparse.hf.published import mend_generation, own_fields, record_of, with_cache
 
 CODE = ("ffn_activation.py", "modeling_drelu.py", "modeling_drelu_moe.py")
 
@@ -317,6 +317,7 @@ def save_model(
         from turbosparse.base.folders import write_json
 
         base = str(families.family(config.model_type))
-        write_json(out / "config.json", read_config(out) | sparse_keys(base))
+        write_json(out / "config.json", with_cache(read_config(out)) | sparse_keys(base))
         copy_code(out)
+    mend_generation(out, read_config(out))
     Checkpoint(out).check(config)

@@ -43,6 +43,8 @@ class SparseMLP(nn.Module):
 def _swap_ffn(model: Any, config: Any) -> None:
     for layer in model.model.layers:
         layer.mlp = SparseMLP(config)
+    # a merged predictor is for packed models: this class computes every neuron
+    model._keys_to_ignore_on_load_unexpected = [r"\.predictor\."]
     model.post_init()
 
 

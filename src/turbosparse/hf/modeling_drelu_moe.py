@@ -69,4 +69,5 @@ class DReLUMixtralForCausalLM(MixtralForCausalLM):
         super().__init__(config)
         for layer in self.model.layers:
             layer.mlp.experts = SparseExperts(config)
+        self._keys_to_ignore_on_load_unexpected = [r"\.predictor\."]  # see modeling_drelu
         self.post_init()

@@ -12,7 +12,7 @@ from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import read_config
+from turbosparse.base.folders import read_config, write_json
 from turbosparse.hf.activations import Activation
 from turbosparse.hf.families import GATED, PREFIX
 
@@ -20,6 +20,8 @@ from turbosparse.hf.families import GATED, PREFIX
 # the threshold", and no logit lies between 0 and the smallest normal float32.
 ABOVE_ZERO = 2.0**-126
 FAT = "fatrelu"
+GENERATION = "generation_config.json"
+_SAMPLING = ("temperature", "do_sample", "top_k", "top_p", "min_p")
 _ONLY_RELU: Mapping[str, tuple[Any, ...]] = MappingProxyType({"hidden_act": ("relu",)})
 
 
@@ -105,3 +107,22 @@ def end_tokens(*given: Any) -> int | list[int] | None:
         raise TurboSparseError(f"eos_token_id is {given!r:.80}, not whole numbers or lists of them")
     found = sorted({token for token in every if token is not None})
     return found if len(found) > 1 else next(iter(found), None)
+
+
+def with_cache(fields: dict[str, Any]) -> dict[str, Any]:
+    """Without what a training run leaves behind: generating without a cache is quadratic."""
+    return {key: value for key, value in fields.items() if (key, value) != ("use_cache", False)}
+
+
+def mend_generation(folder: Path, raw: dict[str, Any]) -> None:
+    """Make generation_config.json one that transformers can follow, and name all end tokens."""
+    if not (folder / GENERATION).is_file():
+        return
+    given = read_config(folder, GENERATION)
+    mended = with_cache(given)
+    if not given.get("temperature", 1):  # greedy is meant, but transformers refuses the zero
+        mended = {key: value for key, value in mended.items() if key not in _SAMPLING}
+    if ends := end_tokens(given.get("eos_token_id"), raw.get("eos_token_id")):
+        mended["eos_token_id"] = ends
+    if mended != given:
+        write_json(folder / GENERATION, mended)
