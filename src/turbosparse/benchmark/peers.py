@@ -19,6 +19,9 @@ from turbosparse.hf.gguf import gguf_table
 from turbosparse.hf.gguf_writer import write_gguf
 from turbosparse.packed.format import Packed
 
+# of equal bytes; llama.cpp's fastest 4-bit kernels are those of Q4_0
+_KINDS = {"f16": "F16", "q8": "Q8_0", "q4": "Q4_0", "q4_0": "Q4_0"}
+
 
 class LlamaCpp:
     """llama.cpp through llama-cpp-python, on a dense GGUF of random weights."""
@@ -74,7 +77,7 @@ class LlamaCpp:
 
 def write_random_gguf(path: Path, config: ModelConfig, quant: str) -> None:
     """Write a dense GGUF model with random weights in the shape of `config`, streaming to disk."""
-    kind = {"f16": "F16", "q8": "Q8_0", "q4": "IQ4_NL", "q4_0": "Q4_0"}[quant]
+    kind = _KINDS[quant]
     tensors = list(gguf_table(config, biases=False).tensors(config))
     data = _random_tensors(tensors, quant)
     base = str(families.family(config.model_type))
@@ -104,7 +107,6 @@ def _random_blocks(random: np.random.Generator, shape: tuple[int, ...], quant: s
         )
     size = 34 if quant == "q8" else 18  # bytes of a block: its scale, then 32 weights
     blocks = random.integers(0, 256, (*lead, cols // 32, size), dtype=np.uint8)
-    deviation = {"q8": 73.6, "q4": 67.2, "q4_0": 4.6}[quant]
-    scale = np.float16(0.02 / deviation)
+    scale = np.float16(0.02 / (73.6 if quant == "q8" else 4.6))
     blocks[..., :2] = np.frombuffer(scale.tobytes(), np.uint8)
     return blocks.reshape(*lead, -1)
