@@ -48,7 +48,8 @@ def test_a_folder_of_other_sizes_is_refused(made: Path) -> None:
 def test_stages_and_the_verdict_are_told(made: Path) -> None:
     log = (made / "demo.log").read_text()
     assert log.count(" done in ") == 9, "nine stages"
-    assert f"turbosparse generate {made}/sparse-q8" in log
+    for verb in ("generate", "chat", "serve"):
+        assert f"turbosparse {verb} {made}/sparse-q8 " in log
     result = json.loads((made / "result.json").read_text())
     rows = {row["model"]: row for row in result["rows"]}
     more = rows["recovered"]["held_out_perplexity"] / rows["dense control"]["held_out_perplexity"]

@@ -318,7 +318,7 @@ def test_a_prompt_without_any_token_is_refused(engine: Engine, tokenizer: Tokeni
 def test_a_chat_without_template_is_refused(model: Path, tmp_path: Path) -> None:
     folder = copytree(model, tmp_path / "model")
     (folder / "chat_template.jinja").unlink()
-    with pytest.raises(TurboSparseError, match="no chat template; leave out --chat"):
+    with pytest.raises(TurboSparseError, match=r"no chat template: .* without --chat"):
         generate(folder, prompt=PROMPT, chat=True, threads=1)
 
 

@@ -5,7 +5,6 @@ turbosparse demo
 
 from __future__ import annotations
 
-import shlex
 import statistics
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -182,9 +181,8 @@ def _tell(stages: Stages, texts: dict[str, str], agree: bool, out: Path) -> None
     same = "wrote the same text" if agree else "DISAGREE: please report this"
     stages.say(f"PyTorch and C++, dense and exact {same}.")
     stages.say(RULE)
-    stages.say(f"All in {stages.seconds:.1f} s, kept in {out}. Now try:")
-    folder = shlex.quote(f"{out}/sparse-q8")
-    stages.say(f"turbosparse generate {folder} --chat --prompt 'What is 12 + 7?'")
+    stages.say(f"All in {stages.seconds:.1f} s, kept in {out}.")
+    stages.say_what_next(out / "sparse-q8", "What is 12 + 7?")
 
 
 def _verdict(rows: list[Row], quick: bool) -> str:

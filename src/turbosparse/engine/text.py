@@ -155,7 +155,11 @@ class Tokenizer:
                     "put the one to use into chat_template.jinja"
                 )
         if not isinstance(found, str):
-            raise TurboSparseError("this model has no chat template; leave out --chat")
+            raise TurboSparseError(
+                "this model has no chat template: it continues texts (generate without --chat, "
+                "/v1/completions) and cannot chat; use one that was trained to, or write its "
+                "template into chat_template.jinja"
+            )
         return found
 
     def stop_ids(self, extra: Iterable[str] = (), *, chat: bool = False) -> frozenset[int]:

@@ -226,8 +226,7 @@ def create_app(
     app.post("/detokenize")(server.detokenize)
     app.get("/health")(server.health)
     app.get("/metrics")(server.metrics)
-    if PAGE.is_dir():
-        app.mount("/", StaticFiles(directory=PAGE, html=True))
+    app.mount("/", StaticFiles(directory=PAGE, html=True))
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(TurboSparseError, _on_mistake)
