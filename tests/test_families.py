@@ -19,7 +19,7 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf import families
 from turbosparse.hf.activations import ACTIVATIONS
 from turbosparse.hf.config import ModelConfig, parse, read_model_config
-from turbosparse.hf.load import load_config
+from turbosparse.hf.load import activation_of, load_config, new_config
 
 
 @pytest.mark.parametrize("family", EVERY)
@@ -172,6 +172,20 @@ def test_one_wrong_value_is_named(fields: dict[str, Any], message: str) -> None:
 )
 def test_yarn_makes_the_context_longer(fields: dict[str, Any], context: int) -> None:
     assert parse({"model_type": "qwen2", **fields}, "config.json").context == context
+
+
+def test_a_new_model_has_the_activation_of_its_family() -> None:
+    arcee = {"model_type": "arcee", "vocab_size": 128004}
+    for fields, asked, activation, kind in (
+        ({"model_type": "llama"}, None, "swiglu", "llama"),
+        ({"model_type": "llama"}, "relu2", "relu2", "drelu_llama"),
+        (arcee, None, "relu2", "arcee"),
+        (arcee, "relu", "relu", "arcee"),
+    ):
+        made = new_config(fields, activation=asked)
+        assert (activation_of(made), made.model_type) == (activation, kind)
+    with pytest.raises(TurboSparseError, match="arcee models have no gate, which drelu reads"):
+        new_config(arcee, activation="drelu")
 
 
 def test_the_schema_is_light() -> None:

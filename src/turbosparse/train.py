@@ -237,7 +237,7 @@ def _load(recipe: Recipe, tokenizer: Any) -> Any:
             recipe.model, activation=recipe.activation, dtype=torch.float32, empty=empty
         )
     else:
-        model = new_model(recipe.model, activation=recipe.activation or "swiglu", seed=recipe.seed)
+        model = new_model(recipe.model, activation=recipe.activation, seed=recipe.seed)
     if recipe.data.chat:
         chatml.teach_model(model, tokenizer)
     else:

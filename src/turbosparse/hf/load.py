@@ -208,18 +208,22 @@ def _empty_model(config: Any, dtype: Any) -> Any:
     return model
 
 
-def new_config(fields: dict[str, Any], *, activation: str) -> Any:
-    """The config of a model that is described by `fields`; ``model_type`` is a family."""
+def new_config(fields: dict[str, Any], *, activation: str | None) -> Any:
+    """The config of a model that is described by `fields`; ``model_type`` is a family.
+
+    Without `activation` it is the one that the stock class computes.
+    """
     from transformers import AutoConfig
 
     parse(fields, "the recipe's model")
     base = families.family(fields["model_type"])
     fields = {key: value for key, value in fields.items() if key != "model_type"}
-    return with_activation(AutoConfig.for_model(base, **fields), activation)
+    config = AutoConfig.for_model(base, **fields)
+    return with_activation(config, activation or activation_of(config))
 
 
-def new_model(config: dict[str, Any], *, activation: str, seed: int) -> Any:
-    """A freshly initialised model; the fields of `config` include ``model_type``, a family."""
+def new_model(config: dict[str, Any], *, activation: str | None, seed: int) -> Any:
+    """A freshly initialised model of `new_config`."""
     from transformers import AutoModelForCausalLM, set_seed
 
     built = new_config(config, activation=activation)

@@ -216,7 +216,7 @@ def _config(recipe: Recipe) -> Any:
     from turbosparse.hf.load import load_config, new_config
 
     if not isinstance(recipe.model, str):
-        return new_config(recipe.model, activation=recipe.activation or "swiglu")
+        return new_config(recipe.model, activation=recipe.activation)
     return load_config(model_folder(recipe.model, weights=False), recipe.activation)
 
 
