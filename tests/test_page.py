@@ -216,7 +216,7 @@ def test_settings_are_kept_and_sent(browser: Any, packed_mistral: Path) -> None:
         page.load()
         page.ask("One")
         assert page.tokens == 3
-        assert "as long as it may be" in page.text("article.assistant footer")
+        assert "longest answer" in page.text("article.assistant footer")
         dark = page.script("return getComputedStyle(document.body).backgroundColor")
         assert sum(map(int, re.findall(r"\d+", dark))) < 150
 

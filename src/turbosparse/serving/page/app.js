@@ -176,7 +176,7 @@ function take(chunk, chat, message) {
   const piece = choice?.delta.content ?? "";
   message.content += piece;
   if (chunk.turbosparse) message.figures.add(piece, chunk.turbosparse);
-  if (choice?.finish_reason === "length") message.note = "The answer is as long as it may be.";
+  if (choice?.finish_reason === "length") message.note = "Ended at the longest answer that the settings and the context allow.";
   if (chunk.usage) {
     message.figures.prompt = chunk.usage.prompt_tokens;
     message.figures.cached = chunk.usage.prompt_tokens_details.cached_tokens;

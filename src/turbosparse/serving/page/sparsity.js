@@ -5,7 +5,7 @@ import { element } from "./markdown.js";
 // from asleep to awake: the night and what glows in it
 const COLOURS = [[20, 11, 52], [74, 18, 107], [147, 38, 103], [221, 81, 58], [252, 165, 10], [252, 245, 165]];
 const SCALES = [0.1, 0.25, 0.5, 1];
-const COLUMN = 5; // pixels of a token
+const COLUMNS = [5, 10]; // pixels of a token: wide while there is room
 const $ = (id) => document.getElementById(id);
 
 /** The figures of one answer. `cells` are the shares of active neurons, 0 to 255, token by token. */
@@ -107,10 +107,11 @@ export class Panel {
     const most = cells.reduce((a, b) => Math.max(a, b)) / 255;
     const scale = SCALES.find((value) => value >= most) ?? 1;
     const map = $("map"), strip = $("strip");
-    const atEnd = strip.scrollLeft + strip.clientWidth > strip.scrollWidth - 2 * COLUMN;
+    const atEnd = strip.scrollLeft + strip.clientWidth > strip.scrollWidth - 4 * COLUMNS[0];
+    const column = COLUMNS[Number(tokens * COLUMNS[1] <= strip.clientWidth)];
     paint(map, tokens, layers, (x, y) => cells[x * layers + y] / 255 / scale);
-    map.style.width = `${tokens * COLUMN}px`;
-    map.style.height = `${layers * Math.max(4, Math.min(16, Math.floor(240 / layers)))}px`;
+    map.style.width = `${tokens * column}px`;
+    map.style.height = `${layers * Math.max(4, Math.min(30, Math.floor(240 / layers)))}px`;
     map.ariaLabel = `Active neurons of ${layers} layers over ${tokens} tokens`;
     $("scale").textContent = `${100 * scale} % awake`;
     if (atEnd) strip.scrollLeft = strip.scrollWidth;
