@@ -6,12 +6,14 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from serving import Running, serving
 
+from turbosparse.pack import pack
 from turbosparse.serving.app import PAGE
 
 CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
@@ -130,6 +132,16 @@ def test_a_message_is_answered_and_its_sparsity_shown(browser: Any, server: Runn
     assert "(" in page.text("#read")
     assert "prompt tokens read" in page.text("#list")
     assert page.errors() == []
+
+
+def test_the_experts_of_a_mixture_are_counted(
+    browser: Any, sparse: Callable[..., Path], shared: Callable[..., Path]
+) -> None:
+    packed = shared("packed-mixtral-q8", partial(pack, str(sparse("mixtral")), quant="q8"))
+    with serving(packed) as running:
+        page = Page(browser, running.address)
+        page.ask("One")
+        assert "experts used\n2 of 4" in page.text("#list")
 
 
 def test_a_reload_keeps_the_conversation_and_its_figures(browser: Any, server: Running) -> None:

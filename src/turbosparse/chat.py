@@ -86,7 +86,7 @@ def chat(
     )
     check_packed(local_path(model), "chat")
     opened = load(model, mode=mode, threads=threads, kv_bytes=kv_bytes)
-    talk = Chat(opened, sampling, Ends(max_tokens or opened.engine.context))
+    talk = Chat(opened, sampling, Ends(opened.engine.context if max_tokens is None else max_tokens))
     talk.command_system(system)
     talk.say(f"{opened.engine.describe()}\n/help lists the commands")
     talk.run(_typed() if sys.stdin.isatty() else _piped(sys.stdin))
@@ -164,10 +164,10 @@ class Chat:
                     elif message.strip():
                         self.ask(message)
                 except TurboSparseError as error:
-                    self.say(str(error))
+                    self.say(str(error), style="red")
 
-    def say(self, text: str) -> None:
-        self._notes.print(text, style="dim")
+    def say(self, text: str, *, style: str = "dim") -> None:
+        self._notes.print(text, style=style)
 
     def ask(self, message: str) -> None:
         """Answer a message. An error takes it out of the conversation again."""
@@ -332,8 +332,7 @@ def _typed() -> Iterator[str]:
 
     keys = KeyBindings()
     keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
-    for new_line in (("escape", "enter"), ("c-j",)):
-        keys.add(*new_line)(lambda event: event.current_buffer.insert_text("\n"))
+    keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
     commands = [f"/{name.removeprefix('command_')}" for name in vars(Chat) if "command_" in name]
     session: PromptSession[str] = PromptSession(
         "› ", multiline=True, key_bindings=keys, prompt_continuation="  ",

@@ -247,7 +247,7 @@ function changeSetting({ target }) {
 function toggle(name, open = !document.body.classList.contains(name)) {
   document.body.classList.toggle(name, open);
   $("shade").hidden = !document.body.matches(".sidebar, .panel");
-  $("sidebar-open").ariaExpanded = document.body.classList.contains("sidebar");
+  $(`${name}-open`).ariaExpanded = open;
 }
 
 function closeDrawers() {
