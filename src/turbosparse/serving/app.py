@@ -10,7 +10,7 @@ from typing import Any
 
 from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import JSONResponse, StreamingResponse
+from fastapi.responses import JSONResponse, RedirectResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
@@ -202,6 +202,10 @@ class Server:
         )
 
 
+async def _to_page() -> RedirectResponse:
+    return RedirectResponse("page/")
+
+
 def create_app(
     server: Server,
     *,
@@ -226,7 +230,8 @@ def create_app(
     app.post("/detokenize")(server.detokenize)
     app.get("/health")(server.health)
     app.get("/metrics")(server.metrics)
-    app.mount("/", StaticFiles(directory=PAGE, html=True))
+    app.get("/")(_to_page)
+    app.mount("/page", StaticFiles(directory=PAGE, html=True))
     app.add_exception_handler(ApiError, _on_api_error)
     app.add_exception_handler(RequestValidationError, _on_invalid)
     app.add_exception_handler(TurboSparseError, _on_mistake)
