@@ -11,6 +11,7 @@ import re
 import signal
 import statistics
 import sys
+import termios
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -379,7 +380,7 @@ def _stopped_by_interrupt(sequence: Sequence) -> Iterator[None]:
 def _shown(console: Console) -> Iterator[Callable[[str], None]]:
     """Yields what shows a piece of an answer: markdown on a terminal, else the text as it is."""
     if console.is_terminal:
-        with _Drawn(console) as drawn:
+        with _without_echo(), _Drawn(console) as drawn:
             yield drawn.add
         return
 
@@ -389,6 +390,21 @@ def _shown(console: Console) -> Iterator[Callable[[str], None]]:
 
     yield write
     write("\n")
+
+
+@contextmanager
+def _without_echo() -> Iterator[None]:
+    """What is typed meanwhile would move the cursor; it waits for the next prompt."""
+    if not sys.stdin.isatty():
+        yield
+        return
+    before = termios.tcgetattr(sys.stdin)
+    quiet = [*before[:3], before[3] & ~termios.ECHO, *before[4:]]
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, quiet)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)
 
 
 class _Drawn:
