@@ -266,7 +266,7 @@ MARKDOWN = {
 def test_markdown_becomes_nodes_and_never_markup(browser: Any, server: Running) -> None:
     Page(browser, server.address)
     made = browser.execute_async_script(
-        "const [texts, done] = arguments; import('/markdown.js').then(({ render }) => {"
+        "const [texts, done] = arguments; import('/page/markdown.js').then(({ render }) => {"
         "  done(texts.map((text) => {"
         "    const grown = document.createElement('div'), whole = document.createElement('div');"
         "    for (let end = 1; end <= text.length; end++) render(grown, text.slice(0, end));"
@@ -285,7 +285,7 @@ def test_no_text_keeps_the_renderer_busy(browser: Any, server: Running) -> None:
     Page(browser, server.address)
     busy = ["*" * 20_000, "[" * 20_000, "> " * 5_000, "- " * 5_000, "`a" * 10_000, "|-" * 10_000]
     lengths = browser.execute_async_script(
-        "const [texts, done] = arguments; import('/markdown.js').then(({ render }) => {"
+        "const [texts, done] = arguments; import('/page/markdown.js').then(({ render }) => {"
         "  done(texts.map((text) => {"
         "    const made = document.createElement('div'); render(made, text);"
         "    return made.textContent.length;"

@@ -19,14 +19,14 @@ async function call(path, key, options = {}) {
 }
 
 export async function listModels(key) {
-  const { data } = await (await call("v1/models", key)).json();
+  const { data } = await (await call("../v1/models", key)).json();
   return data.map((model) => model.id);
 }
 
 /** The chunks of an answer. An ApiError ends it, and an AbortError where the signal says so. */
 export async function* answer(request, key, signal) {
   const body = JSON.stringify({ ...request, stream: true, stream_options: { include_usage: true } });
-  const response = await call("v1/chat/completions", key, { method: "POST", body, signal });
+  const response = await call("../v1/chat/completions", key, { method: "POST", body, signal });
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
