@@ -398,4 +398,4 @@ def test_bodies_that_are_no_requests(address: str) -> None:
     chunks = (big[:100_000] for _ in range(90))  # no length is announced
     assert httpx.post(url, content=chunks, headers=kind).status_code == 413
     assert httpx.get(f"{address}/nothing").json()["error"]["message"] == "Not Found"
-    assert httpx.get(url).status_code == 404
+    assert httpx.get(url).status_code == 405
