@@ -54,7 +54,7 @@ class Page:
         self.browser = browser
         size = {"width": width, "height": 800, "deviceScaleFactor": 1, "mobile": width < 500}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        browser.get(address + "/page/theme.js")  # a storage of this address, and nothing that fills it
+        browser.get(address + "/page/theme.js")  # a storage that nothing fills
         given = {"temperature": 0, "max_tokens": TOKENS, **settings}
         self.script("localStorage['turbosparse.settings'] = JSON.stringify(arguments[0])", given)
         browser.get(address)
