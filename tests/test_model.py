@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONTEXT, EVERY, WINDOW, Shared, merge_predictor
+from greedy import CLEAR, greedy
 
 from turbosparse import _core
 from turbosparse.analyse import analyse
@@ -30,10 +31,10 @@ from turbosparse.packed.unpack import state_dict
 
 TOKENS = 100
 PROMPT = list(range(20, 20 + WINDOW + 6))  # already beyond the sliding window
+PROMPTS = [[token + first for token in PROMPT] for first in range(60)]
 SAME_LOGITS = (
     5e-4  # relative RMS between backends: sums in another order, and what rounds to a half
 )
-CLEAR = 5e-3  # logits: a greedy text is compared if no choice in it was closer than this
 
 Make = Callable[..., Path]
 
@@ -126,30 +127,13 @@ def fuse_experts(tensors: dict[str, torch.Tensor], config: object) -> dict[str, 
     return out
 
 
-@torch.inference_mode()
 def hf_greedy(model: torch.nn.Module) -> tuple[list[int], list[int]]:
-    """A prompt and the greedy tokens of transformers, the whole text read anew for each.
-
-    Of several prompts it takes the first that leads to no near tie: a half-precision cache, or sums
-    in another order, may then not change the text.
-    """
-    for first in range(60):
-        prompt = [token + first for token in PROMPT]
-        tokens = list(prompt)
-        while len(tokens) < len(prompt) + TOKENS:
-            best = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].topk(2)
-            if best.values[0] - best.values[1] < CLEAR:
-                break
-            tokens.append(int(best.indices[0]))
-        else:
-            return prompt, tokens[len(prompt) :]
-    raise AssertionError("every prompt leads to a near tie")
+    return greedy(model, PROMPTS, TOKENS)
 
 
 def reference_greedy(engine: Engine) -> tuple[list[int], list[int]]:
     """As `hf_greedy`, of an engine."""
-    for first in range(60):
-        prompt = [token + first for token in PROMPT]
+    for prompt in PROMPTS:
         sequence, tokens = engine.sequence(prompt), []
         while len(tokens) < TOKENS:
             best = torch.tensor(engine.step([sequence])[0].logits).topk(2)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from greedy import greedy
 from published import (
     ACTIVATION,
     CONFIGS,
@@ -46,7 +47,7 @@ Make = Callable[[str], Path]
 SAME = 3e-3  # relative RMS of logits: f16 weights, and keys and values in half precision
 OTHER = 3e-2  # what a wrong formula gives at least
 PROMPT = [1, 270, 280, 265, 290, 275, 261, 288]
-CLEAR = 5e-3  # logits: no choice of a compared text was closer
+PROMPTS = [[1, *(token - first for token in PROMPT[1:])] for first in range(40)]
 TOKENS = 30
 
 
@@ -100,22 +101,6 @@ def logits(model: Any) -> torch.Tensor:
 def engine_logits(folder: Path, mode: str, backend: str = "cpu") -> torch.Tensor:
     engine = Engine(folder, backend=backend, mode=mode)  # type: ignore[arg-type]
     return torch.cat([torch.tensor(part) for part in engine.logits(PROMPT)])
-
-
-@torch.inference_mode()
-def greedy(model: Any) -> tuple[list[int], list[int]]:
-    """A prompt and its greedy tokens: of several the first that leads to no near tie."""
-    for first in range(40):
-        prompt = [PROMPT[0], *(token - first for token in PROMPT[1:])]
-        tokens = list(prompt)
-        while len(tokens) < len(prompt) + TOKENS:
-            best = model(torch.tensor([tokens]), use_cache=False).logits[0, -1].topk(2)
-            if best.values[0] - best.values[1] < CLEAR:
-                break
-            tokens.append(int(best.indices[0]))
-        else:
-            return prompt, tokens[len(prompt) :]
-    raise AssertionError("every prompt leads to a near tie")
 
 
 def engine_greedy(engine: Engine, prompt: list[int]) -> list[int]:
@@ -172,7 +157,7 @@ def test_every_road_generates_the_same_tokens(
 ) -> None:
     """The published formula, our class, and what is packed from ours on both backends."""
     tensors = tensors_of(source(kind))
-    prompt, truth = greedy(formula(kind, tensors))
+    prompt, truth = greedy(formula(kind, tensors), PROMPTS, TOKENS)
     assert len(set(truth)) > 5, "a text that repeats one token would prove little"
     model = load_model(ours(kind), dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
@@ -183,7 +168,7 @@ def test_every_road_generates_the_same_tokens(
     for backend in BACKENDS:
         assert engine_greedy(Engine(folder, backend=backend), prompt) == truth
     if kind in READS:
-        prompt, truth = greedy(formula(kind, tensors, rounded))
+        prompt, truth = greedy(formula(kind, tensors, rounded), PROMPTS, TOKENS)
         for backend in BACKENDS:
             assert engine_greedy(Engine(folder, backend=backend, mode="predicted"), prompt) == truth
 
