@@ -90,7 +90,7 @@ def chat(
     talk = Chat(opened, sampling, Ends(opened.engine.context if max_tokens is None else max_tokens))
     talk.command_system(system)
     talk.say(f"{opened.engine.describe()}\n/help lists the commands")
-    talk.run(_typed() if sys.stdin.isatty() else _piped(sys.stdin))
+    talk.run(_typed([*talk.commands(), "quit"]) if sys.stdin.isatty() else _piped(sys.stdin))
 
 
 class Turn(BaseModel):
@@ -117,7 +117,7 @@ class Saved(BaseModel):
         except ValidationError as error:
             what = error.errors()[0]
             raise TurboSparseError(
-                f"{path} is no conversation that /save wrote: {what['msg']}"
+                f"{path} is not a conversation that /save wrote: {what['msg']}"
             ) from error
         roles = [turn.role for turn in saved.messages if turn.role != "system"]
         if roles != ["user", "assistant"] * (len(roles) // 2):
@@ -215,8 +215,7 @@ class Chat:
                 f"{made.tokens} tokens at {made.tokens_per_second:.1f} tokens/s · "
                 f"{made.activation_sparsity:.1%} of the neurons asleep · "
                 f"read {read} of {prompt} prompt tokens in {made.prompt_seconds:.2f} s"
-                + " · stopped"
-                * stopped
+                f"{' · stopped' if stopped else ''}"
             )
         else:
             self.say("stopped")
@@ -228,7 +227,7 @@ class Chat:
         command = self.commands().get(name)
         if command is None:
             raise TurboSparseError(
-                f"/{name} is no command; /help lists them. Begin a message with a space to send "
+                f"/{name} is not a command; /help lists them. Begin a message with a space to send "
                 "it as it is"
             )
         command(rest.strip())
@@ -324,7 +323,7 @@ def _piped(source: TextIO) -> Iterator[str]:
     return (line.rstrip("\r\n") for line in source)
 
 
-def _typed() -> Iterator[str]:
+def _typed(commands: Iterable[str]) -> Iterator[str]:
     """Messages from the terminal; those of earlier sessions come back with the arrow keys."""
     from prompt_toolkit import PromptSession
     from prompt_toolkit.completion import WordCompleter
@@ -334,11 +333,11 @@ def _typed() -> Iterator[str]:
     keys = KeyBindings()
     keys.add("enter")(lambda event: event.current_buffer.validate_and_handle())
     keys.add("escape", "enter")(lambda event: event.current_buffer.insert_text("\n"))
-    commands = [f"/{name.removeprefix('command_')}" for name in vars(Chat) if "command_" in name]
     session: PromptSession[str] = PromptSession(
         "› ", multiline=True, key_bindings=keys, prompt_continuation="  ",
         history=FileHistory(str(_history())),
-        completer=WordCompleter([*commands, "/quit"], sentence=True), complete_while_typing=False,
+        completer=WordCompleter([f"/{name}" for name in commands], sentence=True),
+        complete_while_typing=False,
     )  # fmt: skip
     while True:
         try:

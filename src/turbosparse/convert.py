@@ -229,7 +229,7 @@ def _source_config(folder: Path, asked: Activation | None) -> Any:
     fits = was in ("reglu", "drelu") if unnamed else was == "swiglu" or asked in (None, was)
     if not fits:
         raise TurboSparseError(
-            f"{folder} is no dense SwiGLU model, but {'one with relu' if unnamed else was}: "
+            f"{folder} is not a dense SwiGLU model, but {'one with relu' if unnamed else was}: "
             f"--activation {asked} would make another function of its weights"
         )
     return config

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import AnyPath, local_path
+from turbosparse.base.folders import AnyPath
 from turbosparse.base.progress import note
 from turbosparse.engine.engine import Mode
 
@@ -76,9 +76,7 @@ def serve(
             f"the server needs {error.name}: pip install 'turbosparse[serve]'"
         ) from error
     key = api_key or os.environ.get("TURBOSPARSE_API_KEY") or None
-    offered = models.Models(
-        [local_path(path) for path in packed], memory, mode=mode, threads=threads, kv_bytes=kv_bytes
-    )
+    offered = models.Models(packed, memory, mode=mode, threads=threads, kv_bytes=kv_bytes)
     with offered.using(None) as first:
         note(first.engine.describe())
     local = host in guard.LOOPBACK

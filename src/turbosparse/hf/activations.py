@@ -30,14 +30,14 @@ class Record(NamedTuple):
         return "gate" in self.zero_by
 
 
-GATED, UNGATED = families.FFN_ROLES, families.FFN_ROLES[1:]
+_THREE, _TWO = families.FFN_ROLES, families.FFN_ROLES[1:]
 ACTIVATIONS: dict[str, Record] = {
-    "drelu": Record("relu(gate) * relu(up)", GATED, ("gate", "up"), "relu"),
-    "geglu": Record("gelu(gate) * up", GATED, (), "gelu"),
-    "reglu": Record("relu(gate) * up", GATED, ("gate",), "relu"),
-    "relu": Record("relu(up)", UNGATED, ("up",), "relu"),
-    "relu2": Record("relu(up) ** 2", UNGATED, ("up",), "relu2"),
-    "swiglu": Record("silu(gate) * up", GATED, (), "silu"),
+    "drelu": Record("relu(gate) * relu(up)", _THREE, ("gate", "up"), "relu"),
+    "geglu": Record("gelu(gate) * up", _THREE, (), "gelu"),
+    "reglu": Record("relu(gate) * up", _THREE, ("gate",), "relu"),
+    "relu": Record("relu(up)", _TWO, ("up",), "relu"),
+    "relu2": Record("relu(up) ** 2", _TWO, ("up",), "relu2"),
+    "swiglu": Record("silu(gate) * up", _THREE, (), "silu"),
 }
 assert tuple(ACTIVATIONS) == get_args(Activation)
 WITHOUT_ZEROS = tuple(name for name, record in ACTIVATIONS.items() if not record.zero_by)

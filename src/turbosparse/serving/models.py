@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import AnyPath, local_path
 from turbosparse.engine.engine import Engine
 from turbosparse.engine.text import Tokenizer
 from turbosparse.packed.format import Packed
@@ -63,13 +64,13 @@ class Models:
         TurboSparseError: a folder is not a packed one, or two have the same name.
     """
 
-    def __init__(self, folders: Iterable[Path], memory: int | None = None, **settings: Any):
+    def __init__(self, folders: Iterable[AnyPath], memory: int | None = None, **settings: Any):
         self._memory, self._settings = memory, settings
         self._lock = threading.Lock()
         self.folders: dict[str, Path] = {}
         self._bytes: dict[str, int] = {}
         self._open: dict[str, Served] = {}
-        for folder in (Path(folder).expanduser().resolve() for folder in folders):
+        for folder in (local_path(folder).resolve() for folder in folders):
             if folder.name in self.folders:
                 raise TurboSparseError(
                     f"two models are called {folder.name}; rename one of the folders"
