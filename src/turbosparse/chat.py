@@ -168,7 +168,7 @@ class Chat:
                     self.say(str(error), style="red")
 
     def say(self, text: str, *, style: str = "dim") -> None:
-        self._notes.print(text, style=style)
+        self._notes.print(text, style=style, soft_wrap=True)  # a path stays whole
 
     def ask(self, message: str) -> None:
         """Answer a message. An error takes it out of the conversation again."""
