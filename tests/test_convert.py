@@ -237,7 +237,7 @@ def test_a_model_that_was_made_sparse_is_only_copied(
     assert (done.model_type, done.activation) == (family, "relu2")
     assert torch.equal(logits_of(load(tmp_path / "out")), logits_of(load(dense(family))))
     assert not list((tmp_path / "out").glob("*.py"))
-    message = "is no dense SwiGLU model, but relu2: --activation drelu would make another"
+    message = "is not a dense SwiGLU model, but relu2: --activation drelu would make another"
     refused(dense(family), tmp_path / "no", message, activation="drelu")
 
 
