@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from serving import serving
 
 import turbosparse
 from turbosparse.engine.engine import Engine
-from turbosparse.engine.text import Tokenizer
+from turbosparse.engine.text import CALL_MARKERS, Tokenizer
 from turbosparse.pack import pack
 from turbosparse.serving.tools import ToolText
 
@@ -230,9 +231,20 @@ def test_a_schema_and_a_grammar_are_followed(client: openai.OpenAI) -> None:
 
 
 CALL = '{"name": "weather", "arguments": {"place": "Rome"}}'
-TOOLS: list[Any] = [
-    {"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}
-]
+NEW = 'weather[ARGS]{"place": "Rome"}'
+
+
+def tool(name: str, **properties: Any) -> Any:
+    schema = {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+    return {"type": "function", "function": {"name": name, "parameters": schema}}
+
+
+TOOLS: list[Any] = [tool("weather", place={"enum": ["Rome", "Oslo"]}), tool("stop")]
 
 
 @pytest.mark.parametrize(
@@ -245,6 +257,8 @@ TOOLS: list[Any] = [
         (f"<|python_tag|>{CALL}", "", ["weather"]),
         (f"[TOOL_CALLS] [{CALL}, {CALL}]", "", ["weather"] * 2),  # Mistral
         (f" [{CALL}]", "", ["weather"]),
+        (f"So: [TOOL_CALLS]{NEW}[TOOL_CALLS]{NEW}", "So: ", ["weather"] * 2),  # Mistral since 2025
+        ("[TOOL_CALLS] is a token", "[TOOL_CALLS] is a token", []),
         ("A <tool and a {brace}", "A <tool and a {brace}", []),
         ("{} and [1]", "{} and [1]", []),
         ("[1, 2]", "[1, 2]", []),
@@ -289,6 +303,55 @@ def test_a_model_calls_a_tool_and_gets_the_result(client: openai.OpenAI) -> None
     plain = client.chat.completions.create(messages=user("Rain?"), tool_choice="none", **given)
     assert plain.choices[0].finish_reason == "stop"
     assert CALL in (plain.choices[0].message.content or "")
+
+
+@pytest.mark.parametrize(
+    ("hint", "hidden", "begins"),
+    [
+        ("[TOOL_CALLS] [ARGS]", False, "[TOOL_CALLS]weather[ARGS]{"),
+        ("[TOOL_CALLS] [ARGS]", True, "[TOOL_CALLS]weather[ARGS]{"),
+        ("[TOOL_CALLS]", True, '[TOOL_CALLS][{"name": "weather", "arguments": {'),
+        ("<tool_call>", True, '<tool_call>\n{"name": "weather", "arguments": {'),
+        ("", False, '{"name": "weather", "parameters": {'),
+    ],
+)
+def test_a_call_can_be_asked_for_in_the_form_of_the_model(
+    packed: Path, tmp_path: Path, hint: str, hidden: bool, begins: str
+) -> None:
+    """The form is that of the chat template, and its markers are tokens where the model has any."""
+    folder = tmp_path / "toy"
+    shutil.copytree(packed, folder)
+    (folder / "chat_template.jinja").write_text("{# " + hint + " #}{{ messages[-1].content }}")
+    if hidden:
+        tokenizer = json.loads((folder / "tokenizer.json").read_text())
+        names = tokenizer["model"]["vocab"]
+        longest = sorted(names, key=len)[-len(CALL_MARKERS) :]
+        for name, marker in zip(longest, CALL_MARKERS, strict=True):  # takes the token's place
+            names[marker] = names.pop(name)
+            added = dict(tokenizer["added_tokens"][0], id=names[marker], content=marker)
+            tokenizer["added_tokens"].append(added)
+        tokenizer["model"]["merges"] = []
+        (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+    with serving(folder) as running:
+        client = openai.OpenAI(base_url=f"{running.address}/v1", api_key="none")
+        named = {"type": "function", "function": {"name": "weather"}}
+        given: Any = {"model": "toy", "messages": user("Rain?"), "tools": TOOLS, "temperature": 2}
+        for choice, seed in (("required", 1), ("required", 2), (named, 3)):
+            reply = client.chat.completions.create(
+                tool_choice=choice, seed=seed, logprobs=True, **given
+            ).choices[0]
+            assert reply.finish_reason == "tool_calls"
+            assert not reply.message.content
+            assert reply.message.tool_calls is not None
+            (call,) = reply.message.tool_calls
+            assert call.type == "function"
+            if choice == named:
+                assert call.function.name == "weather"
+                assert json.loads(call.function.arguments)["place"] in ("Rome", "Oslo")
+                assert reply.logprobs is not None
+                tokens = [one.token for one in reply.logprobs.content or ()]
+                assert "".join(tokens).startswith(begins)
+                assert (tokens[0] in CALL_MARKERS) == hidden
 
 
 def test_the_asynchronous_client(address: str, alone: dict[str, str]) -> None:
@@ -369,7 +432,13 @@ def test_what_cannot_be_done_is_refused_by_name(
     ("change", "message"),
     [
         ({"top_logprobs": 2}, "top_logprobs belongs to logprobs"),
-        ({"tool_choice": "required"}, "tool_choice"),
+        ({"tool_choice": "required"}, "tool_choice asks for a function that is not among"),
+        ({"tool_choice": {"type": "function", "function": {"name": "x"}}, "tools": TOOLS},
+         "tool_choice asks for a function that is not among"),
+        ({"tool_choice": "required", "tools": TOOLS, "grammar": "start: \"x\""},
+         "tool_choice, grammar and response_format exclude each other"),
+        ({"tool_choice": "required", "tools": [{"type": "function", "function": {
+            "name": "x", "parameters": {"type": "y"}}}]}, "tools cannot be used"),
         ({"messages": []}, "messages"),
         ({"messages": [{"role": "nobody", "content": "x"}]}, "messages.0.role"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},

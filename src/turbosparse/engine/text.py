@@ -21,6 +21,8 @@ from turbosparse.base.folders import local_path, read_config
 from turbosparse.engine import template
 
 Message = dict[str, Any]
+# Tokens around tool calls are text to whoever reads these, also where a tokenizer hides them.
+CALL_MARKERS = ("<tool_call>", "</tool_call>", "[TOOL_CALLS]", "[ARGS]", "<|python_tag|>")
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>", re.ASCII)
 
 
@@ -37,7 +39,7 @@ class Tokenizer:
         self._tokenizer = self._load()
         self.special = {
             token for token, added in self._tokenizer.get_added_tokens_decoder().items()
-            if added.special
+            if added.special and added.content not in CALL_MARKERS
         }  # fmt: skip
         decoder = self._tokenizer.decoder  # alone: the whole tokenizer as JSON takes half a second
         decoder = {} if decoder is None else json.loads(decoder.__getstate__())
@@ -136,9 +138,10 @@ class Tokenizer:
             "add_generation_prompt": True,
             **special,
         }
-        return self.encode(render(self._template(), values, self.folder), special=False)
+        return self.encode(render(self.chat_template, values, self.folder), special=False)
 
-    def _template(self) -> str:
+    @cached_property
+    def chat_template(self) -> str:
         path = self.folder / "chat_template.jinja"
         if path.is_file():
             try:
@@ -192,7 +195,7 @@ class Tokenizer:
         if token in self.special:
             return b""
         if first and "ByteLevel" not in self._decoders:
-            return str(self._tokenizer.decode([token])).encode()
+            return self._decode([token]).encode()
         if token not in self._bytes:
             self._bytes[token] = self._added_bytes(token)
         return self._bytes[token]
@@ -209,8 +212,11 @@ class Tokenizer:
         if "ByteFallback" in self._decoders and (byte := _BYTE.fullmatch(name)):
             return bytes([int(byte[1], 16)])
         # decoders strip what begins a text, so it is decoded after another token
-        before = str(self._tokenizer.decode([self._anchor]))
-        return str(self._tokenizer.decode([self._anchor, token]))[len(before) :].encode()
+        before = self._decode([self._anchor])
+        return self._decode([self._anchor, token])[len(before) :].encode()
+
+    def _decode(self, tokens: list[int]) -> str:
+        return str(self._tokenizer.decode(tokens, skip_special_tokens=False))
 
     @cached_property
     def _anchor(self) -> int:

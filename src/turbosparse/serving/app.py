@@ -35,6 +35,7 @@ from turbosparse.serving.requests import (
 )
 from turbosparse.serving.scheduler import Choice, Piece, Scheduler
 from turbosparse.serving.scheduler import Request as Work
+from turbosparse.serving.tools import forced_call
 
 PAGE = Path(__file__).parent / "page"
 
@@ -265,6 +266,8 @@ def _plain(message: Message) -> Json:
 
 
 def _grammar(served: Served, body: Generate) -> Follow | None:
+    if isinstance(body, ChatRequest) and body.forced:
+        return served.grammars.of_lark(forced_call(served.tokenizer, body.forced), "tools")
     if body.grammar:
         return served.grammars.of_lark(body.grammar)
     form = body.response_format

@@ -37,9 +37,9 @@ class Grammars:
         )
         return self._of(source, "response_format")
 
-    def of_lark(self, grammar: str) -> Follow:
-        """A grammar in the Lark form of llguidance."""
-        return self._of(llguidance.LLMatcher.grammar_from_lark(grammar), "grammar")
+    def of_lark(self, grammar: str, param: str = "grammar") -> Follow:
+        """A grammar in the Lark form of llguidance, which comes from this parameter."""
+        return self._of(llguidance.LLMatcher.grammar_from_lark(grammar), param)
 
     def _of(self, source: str, param: str) -> Follow:
         matcher = llguidance.LLMatcher(self._tokens, source, log_level=0)

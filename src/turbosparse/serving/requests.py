@@ -126,6 +126,15 @@ class Tool(Strict):
     function: Function
 
 
+class Named(Strict):
+    name: str
+
+
+class ToolChoice(Strict):
+    type: Literal["function"]
+    function: Named
+
+
 class ChatRequest(Generate):
     messages: list[Message] = Field(min_length=1, max_length=4096)
     max_tokens: int | None = Field(None, ge=1)
@@ -133,7 +142,7 @@ class ChatRequest(Generate):
     logprobs: bool = False
     top_logprobs: int = Field(0, ge=0, le=20)
     tools: list[Tool] = Field(default_factory=list, max_length=128)
-    tool_choice: Literal["none", "auto"] = "auto"
+    tool_choice: Literal["none", "auto", "required"] | ToolChoice = "auto"
     parallel_tool_calls: bool = True
 
     @model_validator(mode="after")
@@ -141,6 +150,25 @@ class ChatRequest(Generate):
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs belongs to logprobs: true")
         return self
+
+    @model_validator(mode="after")
+    def _call_fits(self) -> ChatRequest:
+        if self.tool_choice in ("none", "auto"):
+            return self
+        if not self.forced:
+            raise ValueError("tool_choice asks for a function that is not among the tools")
+        if self.grammar or (self.response_format and self.response_format.type != "text"):
+            raise ValueError("tool_choice, grammar and response_format exclude each other")
+        return self
+
+    @property
+    def forced(self) -> dict[str, dict[str, Any]]:
+        """The functions of which one must be called, and the schemas of their arguments."""
+        if self.tool_choice in ("none", "auto"):
+            return {}
+        only = self.tool_choice.function.name if isinstance(self.tool_choice, ToolChoice) else None
+        functions = [tool.function for tool in self.tools]
+        return {one.name: one.parameters for one in functions if only in (None, one.name)}
 
 
 class CompletionRequest(Generate):

@@ -5,14 +5,24 @@ from __future__ import annotations
 import json
 import re
 import secrets
+from collections.abc import Mapping
 from typing import Any
 
-# Hermes and Qwen: each call between tags
-_OPEN = "<tool_call>"
-_TAGGED = re.compile(rf"{_OPEN}(.*?)(?:</tool_call>|\Z)", re.DOTALL)
-# Mistral and Llama 3: nothing but JSON, behind a token that most tokenizers do not show
-_BEFORE_JSON = re.compile(r"\s*(?:\[TOOL_CALLS\]|<\|python_tag\|>)?\s*")
-_BEGINNINGS = ("{", "[", "<|python_tag|>")
+from turbosparse.engine.text import CALL_MARKERS, Tokenizer
+
+_OPENERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
+_OPEN = re.compile("|".join(map(re.escape, _OPENERS)))
+_CLOSE = "</tool_call>"
+_NAMED = re.compile(r"\s*([\w.-]+)\[ARGS\](.*)", re.DOTALL)
+_MARKERS = re.compile(f"({'|'.join(map(re.escape, CALL_MARKERS))})")
+
+# What a chat template holds, and how its model writes a call: the first line that fits counts.
+_FORMS = {
+    "[ARGS]": "[TOOL_CALLS]NAME[ARGS]ARGUMENTS",  # Mistral since 2025
+    "[TOOL_CALLS]": '[TOOL_CALLS][{"name": "NAME", "arguments": ARGUMENTS}]',  # Mistral before
+    "<tool_call>": '<tool_call>\n{"name": "NAME", "arguments": ARGUMENTS}\n</tool_call>',
+    "": '{"name": "NAME", "parameters": ARGUMENTS}',  # Llama 3
+}
 
 
 class ToolText:
@@ -44,29 +54,62 @@ class ToolText:
     def _certain(self) -> int:
         """Where what may be a call begins."""
         text = self._text
-        start = text.lstrip()
-        if any(start.startswith(begin) or begin.startswith(start) for begin in _BEGINNINGS):
+        if text.lstrip()[:1] in ("", "{", "["):  # Llama 3 writes nothing but JSON
             return 0
-        if (at := text.find(_OPEN)) >= 0:
-            return at
-        sizes = range(min(len(_OPEN) - 1, len(text)), 0, -1)
-        return len(text) - next((n for n in sizes if _OPEN.startswith(text[-n:])), 0)
+        if opened := _OPEN.search(text):
+            return opened.start()
+        sizes = range(min(max(map(len, _OPENERS)), len(text)), 0, -1)
+        begun = (n for n in sizes if any(one.startswith(text[-n:]) for one in _OPENERS))
+        return len(text) - next(begun, 0)
 
     def _calls(self) -> tuple[list[dict[str, Any]], int]:
         """The calls in the form of the API, and where the first begins."""
-        sources, begins = _TAGGED.findall(self._text), self._text.find(_OPEN)
-        if not sources:
-            sources, begins = [_BEFORE_JSON.sub("", self._text, count=1)], 0
+        before, *sources = _OPEN.split(self._text)
+        found: list[Any] = []
         try:
-            found = [json.loads(source) for source in sources]
+            for source in sources or [before]:
+                read = _read(source)
+                found += read if isinstance(read, list) else [read]
         except (ValueError, RecursionError):
             return [], 0
-        if len(found) == 1 and isinstance(found[0], list):
-            found = found[0]
         calls = [_call(one) for one in found if isinstance(one, dict)]
         if len(calls) < len(found) or any(c["function"]["name"] not in self._names for c in calls):
             return [], 0
-        return (calls if self._several else calls[:1]), begins
+        return (calls if self._several else calls[:1]), len(before) if sources else 0
+
+
+def forced_call(tokenizer: Tokenizer, functions: Mapping[str, dict[str, Any]]) -> str:
+    """A Lark grammar of one call, in the form that the model's chat template knows.
+
+    Args:
+        tokenizer: of the model.
+        functions: the JSON schema of the arguments of each that may be called.
+    """
+    form = next(form for sign, form in _FORMS.items() if sign in tokenizer.chat_template)
+    before, after = form.split("ARGUMENTS")
+    calls = [
+        f"{_lark(before.replace('NAME', name), tokenizer)} "
+        f"%json {json.dumps(schema | _COMPACT)} {_lark(after, tokenizer)}"
+        for name, schema in functions.items()
+    ]
+    return f"start: {' | '.join(calls)}"
+
+
+_COMPACT = {"x-guidance": {"whitespace_flexible": False}}
+
+
+def _lark(text: str, tokenizer: Tokenizer) -> str:
+    """Text in Lark; markers that are a token of the model are that token."""
+    ids = tokenizer.vocabulary
+    parts = filter(None, _MARKERS.split(text))
+    return " ".join(f"<[{ids[part]}]>" if part in ids else json.dumps(part) for part in parts)
+
+
+def _read(source: str) -> Any:
+    """The JSON of a call, or of a list of calls."""
+    if named := _NAMED.fullmatch(source):
+        return {"name": named[1], "arguments": json.loads(named[2])}
+    return json.loads(source.partition(_CLOSE)[0])
 
 
 def _call(found: dict[str, Any]) -> dict[str, Any]:
