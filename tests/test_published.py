@@ -352,6 +352,51 @@ def test_a_stock_config_with_relu_must_be_told_its_activation(
 
 
 @pytest.mark.parametrize(
+    ("place", "card", "known"),
+    [
+        ("SparseQwen2-7B", "", True),
+        ("sparseqwen2-7b.Q4_0-0123456789ab", "", True),
+        ("models--Tiiny--SparseQwen2-7B/snapshots/9260b43", "", True),
+        ("here", "---\nlicense: apache-2.0\n---\n\n# SparseQwen2-7B\n", True),
+        ("here", "# Another\n\nBetter than SparseQwen2-7B\n", False),
+        ("SparseQwen2-7B-control", "", False),
+        ("ReluLLaMA-7B", "", False),
+    ],
+)
+@pytest.mark.parametrize("says", ["relu", "silu"])
+def test_a_model_that_only_its_name_tells(
+    source: Make, tmp_path: Path, place: str, card: str, known: bool, says: str
+) -> None:
+    model = shutil.copytree(source("sparseqwen2"), tmp_path / place)
+    raw = CONFIGS["sparseqwen2"] | {"hidden_act": says}
+    (model / "config.json").write_text(json.dumps(raw))
+    (model / "README.md").write_text(card)
+    if known:
+        assert load_config(model).ffn_activation == "drelu"
+        assert read_model_config(model).ffn_activation == "drelu"
+    elif says == "relu":
+        with pytest.raises(TurboSparseError, match="--activation"):
+            load_config(model)
+    else:
+        assert load_config(model).model_type == "qwen2"
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("sparseqwen2", "SparseQwen2-7B"), ("relullama", "ReluLLaMA-7B")]
+)
+def test_a_model_known_by_its_name_is_packed_and_converted(
+    source: Make, packed: Make, tmp_path: Path, kind: str, name: str
+) -> None:
+    model = str(shutil.copytree(source(kind), tmp_path / name))
+    assert pack(model, tmp_path / "packed", quant="f16").activation == ACTIVATION[kind]
+    assert convert(model, tmp_path / "ours").activation == ACTIVATION[kind]
+    named, told = engine_logits(tmp_path / "packed", "exact"), engine_logits(packed(kind), "exact")
+    assert torch.equal(named, told)
+    with pytest.raises(TurboSparseError, match="would make another function"):
+        convert(model, tmp_path / "out", activation="geglu")
+
+
+@pytest.mark.parametrize(
     ("kind", "change", "message"),
     [
         ("bamboo", {"hidden_act": "silu"}, "hidden_act is 'silu'; of a bamboo model only 'relu'"),

@@ -106,7 +106,7 @@ def convert(
     activation
         Of a dense model: drelu, the default, is the paper's; geglu, reglu, relu and relu2 are for
         comparisons; swiglu copies the dense model as it is. Of a sparse model: what its weights
-        were trained with, where config.json does not name it (SparseQwen2 drelu, ReluLLaMA reglu).
+        were trained with, where neither config.json nor the name of the model tells.
     predictor
         Folder or hub id that holds model_0.pt, model_1.pt, …, the predictor of a published sparse
         model, to merge into the new folder.
@@ -223,7 +223,7 @@ def _source_config(folder: Path, asked: Activation | None) -> Any:
             "convert the dense model it came from"
         )
     known = stock(str(raw.get("model_type")))
-    unnamed = not record_of(raw) and known.get(str(raw.get("hidden_act")), "") is None
+    unnamed = not record_of(folder) and known.get(str(raw.get("hidden_act")), "") is None
     config = load_config(folder, asked if unnamed else None)
     was = activation_of(config)
     fits = was in ("reglu", "drelu") if unnamed else was == "swiglu" or asked in (None, was)

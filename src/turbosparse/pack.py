@@ -121,8 +121,8 @@ def pack(
         What a merged predictor reads, where config.json does not say it: the residual before the
         norm, or what the feed-forward reads after it.
     activation
-        Run the weights with this feed-forward, where config.json does not name theirs: SparseQwen2
-        (drelu) and ReluLLaMA (reglu) are published as if they were stock models.
+        Run the weights with this feed-forward, where neither config.json nor the name of the model
+        tells which they were trained with.
     """
     out = local_path(out)
     check_free(out)

@@ -239,7 +239,7 @@ def load_tokenizer(source: str | Path) -> Any:
     companions(folder)
     register()  # or it asks to run the code inside a converted folder
     described = (folder / "config.json").is_file()  # a tokenizer may stand alone
-    config = load_config(folder) if described and record_of(read_config(folder)) else None
+    config = load_config(folder) if described and record_of(folder) else None
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, config=config, trust_remote_code=False)
         int(tokenizer.model_max_length)

@@ -6,7 +6,8 @@ all that such a model needs. The code that comes with it is never run.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -54,12 +55,35 @@ PUBLISHED = {
 }
 
 
-def record_of(raw: dict[str, Any]) -> Published | None:
-    """What a config.json is of; None if it is no published sparse model or does not say so."""
+# Stock classes with weights of another function, which the name of the model tells alone: that of
+# its folder or repository, or the heading of its card.
+_STOCK = {"hidden_act": ("relu", "silu")}
+NAMED = {"sparseqwen2-7b": Published("qwen2", "drelu", _STOCK)} | {
+    f"relullama-{size}": Published("llama", "reglu", _STOCK) for size in ("7b", "13b", "70b")
+}
+_NAME = re.compile(rf"(?<![\w-])(?:{'|'.join(NAMED)})(?![\w-])", re.IGNORECASE)
+
+
+def record_of(folder: Path) -> Published | None:
+    """What a model folder is of; None if it is no published sparse model or does not say so."""
+    raw = read_config(folder)
     kind = str(raw.get("model_type"))
     if raw.get("hidden_act") == FAT and kind in GATED:  # ProSparse in the form of a stock class
         return Published(kind, "reglu", {})
+    if kind in GATED:
+        found = _NAME.search(" ".join(_titles(folder)))
+        named = NAMED[found[0].lower()] if found else None
+        return named if named and named.family == kind else None
     return PUBLISHED.get(kind)
+
+
+def _titles(folder: Path) -> Iterator[str]:
+    """The names that a model goes by."""
+    yield folder.resolve().name
+    yield folder.parent.parent.name.rpartition("--")[2]  # a snapshot in the cache of the hub
+    card = folder / "README.md"
+    lines = card.read_text("utf-8", "replace").splitlines() if card.is_file() else ()
+    yield next((line for line in lines if line.startswith("# ")), "")
 
 
 def own_fields(folder: Path, tokenizer: Any = None) -> dict[str, Any]:
@@ -74,7 +98,7 @@ def own_fields(folder: Path, tokenizer: Any = None) -> dict[str, Any]:
         TurboSparseError: names a key that means a function that we do not compute.
     """
     raw = read_config(folder)
-    if not (record := record_of(raw)):
+    if not (record := record_of(folder)):
         return raw
     where, kind = folder / "config.json", raw["model_type"]
     for key, values in record.says.items():
