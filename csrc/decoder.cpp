@@ -42,11 +42,9 @@ std::unique_ptr<Cache> Cache::copy(int length) const {
   const std::lock_guard<ForkMutex> lock(*turn_);
   check_length(length);
   auto other = std::make_unique<Cache>(turn_, layers_, kv_heads_, head_, context_);
-  other->reserve(length);
-  for (size_t i = 0; i < other->pages_.size(); ++i) {
-    std::copy_n(pages_[i].get(), page_halves(), other->pages_[i].get());
-  }
+  other->pages_ = pages_;
   other->length_ = length;
+  other->trim();
   return other;
 }
 
@@ -64,9 +62,17 @@ void Cache::check_length(int length) const {
 }
 
 void Cache::reserve(int end) {
+  if (length_ % kPage) {  // the next position goes into the last page
+    std::shared_ptr<uint16_t[]>& last = pages_[length_ / kPage];
+    if (last.use_count() > 1) {
+      std::shared_ptr<uint16_t[]> own(new uint16_t[page_halves()]);
+      std::copy_n(last.get(), page_halves(), own.get());
+      last = own;
+    }
+  }
   while (static_cast<int64_t>(pages_.size()) * kPage < end) {
     // zeros: a kernel may read the padding of a row
-    pages_.push_back(std::unique_ptr<uint16_t[]>(new uint16_t[page_halves()]()));
+    pages_.push_back(std::shared_ptr<uint16_t[]>(new uint16_t[page_halves()]()));
     bytes_ = bytes(pages_.size() * kPage, layers_, kv_heads_, head_);
   }
 }

@@ -42,15 +42,16 @@ struct Layer {
   int window;                 // how many positions a token sees; 0: all
 };
 
-// Keys and values of one sequence in half precision. Grows by pages, so nothing is ever moved. May
-// be used from several threads: what changes it waits for a step of its decoder to end.
+// Keys and values of one sequence in half precision. Grows by pages, so nothing is ever moved;
+// copies share them, and who writes into a shared page first makes it its own. May be used from
+// several threads: what changes it waits for a step of its decoder to end.
 class Cache {
  public:
   Cache(std::shared_ptr<ForkMutex> turn, int layers, int kv_heads, int head, int context);
 
   int length() const { return length_; }
   int context() const { return context_; }  // the most positions that it may hold
-  // Memory in use, and that of a cache with so many positions.
+  // Memory in use, shared pages included, and that of a cache with so many positions.
   int64_t bytes() const { return bytes_; }
   static int64_t bytes(int64_t positions, int layers, int kv_heads, int head);
 
@@ -64,8 +65,8 @@ class Cache {
   static constexpr int kPage = 64;  // positions
 
   int64_t page_halves() const { return bytes(1, layers_, kv_heads_, head_) / 2; }
-  // Makes room for positions up to `end`; throws std::bad_alloc if there is none: what the cache
-  // holds stays as it is.
+  // Makes room to write positions up to `end`; throws std::bad_alloc if there is none: what the
+  // cache holds stays as it is.
   void reserve(int end);
   void check_length(int length) const;  // throws std::invalid_argument
   // Gives back the pages behind the positions.
@@ -79,7 +80,7 @@ class Cache {
   const int layers_, kv_heads_, head_, context_;
   std::atomic<int> length_{0};
   std::atomic<int64_t> bytes_{0};
-  std::vector<std::unique_ptr<uint16_t[]>> pages_;
+  std::vector<std::shared_ptr<uint16_t[]>> pages_;
 };
 
 // The new tokens of one sequence in a step.

@@ -157,6 +157,26 @@ def test_a_fork_continues_on_its_own(packed: Path) -> None:
         np.testing.assert_allclose(one.logits, other.logits, rtol=1e-4, atol=1e-4)
 
 
+def test_forks_share_pages_until_they_write(packed: Path) -> None:
+    """Within a page, at its border, and of a fork; whoever writes first, none sees the others."""
+    engine = turbosparse.load(packed, threads=1).engine
+    tokens = [n % 300 for n in range(130)]
+    whole = engine.sequence(tokens)
+    engine.step([whole])
+    forks = [whole.fork(length) for length in (64, 70, 100, 128, 130)]
+    forks += [forks[1].fork(), forks[2].fork(66)]
+    for number, fork in enumerate([*forks[::2], whole, *forks[1::2]]):
+        fork.extend([number, 7])
+        fork_alone = engine.sequence(fork.tokens)
+        np.testing.assert_array_equal(
+            engine.step([fork])[0].logits, engine.step([fork_alone])[0].logits
+        )
+    for fork in [*forks, whole]:
+        fork.extend([9])
+        again = engine.step([engine.sequence(fork.tokens)])[0]
+        np.testing.assert_array_equal(engine.step([fork])[0].logits, again.logits)
+
+
 def test_a_dropped_cache_and_a_fork_of_a_part_are_read_again(packed: Path) -> None:
     engine = turbosparse.load(packed, threads=1).engine
     tokens = [n % 300 for n in range(100)]

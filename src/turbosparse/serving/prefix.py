@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from turbosparse.engine.engine import Engine
 from turbosparse.engine.sequence import Sequence
 
-_WORTH = 16  # tokens in common from which a copy of a cache pays
+_WORTH = 16  # tokens in common from which sharing a cache pays
 _TAIL = 64  # tokens that a kept text may lose when another takes it over: one page of its cache
 
 
@@ -29,7 +29,7 @@ class Prefixes:
         """A sequence of these tokens, with the longest beginning in its cache that there is.
 
         A kept text that the tokens continue is taken over; of any other text, kept or `running`,
-        the common beginning is copied.
+        the common beginning is shared.
         """
         found = max([*self._kept, *running], key=lambda text: shared(text, tokens), default=None)
         common = shared(found, tokens) if found else 0
