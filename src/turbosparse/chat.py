@@ -51,6 +51,7 @@ def chat(
     mode: Mode = "auto",
     threads: int | None = None,
     kv_bytes: int | None = None,
+    draft: str = "auto",
 ) -> None:
     """Talk with a packed model.
 
@@ -81,12 +82,15 @@ def chat(
         Threads of the C++ core; by default all processors of this process.
     kv_bytes
         Memory for keys and values, at most; by default half of what is available.
+    draft
+        Who guesses tokens ahead, so that one pass can check several: "auto", a packed folder of a
+        smaller model, or "off"; see `turbosparse generate --help`.
     """
     sampling = Sampling(
         temperature=temperature, top_p=top_p, repetition_penalty=repetition_penalty, seed=seed
     )
     check_packed(local_path(model), "chat")
-    opened = load(model, mode=mode, threads=threads, kv_bytes=kv_bytes)
+    opened = load(model, mode=mode, threads=threads, kv_bytes=kv_bytes, draft=draft)
     talk = Chat(opened, sampling, Ends(opened.engine.context if max_tokens is None else max_tokens))
     talk.command_system(system)
     talk.say(f"{opened.engine.describe()}\n/help lists the commands")
@@ -203,7 +207,7 @@ class Chat:
             sampling = replace(sampling, seed=sampling.seed + len(self.answers))
         return stream(
             self.model.engine, self.model.tokenizer, ids,
-            sampling=sampling, ends=self.ends, sequence=self.sequence,
+            sampling=sampling, ends=self.ends, sequence=self.sequence, draft=self.model.draft,
         )  # fmt: skip
 
     def _count(self, tokens: list[Token], prompt: int, read: int) -> None:

@@ -17,6 +17,7 @@ from cyclopts import Parameter
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath, local_path
+from turbosparse.engine.drafting import open_draft
 from turbosparse.engine.engine import Backend, Engine, Mode
 from turbosparse.engine.generation import Ends, Token, stream
 from turbosparse.engine.sampling import Sampling
@@ -68,6 +69,7 @@ def generate(
     backend: Backend = "auto",
     threads: int | None = None,
     kv_bytes: int | None = None,
+    draft: str = "auto",
     show: Annotated[Callable[[str], Any] | None, Parameter(parse=False)] = None,
 ) -> Generated:
     """Continue a prompt; the text streams to standard output.
@@ -111,6 +113,10 @@ def generate(
         Threads of the C++ core; by default all processors of this process.
     kv_bytes
         Memory for keys and values, at most; by default half of what is available.
+    draft
+        Who guesses tokens ahead, so that one pass can check several. The text is the same, and
+        guessing rests where it does not pay. "auto" (or "ngram") looks up what followed the last
+        words before; a packed folder is a smaller model of the same vocabulary; "off" is nobody.
     show
         Called with each piece of text as it comes.
     """
@@ -130,8 +136,9 @@ def generate(
     text = _read(prompt)
     ids = tokenizer.chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text)
     ends = Ends(max_tokens, tokenizer.stop_ids(stop_token or [], chat=chat), tuple(stop or ()))
+    guesses = open_draft(draft, engine, tokenizer)
     tokens: list[Token] = []
-    for token in stream(engine, tokenizer, ids, sampling=sampling, ends=ends):
+    for token in stream(engine, tokenizer, ids, sampling=sampling, ends=ends, draft=guesses):
         tokens.append(token)
         if show:
             show(token.text)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.engine.drafting import Draft, open_draft
 from turbosparse.engine.engine import Backend, Engine, Mode
 from turbosparse.engine.generation import Ends, Token, stream, stream_all
 from turbosparse.engine.sampling import Sampling
@@ -26,12 +27,12 @@ def load(
     mode: Mode = "auto",
     threads: int | None = None,
     kv_bytes: int | None = None,
+    draft: str | Path = "auto",
 ) -> Model:
-    """Open a packed folder; see `engine.Engine` for the settings."""
-    return Model(
-        Engine(folder, backend=backend, mode=mode, threads=threads, kv_bytes=kv_bytes),
-        Tokenizer(folder),
-    )
+    """Open a packed folder; see `engine.Engine` and, for `draft`, `engine.drafting.open_draft`."""
+    engine = Engine(folder, backend=backend, mode=mode, threads=threads, kv_bytes=kv_bytes)
+    tokenizer = Tokenizer(folder)
+    return Model(engine, tokenizer, open_draft(draft, engine, tokenizer))
 
 
 class Model:
@@ -41,8 +42,8 @@ class Model:
     `max_tokens` (256), `stop` (strings before which a text ends) and `stop_tokens` (further ids).
     """
 
-    def __init__(self, engine: Engine, tokenizer: Tokenizer):
-        self.engine, self.tokenizer = engine, tokenizer
+    def __init__(self, engine: Engine, tokenizer: Tokenizer, draft: Draft | None = None):
+        self.engine, self.tokenizer, self.draft = engine, tokenizer, draft
 
     def stream(
         self, prompt: Prompt, *, sequence: Kept | None = None, **settings: Any
@@ -55,7 +56,13 @@ class Model:
         ids, chat = self._ids(prompt)
         sampling, ends = self._settings(settings, chat)
         return stream(
-            self.engine, self.tokenizer, ids, sampling=sampling, ends=ends, sequence=sequence
+            self.engine,
+            self.tokenizer,
+            ids,
+            sampling=sampling,
+            ends=ends,
+            sequence=sequence,
+            draft=self.draft,
         )
 
     @overload
@@ -71,7 +78,7 @@ class Model:
         texts = [""] * len(prompts)
         ids = [found for found, _ in prompts]
         for index, token in stream_all(
-            self.engine, self.tokenizer, ids, sampling=sampling, ends=ends
+            self.engine, self.tokenizer, ids, sampling=sampling, ends=ends, draft=self.draft
         ):
             texts[index] += token.text
         return texts

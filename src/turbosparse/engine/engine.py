@@ -196,6 +196,18 @@ class Engine:
             Step(row, part.mean(axis=1) / neurons) for row, part in zip(logits, parts, strict=True)
         ]
 
+    def verify(self, sequence: Sequence) -> list[Step]:
+        """One pass over the pending tokens of a text, with a Step after each of them.
+
+        Raises:
+            As `step`; a pass that fails changes nothing.
+        """
+        logits, used = self._pass([sequence], [len(sequence.pending)], every=True)
+        neurons = self.config.intermediate_size * experts_in_use(self.config)
+        return [
+            Step(row, of / neurons) for row, of in zip(logits, used.swapaxes(0, 1), strict=True)
+        ]
+
     def logits(self, tokens: Iterable[int]) -> Iterator[Logits]:
         """Logits after every token of a text, in pieces ``[some tokens, vocabulary]``."""
         return (logits for logits, _ in self.read(tokens))
