@@ -144,7 +144,8 @@ def generate(
             show(token.text)
     if show:
         show("\n")
-    return summarise(tokens, len(ids), engine.describe())
+    ran = engine.describe() + (f", {guesses}" if guesses else "")
+    return summarise(tokens, len(ids), ran)
 
 
 def check_packed(model: Path, verb: str) -> None:

@@ -90,6 +90,9 @@ class Draft:
         """Share of the guesses that held of late."""
         return (self._held + 1) / (self._checked + 2)
 
+    def __str__(self) -> str:
+        return f"guesses held {self.holds:.0%} of late" if self._checked else "no guess was checked"
+
     def length(self) -> int:
         """How many tokens to guess for the next pass."""
         if 0 not in self._seconds:
