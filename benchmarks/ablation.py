@@ -38,8 +38,8 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import copy_companions, new_folder, write_json
 from turbosparse.convert import convert
 from turbosparse.demo.tokenizer import train_tokenizer
+from turbosparse.hf.activations import ACTIVATIONS as RECORDS
 from turbosparse.hf.activations import WITHOUT_ZEROS, Activation
-from turbosparse.hf.count import exact_matrices
 from turbosparse.hf.load import load_model, load_tokenizer
 from turbosparse.hf.observe import force_sparsity
 from turbosparse.packed.stats import FILE as STATS_FILE
@@ -321,7 +321,7 @@ def exact_reads(run: dict[str, Any]) -> float:
     """
     active, gate = 1 - run["activation_sparsity"], run["gate_positive"]
     gate = 1 if run["activation"] in WITHOUT_ZEROS else gate
-    matrices = exact_matrices(run["activation"], active, gate)
+    matrices = 1 + RECORDS[run["activation"]].gated * gate + active
     return float((run["widen"] or 1) * matrices / 3)
 
 

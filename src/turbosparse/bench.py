@@ -30,8 +30,9 @@ from turbosparse.base.folders import AnyPath, local_path
 from turbosparse.base.machine import threads_to_use
 from turbosparse.benchmark.harness import Memory, Spread, machine
 from turbosparse.engine import native
-from turbosparse.engine.cost import bytes_per_step, experts_in_use
+from turbosparse.engine.cost import bytes_per_step
 from turbosparse.engine.engine import Engine, Mode
+from turbosparse.hf.count import experts_in_use
 from turbosparse.ops.rows import Quant
 from turbosparse.packed.format import Packed
 from turbosparse.packed.synthetic import Wanted, make_synthetic

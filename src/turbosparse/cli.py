@@ -45,6 +45,10 @@ VERBS = {
     "generate": ("turbosparse.generate:generate", "Continue a prompt with a packed model."),
     "chat": ("turbosparse.chat:chat", "Talk with a packed model in the terminal."),
     "serve": ("turbosparse.serve:serve", "Serve packed models by the OpenAI API."),
+    "count": (
+        "turbosparse.count:count",
+        "Count the parameters, bytes and FLOPs of a token, and the speed that they allow.",
+    ),
     "bench": (
         "turbosparse.bench:bench",
         "Measure decoding speed against the machine's bandwidth, and against a peer.",

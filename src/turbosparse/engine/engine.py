@@ -16,10 +16,10 @@ from turbosparse import ops
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.machine import memory_available, threads_to_use
 from turbosparse.engine import native
-from turbosparse.engine.cost import experts_in_use
 from turbosparse.engine.sampling import Sampler
 from turbosparse.engine.sequence import Budget, Cancelled, Sequence
 from turbosparse.hf.activations import WITHOUT_ZEROS
+from turbosparse.hf.count import experts_in_use
 from turbosparse.packed.format import Packed
 
 Backend = Literal["auto", "torch", "cpu"]

@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.engine.cost import experts_in_use
 from turbosparse.engine.positions import rope, sliding_window
 from turbosparse.engine.sequence import Cancelled
 from turbosparse.hf import families
+from turbosparse.hf.count import experts_in_use
 from turbosparse.ops import Mode
 from turbosparse.ops.reference import Matrix, Neurons
 from turbosparse.packed.format import Packed, ffn_prefix

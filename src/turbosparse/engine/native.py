@@ -10,10 +10,10 @@ from numpy.typing import NDArray
 
 from turbosparse import _core
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.engine.cost import experts_in_use
 from turbosparse.engine.positions import rope, sliding_window
 from turbosparse.engine.sequence import Cancelled
 from turbosparse.hf import families
+from turbosparse.hf.count import experts_in_use
 from turbosparse.ops import Mode
 from turbosparse.ops.native import neurons
 from turbosparse.packed.format import Packed, ffn_prefix

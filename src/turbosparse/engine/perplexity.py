@@ -11,8 +11,8 @@ import numpy as np
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.progress import track
-from turbosparse.engine.cost import experts_in_use
 from turbosparse.engine.engine import Engine
+from turbosparse.hf.count import experts_in_use
 
 
 @dataclass(frozen=True)

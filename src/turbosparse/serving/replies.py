@@ -15,10 +15,10 @@ from typing import Any
 
 import numpy as np
 
-from turbosparse.engine.cost import experts_in_use
 from turbosparse.engine.engine import Engine
 from turbosparse.engine.text import Tokenizer
 from turbosparse.hf.activations import ACTIVATIONS
+from turbosparse.hf.count import experts_in_use
 from turbosparse.serving.models import Served
 from turbosparse.serving.requests import ChatRequest, CompletionRequest
 from turbosparse.serving.scheduler import Piece
