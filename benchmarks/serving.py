@@ -6,7 +6,7 @@
     python benchmarks/serving.py soak --seconds 300 --clients 64 --pid $!
 
 The soak first asks for each text alone, greedily, and then compares what many clients get, of which
-a third hang up at random and some send what must be refused.
+a third hang up at random and some send what must be refused; with --key also wrong keys.
 """
 
 from __future__ import annotations
@@ -53,6 +53,13 @@ class Client:
 
     async def post(self, given: dict[str, Any], path: str = "completions", **more: Any) -> Any:
         return await self._http.post(f"/v1/{path}", json=given, **more)
+
+    async def send(self, content: bytes, headers: dict[str, str]) -> Any:
+        return await self._http.post("/v1/completions", content=content, headers=headers)
+
+    async def metric(self, name: str) -> float:
+        lines = (await self._http.get("/metrics")).text.splitlines()
+        return float(next(line.split()[1] for line in lines if line.startswith(f"{name} ")))
 
     async def first_token(self, given: dict[str, Any], path: str = "completions") -> float:
         """Seconds to the first token; the connection then ends."""
@@ -135,16 +142,17 @@ async def soak(client: Client, args: argparse.Namespace) -> dict[str, Any]:
         (await client.post(body(prompt, 32))).json()["choices"][0]["text"] for prompt in prompts
     ]
     end = time.monotonic() + args.seconds
-    codes, wrong, memory = Counter[str](), [], [resident(args.pid)]
+    codes, wrong, memory, queue = Counter[str](), [], [resident(args.pid)], 0.0
 
     async def one(number: int) -> None:
         draw = random.Random(number)
         while time.monotonic() < end:
             at = draw.randrange(len(prompts))
-            kind = draw.choices(("whole", "leaves", "bad"), (60, 33, 7))[0]
+            kind = draw.choices(("whole", "leaves", "bad"), (57, 33, 10))[0]
             if kind == "whole":
                 answer = await client.post(body(prompts[at], 32))
                 codes[str(answer.status_code)] += 1
+                assert answer.status_code in (200, 429), answer.text
                 if answer.status_code == 200:
                     found = answer.json()["choices"][0]["text"]
                     wrong.extend([prompts[at]] * (found != alone[at]))
@@ -155,28 +163,36 @@ async def soak(client: Client, args: argparse.Namespace) -> dict[str, Any]:
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(client.post(body(prompts[at], 32)), 2 * draw.random())
             else:
-                given, expected = draw.choice(BAD)
-                answer = await client._http.post("/v1/completions", content=given, headers=JSON)
+                content, headers, expected = draw.choice(BAD if args.key else BAD[:-1])
+                answer = await client.send(content, headers)
                 codes[f"bad {answer.status_code}"] += 1
-                assert answer.status_code == expected, (given[:50], answer.text)
+                assert answer.status_code == expected, (content[:50], answer.text)
 
     async def watch() -> None:
-        while time.monotonic() < end:
-            await asyncio.sleep(args.seconds / 10)
-            memory.append(resident(args.pid))
-            print(f"{dict(codes)}, {memory[-1]} MB", flush=True)
+        nonlocal queue
+        minutes = 0
+        while (now := time.monotonic()) < end:
+            queue = max(queue, await client.metric("turbosparse_waiting"))
+            if args.seconds - (end - now) >= 60 * (minutes + 1):
+                minutes += 1
+                memory.append(resident(args.pid))
+                print(f"minute {minutes}: {dict(codes)}, {memory[-1]} MB", flush=True)
+            await asyncio.sleep(0.5)
+        memory.append(resident(args.pid))
 
     await asyncio.gather(watch(), *(one(number) for number in range(args.clients)))
-    return {"answers": dict(codes), "wrong texts": len(wrong), "resident MB": memory}
+    found = {"answers": dict(codes), "wrong texts": len(wrong), "most in the queue": queue}
+    return found | {"resident MB, by the minute": memory}
 
 
 JSON = {"Content-Type": "application/json"}
-BAD = [
-    (b"{", 400),
-    (b'{"prompt": "x", "unknown": 1}', 400),
-    (json.dumps({"prompt": [5] * 100_000}).encode(), 400),
-    (b" " * (9 << 20), 413),
-    (b'{"prompt": "x", "model": "/etc/passwd"}', 404),
+BAD: list[tuple[bytes, dict[str, str], int]] = [
+    (b"{", JSON, 400),
+    (b'{"prompt": "x", "unknown": 1}', JSON, 400),
+    (json.dumps({"prompt": [5] * 100_000}).encode(), JSON, 400),
+    (b" " * (9 << 20), JSON, 413),
+    (b'{"prompt": "x", "model": "/etc/passwd"}', JSON, 404),
+    (b'{"prompt": "x"}', JSON | {"Authorization": "Bearer wrong"}, 401),
 ]
 
 

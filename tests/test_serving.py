@@ -121,6 +121,31 @@ def test_a_chat_goes_through_the_template_and_counts_its_tokens(
     assert "".join(chunk.choices[0].delta.content or "" for chunk in stream) == expected
 
 
+def test_a_response_is_a_chat_in_another_form(client: openai.OpenAI, packed: Path) -> None:
+    model = turbosparse.load(packed, threads=1)
+    turns = [{"role": "system", "content": "Be brief."}, *user("Hello")]
+    expected = "".join(token.text for token in model.stream(turns, max_tokens=20))
+    given: Any = {"model": "toy", "temperature": 0, "instructions": "Be brief."}
+    made = client.responses.create(input="Hello", max_output_tokens=20, **given)
+    assert made.output_text == expected
+    assert (made.status, made.usage and made.usage.output_tokens) == ("incomplete", 20)
+    assert made.usage is not None
+    assert made.usage.input_tokens == len(model.tokenizer.chat(turns))
+    with client.responses.stream(input=user("Hello"), max_output_tokens=20, **given) as stream:
+        events = list(stream)
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    deltas = [event.delta for event in events if event.type == "response.output_text.delta"]
+    assert "".join(deltas) == expected
+    final = events[-1]
+    assert final.type == "response.incomplete"
+    assert final.response.output_text == expected
+    more = [*user("Hello"), *final.response.output, *user("On.")]  # an answer can be sent back
+    assert client.responses.create(input=more, max_output_tokens=3, **given).output_text
+    for refused in ("tools", "previous_response_id", "text", "reasoning"):
+        with pytest.raises(openai.BadRequestError, match=f"{refused}: is not a parameter here"):
+            client.responses.create(input="Hello", extra_body={refused: {}}, **given)
+
+
 def test_texts_of_one_request_differ_by_seed_and_repeat(client: openai.OpenAI) -> None:
     def texts(**settings: Any) -> list[str]:
         made = client.completions.create(

@@ -33,6 +33,7 @@ from turbosparse.serving.requests import (
     Message,
     TokenizeRequest,
 )
+from turbosparse.serving.responses import ResponsesReply, ResponsesRequest
 from turbosparse.serving.scheduler import Choice, Piece, Scheduler
 from turbosparse.serving.scheduler import Request as Work
 from turbosparse.serving.tools import forced_call
@@ -72,14 +73,14 @@ class Job:
             self.reply.add(piece)
         return self.reply.whole()
 
-    async def stream(self, usage: bool) -> AsyncIterator[str]:
+    async def stream(self) -> AsyncIterator[str]:
         try:
             for chunk in self.reply.first():
                 yield _event(chunk)
             async for piece in self.pieces():
                 yield _event(self.reply.chunk(piece))
-            if usage:
-                yield _event(self.reply.last())
+            for chunk in self.reply.last():
+                yield _event(chunk)
         except ApiError as error:
             yield _event(error.body)
         yield "data: [DONE]\n\n"
@@ -88,8 +89,8 @@ class Job:
 class Stream(StreamingResponse):
     """The chunks of a job, which ends with the connection."""
 
-    def __init__(self, job: Job, usage: bool):
-        super().__init__(job.stream(usage), media_type="text/event-stream")
+    def __init__(self, job: Job):
+        super().__init__(job.stream(), media_type="text/event-stream")
         self._job = job
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -108,6 +109,9 @@ class Server:
     async def chat(self, body: ChatRequest, request: Request) -> Response:
         return await self._answer(body, request, self._chat)
 
+    async def respond(self, body: ResponsesRequest, request: Request) -> Response:
+        return await self._answer(body, request, self._response)
+
     async def complete(self, body: CompletionRequest, request: Request) -> Response:
         return await self._answer(body, request, self._completion)
 
@@ -124,7 +128,7 @@ class Server:
             self.models.release(served)
             raise
         if body.stream:
-            return Stream(job, bool(body.stream_options and body.stream_options.include_usage))
+            return Stream(job)
         try:
             return await _unless_gone(request, job.whole())
         finally:
@@ -140,6 +144,10 @@ class Server:
         work = self._work(served, body, [prompt], limit, chat=True)
         work.logprobs = body.top_logprobs if body.logprobs else None
         return ChatReply(served, body, [prompt]), work
+
+    def _response(self, served: Served, body: ResponsesRequest) -> tuple[Reply, Work]:
+        _, work = self._chat(served, body.chat)
+        return ResponsesReply(served, body, [work.choices[0].prompt]), work
 
     def _completion(self, served: Served, body: CompletionRequest) -> tuple[Reply, Work]:
         prompts = [
@@ -225,6 +233,7 @@ def create_app(
     app = FastAPI(title="TurboSparse", openapi_url=None)
     app.post("/v1/chat/completions")(server.chat)
     app.post("/v1/completions")(server.complete)
+    app.post("/v1/responses")(server.respond)
     app.get("/v1/models")(server.list_models)
     app.get("/v1/models/{name}")(server.model)
     app.post("/tokenize")(server.tokenize)
@@ -294,7 +303,8 @@ async def _unless_gone(request: Request, answer: Any) -> Response:
 
 
 def _event(data: Json) -> str:
-    return f"data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
+    name = f"event: {data['type']}\n" if "type" in data else ""  # of /v1/responses
+    return f"{name}data: {json.dumps(data, ensure_ascii=False, separators=(',', ':'))}\n\n"
 
 
 # -- errors ----------------------------------------------------------------------------------------

@@ -36,14 +36,55 @@ class Reply(ABC):
         texts: how many texts are asked for, of all prompts together.
     """
 
-    prefix: str
-    kind: str
-    chunk_kind: str
-
     def __init__(self, served: Served, prompts: list[list[int]], texts: int):
         self.served, self.texts = served, texts
         self._prompts = prompts
         self._pieces: list[list[Piece]] = [[] for _ in range(texts)]
+
+    @abstractmethod
+    def first(self) -> Iterator[Json]:
+        """The events before the first token."""
+
+    @abstractmethod
+    def chunk(self, piece: Piece) -> Json:
+        """The event of a token."""
+
+    @abstractmethod
+    def last(self) -> Iterator[Json]:
+        """The events after the last token."""
+
+    @abstractmethod
+    def whole(self) -> Json:
+        """The answer in one piece."""
+
+    def add(self, piece: Piece) -> None:
+        self._pieces[piece.index].append(piece)
+
+    def _figures(self) -> Json:
+        return figures(self.served.engine, [piece for pieces in self._pieces for piece in pieces])
+
+    def _counts(self) -> tuple[int, int, int]:
+        """Tokens of the prompts, of them those that were not read, and of the texts."""
+        each = self.texts // len(self._prompts)  # the texts of a prompt follow each other
+        cached = sum(pieces[0].cached for pieces in self._pieces[::each] if pieces)
+        return sum(map(len, self._prompts)), cached, sum(map(len, self._pieces))
+
+
+class ChoicesReply(Reply):
+    """Of chats and completions: a choice for each text.
+
+    Args:
+        served, prompts, texts: as `Reply`.
+        usage: whether a stream ends with the counts of tokens.
+    """
+
+    prefix: str
+    kind: str
+    chunk_kind: str
+
+    def __init__(self, served: Served, prompts: list[list[int]], texts: int, usage: bool):
+        super().__init__(served, prompts, texts)
+        self._tells_usage = usage
         self._head = {
             "id": f"{self.prefix}-{secrets.token_hex(12)}",
             "created": int(time.time()),
@@ -62,9 +103,6 @@ class Reply(ABC):
     def choice(self, index: int, pieces: list[Piece]) -> Json:
         """A whole text's choice."""
 
-    def add(self, piece: Piece) -> None:
-        self._pieces[piece.index].append(piece)
-
     def first(self) -> Iterator[Json]:
         for index in range(self.texts):
             yield self._chunk([self.begin(index)])
@@ -75,28 +113,24 @@ class Reply(ABC):
             "turbosparse": figures(self.served.engine, [piece])
         }
 
-    def last(self) -> Json:
-        """The chunk of the usage, which has no choice."""
-        return self._chunk([]) | {"usage": self._usage()}
+    def last(self) -> Iterator[Json]:
+        if self._tells_usage:
+            yield self._chunk([]) | {"usage": self._usage()}
 
     def whole(self) -> Json:
         choices = [self.choice(index, pieces) for index, pieces in enumerate(self._pieces)]
-        of_all = [piece for pieces in self._pieces for piece in pieces]
         return self._head | {
             "object": self.kind,
             "choices": choices,
             "usage": self._usage(),
-            "turbosparse": figures(self.served.engine, of_all),
+            "turbosparse": self._figures(),
         }
 
     def _chunk(self, choices: list[Json]) -> Json:
         return self._head | {"object": self.chunk_kind, "choices": choices}
 
     def _usage(self) -> Json:
-        prompt = sum(map(len, self._prompts))
-        completion = sum(map(len, self._pieces))
-        each = self.texts // len(self._prompts)  # the texts of a prompt follow each other
-        cached = sum(pieces[0].cached for pieces in self._pieces[::each] if pieces)
+        prompt, cached, completion = self._counts()
         return {
             "prompt_tokens": prompt,
             "completion_tokens": completion,
@@ -105,11 +139,11 @@ class Reply(ABC):
         }
 
 
-class ChatReply(Reply):
+class ChatReply(ChoicesReply):
     prefix, kind, chunk_kind = "chatcmpl", "chat.completion", "chat.completion.chunk"
 
     def __init__(self, served: Served, request: ChatRequest, prompts: list[list[int]]):
-        super().__init__(served, prompts, request.n)
+        super().__init__(served, prompts, request.n, request.usage)
         names = {tool.function.name for tool in request.tools}
         self._logprobs = request.logprobs
         self._tools = (
@@ -171,11 +205,11 @@ class ChatReply(Reply):
         }
 
 
-class CompletionReply(Reply):
+class CompletionReply(ChoicesReply):
     prefix, kind, chunk_kind = "cmpl", "text_completion", "text_completion"
 
     def __init__(self, served: Served, request: CompletionRequest, prompts: list[list[int]]):
-        super().__init__(served, prompts, request.n * len(prompts))
+        super().__init__(served, prompts, request.n * len(prompts), request.usage)
         self._logprobs = request.logprobs is not None
         self._echo = [""] * len(prompts)
         if request.echo:
