@@ -33,7 +33,8 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.nn.functional import pad
 
-from turbosparse.analyse import analyse, measure
+from turbosparse.analyse import analyse
+from turbosparse.analysis.measure import measure
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import copy_companions, new_folder, write_json
 from turbosparse.convert import convert

@@ -16,7 +16,7 @@ import torch
 import yaml
 from conftest import drelu_recipe
 
-from turbosparse.analyse import measure
+from turbosparse.analysis.measure import measure
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.load import load_model, load_tokenizer
 from turbosparse.hf.observe import change_combined, force_sparsity, observe_ffn
@@ -83,7 +83,7 @@ def test_l1_is_the_mean_of_combined(
         torch.no_grad(),
         observe_ffn(
             model := load_model(dense(family), activation="drelu"),
-            lambda _layer, _expert, _gate, active, _rows: sums.append(active.flatten()),
+            lambda seen: sums.append(seen.combined.flatten()),
         ),
     ):
         model(batches[0])

@@ -19,6 +19,7 @@ ALLOWED = {
     "engine": {"base", "hf", "ops", "packed"},
     "serving": {"base", "hf", "packed", "engine"},
     "training": {"base", "hf"},
+    "analysis": {"base", "hf", "ops", "packed"},
     "sharing": {"base", "hf", "ops", "packed", "training"},
     "benchmark": {"base", "hf", "ops", "packed", "engine"},
 }

@@ -356,7 +356,7 @@ def test_a_prompt_in_chunks_equals_token_by_token(packed: Make, family: str, bac
 @pytest.mark.parametrize("family", ["mixtral", "nemotron"])
 def test_counts_are_those_of_the_analysis(packed: Make, corpus: Path, family: str) -> None:
     """The engine and `analyse` see the same neurons fire."""
-    from turbosparse.analyse import measure
+    from turbosparse.analysis.measure import measure
     from turbosparse.hf.load import load_tokenizer
 
     folder = packed(family, "f16")

@@ -42,6 +42,7 @@ def statistics(sparse: Make, tmp_path_factory: pytest.TempPathFactory) -> Make:
         stats.gate_positive += stats.active + 1
         stats.tokens += 200
         stats.nats, stats.predicted = {"corpus": 500.0}, {"corpus": 250}
+        stats.corpora = {"corpus": torch.stack([stats.active.sum(-1), stats.tokens])}
         stats.save(root / f"{family}.safetensors")
         return root / f"{family}.safetensors"
 

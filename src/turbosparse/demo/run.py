@@ -16,7 +16,7 @@ import yaml
 from rich.console import Group
 from rich.table import Table
 
-from turbosparse.analyse import measure
+from turbosparse.analysis.measure import measure
 from turbosparse.base.folders import AnyPath, local_path, new_folder, read_config, write_json
 from turbosparse.convert import convert
 from turbosparse.demo.corpus import make_corpus

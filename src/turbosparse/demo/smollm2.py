@@ -23,7 +23,7 @@ import yaml
 from rich.console import Group
 from rich.table import Table
 
-from turbosparse.analyse import measure
+from turbosparse.analysis.measure import measure
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import new_file, new_folder, write_json
 from turbosparse.base.progress import note

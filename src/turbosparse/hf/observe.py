@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.nn.functional import linear
@@ -13,9 +13,19 @@ from turbosparse.hf.activations import ACTIVATIONS
 from turbosparse.hf.families import PREFIX
 from turbosparse.hf.load import activation_of
 
-# (layer, expert or None, gate [N, I], Combined [N, I], rows [N]: which of the batch's B·T tokens);
-# of an ungated FFN up is the gate
-See = Callable[[int, int | None, torch.Tensor, torch.Tensor, torch.Tensor], None]
+
+class Seen(NamedTuple):
+    """What one FFN, or one routed expert, did in a forward pass; of an ungated one up is gate."""
+
+    layer: int
+    expert: int | None
+    gate: torch.Tensor  # [N, I]
+    up: torch.Tensor  # [N, I]
+    combined: torch.Tensor  # [N, I]
+    rows: torch.Tensor  # [N]: which of the batch's B·T tokens
+
+
+See = Callable[[Seen], None]
 # (layer, router logits [N, E], the experts that each token goes to [N, k])
 SeeRouter = Callable[[int, torch.Tensor, torch.Tensor], None]
 # (what reads it: qkv, o, ffn or head, layer, the batch's inputs [B·T, cols])
@@ -31,11 +41,13 @@ def observe_ffn(model: Any, see: See) -> Iterator[None]:
         mlp = block.mlp
         if hasattr(mlp, "experts"):
             handles.append(mlp.experts.register_forward_pre_hook(_watch_experts(layer, gate, see)))
-        else:
-            gates: list[torch.Tensor] = []
-            projection = getattr(mlp, f"{gate}_proj")
-            handles.append(projection.register_forward_hook(_keep(gates)))
-            handles.append(mlp.down_proj.register_forward_pre_hook(_watch_dense(layer, gates, see)))
+            continue
+        kept: dict[str, torch.Tensor] = {}
+        for part in {gate, "up"}:
+            projection = getattr(mlp, f"{part}_proj")
+            handles.append(projection.register_forward_hook(_keep(kept, part)))
+        watch = _watch_dense(layer, gate, kept, see)
+        handles.append(mlp.down_proj.register_forward_pre_hook(watch))
     try:
         yield
     finally:
@@ -100,21 +112,24 @@ def _watch_router(layer: int, see: SeeRouter) -> Callable[..., None]:
     return hook
 
 
-def _keep(gates: list[torch.Tensor]) -> Callable[..., None]:
+def _keep(kept: dict[str, torch.Tensor], part: str) -> Callable[..., None]:
     def hook(_module: Any, _inputs: Any, output: torch.Tensor) -> None:
         if not _recomputing():
-            gates.append(output.detach())
+            kept[part] = output.detach().flatten(0, -2)
 
     return hook
 
 
-def _watch_dense(layer: int, gates: list[torch.Tensor], see: See) -> Callable[..., None]:
+def _watch_dense(
+    layer: int, gate: str, kept: dict[str, torch.Tensor], see: See
+) -> Callable[..., None]:
     def hook(_module: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         if _recomputing():
             return
         active = inputs[0].detach().flatten(0, -2)
         rows = torch.arange(len(active), device=active.device)
-        see(layer, None, gates.pop().flatten(0, -2), active, rows)
+        see(Seen(layer, None, kept[gate], kept["up"], active, rows))
+        kept.clear()
 
     return hook
 
@@ -131,7 +146,8 @@ def _watch_experts(layer: int, gate: str, see: See) -> Callable[..., None]:
             rows = torch.where((chosen == expert).any(-1))[0]
             gate_up = linear(x[rows], experts.gate_up_proj[expert])
             halves = dict(zip(("gate", "up"), gate_up.chunk(2, -1), strict=True))
-            see(layer, expert, halves[gate], experts._apply_gate(gate_up), rows)
+            active = experts._apply_gate(gate_up)
+            see(Seen(layer, expert, halves[gate], halves["up"], active, rows))
 
     return hook
 

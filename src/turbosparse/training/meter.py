@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from turbosparse.hf import families
-from turbosparse.hf.observe import observe_ffn, observe_routers
+from turbosparse.hf.observe import Seen, observe_ffn, observe_routers
 
 _ZEROS, _ENTRIES, _ROUTED, _ENTROPY, _TOKENS = range(5)
 
@@ -33,12 +33,10 @@ class Meter:
         """Count in the forward passes inside."""
         self._counts = self._counts.to(next(self._model.parameters()).device)
 
-        def see_ffn(
-            layer: int, expert: int | None, _gate: Tensor, combined: Tensor, _: Tensor
-        ) -> None:
-            counts = self._counts[:, layer, expert or 0]
-            counts[_ZEROS] += combined.numel() - combined.count_nonzero()
-            counts[_ENTRIES] += combined.numel()
+        def see_ffn(seen: Seen) -> None:
+            counts = self._counts[:, seen.layer, seen.expert or 0]
+            counts[_ZEROS] += seen.combined.numel() - seen.combined.count_nonzero()
+            counts[_ENTRIES] += seen.combined.numel()
 
         def see_router(layer: int, logits: Tensor, chosen: Tensor) -> None:
             counts = self._counts[:, layer]
