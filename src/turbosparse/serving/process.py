@@ -25,7 +25,7 @@ def run(app: FastAPI, scheduler: Scheduler, *, host: str, port: int, grace: floa
         access_log=False,
         server_header=False,
         lifespan="off",
-        timeout_keep_alive=75,  # longer than clients keep idle connections, or requests meet the end
+        timeout_keep_alive=75,  # longer than clients keep them: a request meets no closing one
         timeout_graceful_shutdown=int(grace) + 5,
     )
     _Process(config, scheduler, grace).run()
