@@ -1,8 +1,13 @@
 // Python's view of the core: checks what comes in, releases the GIL, calls.
 #include "bindings.h"
 
+#include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <tuple>
 
 #include "predictor.h"
 
@@ -14,8 +19,11 @@ namespace {
 using Input = Array<const float, 2>;
 using Output = Array<float, 2>;
 using Counts = Array<int32_t, 2>;
+using Indices = Array<const int32_t, 1>;
+using How = std::tuple<std::string, int, int>;
 
 constexpr int kMaxThreads = 1024;
+constexpr int kMaxAhead = 1 << 20;
 
 void check_cols(const char* what, int cols, Quant quant) {
   const std::string given = std::string(what) + " is " + std::to_string(cols) + ", expected ";
@@ -23,6 +31,16 @@ void check_cols(const char* what, int cols, Quant quant) {
   if (quant != QUANT_F16 && cols % GROUP != 0) {
     fail(given + "a multiple of " + std::to_string(GROUP) + " for " + kQuants[quant]);
   }
+}
+
+Fetching fetching(const How& how) {
+  const auto& [name, cache, bytes] = how;
+  const auto order = parse<FetchOrder>("order", name, kFetchOrders);
+  if (cache != 1 && cache != 2) fail("cache is " + std::to_string(cache) + ", expected 1 or 2");
+  if (bytes < 0 || bytes > kMaxAhead) {
+    fail("bytes is " + std::to_string(bytes) + ", expected 0 to " + std::to_string(kMaxAhead));
+  }
+  return {order, static_cast<int16_t>(cache), bytes};
 }
 
 void init_matrix(OwningMatrix* self, Bytes data, int cols, const char* quant_name) {
@@ -33,18 +51,25 @@ void init_matrix(OwningMatrix* self, Bytes data, int cols, const char* quant_nam
   new (self) OwningMatrix{{data.data(), rows, cols, quant}, data};
 }
 
-void matmul(const OwningMatrix& self, Input x, Output out, int threads) {
+void check_index(const Matrix& matrix, int64_t index) {
+  if (index >= 0 && index < matrix.rows) return;
+  fail("index is " + std::to_string(index) + ", expected 0 to " + std::to_string(matrix.rows - 1));
+}
+
+void matmul(const OwningMatrix& self, Input x, Output out, int threads,
+            std::optional<Indices> rows) {
+  const int32_t* indices = rows ? rows->data() : nullptr;
+  const int64_t count = rows ? rows->shape(0) : self.rows;
+  for (int64_t i = 0; indices && i < count; ++i) check_index(self, indices[i]);
   check_shape("x", x, x.shape(0), self.cols);
-  check_shape("out", out, x.shape(0), self.rows);
+  check_shape("out", out, x.shape(0), count);
   check_threads(threads);
   nb::gil_scoped_release release;
-  self.matmul(x.data(), out.data(), x.shape(0), threads);
+  self.matmul(x.data(), out.data(), x.shape(0), threads, indices, count);
 }
 
 void row(const OwningMatrix& self, int64_t index, Array<float, 1> out) {
-  if (index < 0 || index >= self.rows) {
-    fail("index is " + std::to_string(index) + ", expected 0 to " + std::to_string(self.rows - 1));
-  }
+  check_index(self, index);
   if (out.shape(0) != static_cast<size_t>(self.cols)) {
     fail("out has " + std::to_string(out.shape(0)) + " values, expected " +
          std::to_string(self.cols));
@@ -119,13 +144,21 @@ NB_MODULE(_core, m) {
   m.def("isa", &isa, "The instruction set in use: the best, or what TURBOSPARSE_ISA names.");
   m.def("available_isas", &available_isas, "The instruction sets of this machine, best first.");
   m.def("set_isa", &set_isa, "name"_a);
+  m.def(
+      "set_fetching",
+      [](const How& together, const How& scattered) {
+        set_fetching(fetching(together), fetching(scattered));
+      },
+      "together"_a, "scattered"_a,
+      "How rows are fetched ahead, if they follow each other and if not: order, cache, bytes.");
   nb::class_<OwningMatrix>(m, "Matrix", "Weights [rows, cols], quantised row by row.")
       .def("__init__", &init_matrix, "data"_a.noconvert(), "cols"_a, "quant"_a)
       .def_ro("rows", &OwningMatrix::rows)
       .def_ro("cols", &OwningMatrix::cols)
       .def_prop_ro("quant", [](const OwningMatrix& self) { return kQuants[self.quant]; })
       .def("matmul", &matmul, "x"_a.noconvert(), "out"_a.noconvert(), "threads"_a,
-           "out[T, rows] = x[T, cols] · Wᵀ")
+           "rows"_a.noconvert().none() = nb::none(),
+           "out[T, rows] = x[T, cols] · Wᵀ, of all rows or of some by number")
       .def("row", &row, "index"_a, "out"_a.noconvert(), "out[cols] = W[index]");
 
   bind_predictors(m);

@@ -24,8 +24,9 @@ struct OwningNeurons : Neurons {
 
 [[noreturn]] inline void fail(const std::string& message) { throw std::invalid_argument(message); }
 
-constexpr const char* kQuants[] = {"f16", "q8", "q4", "q4_0"};     // in the order of Quant
-constexpr const char* kModes[] = {"dense", "exact", "predicted"};  // of Mode
+constexpr const char* kQuants[] = {"f16", "q8", "q4", "q4_0"};       // in the order of Quant
+constexpr const char* kModes[] = {"dense", "exact", "predicted"};    // of Mode
+constexpr const char* kFetchOrders[] = {"none", "stream", "aside"};  // of FetchOrder
 // of Activation
 constexpr const char* kActivations[] = {"drelu", "geglu", "reglu", "relu", "relu2", "swiglu"};
 

@@ -290,9 +290,8 @@ void Decoder::attend_token(int layer, int token, int kv_head) {
   const auto each_run = [&](int part, auto&& work) {
     for (int place = first; place <= position.place;) {
       const int end = std::min(position.place + 1, Cache::page_end(place));
-      const uint16_t* halves = position.cache->at(layer, part, kv_head, place);
-      work(Rows{reinterpret_cast<const uint8_t*>(halves), row_stride(QUANT_F16, size), nullptr,
-                end - place},
+      work(rows_at(position.cache->at(layer, part, kv_head, place), row_stride(QUANT_F16, size),
+                   nullptr, end - place),
            place - first);
       place = end;
     }

@@ -1,5 +1,5 @@
-// Which instruction set the kernels use: the best that the machine has, unless TURBOSPARSE_ISA or
-// `set_isa` names one.
+// What the kernels use of the machine: the best instruction set that it has, unless TURBOSPARSE_ISA
+// or `set_isa` names one, and a way to fetch ahead.
 #include <atomic>
 #include <cstdlib>
 #include <stdexcept>
@@ -62,6 +62,8 @@ constexpr Isa kIsas[] = {
 
 std::atomic<const Isa*> in_use{nullptr};
 
+std::atomic<Fetching> together{{FETCH_STREAM, 1, 8 << 10}}, scattered{{FETCH_ASIDE, 1, 8 << 10}};
+
 const Isa& find(const char* name) {
   std::string available;
   for (const Isa& isa : kIsas) {
@@ -100,3 +102,13 @@ void set_isa(const std::string& name) { in_use.store(&find(name.c_str())); }
 const Kernels& kernels_of(Quant quant) { return current().kernels->of[quant]; }
 
 Agreements agreements() { return current().kernels->agreements; }
+
+void set_fetching(const Fetching& of_together, const Fetching& of_scattered) {
+  together = of_together;
+  scattered = of_scattered;
+}
+
+Rows rows_at(const void* data, int64_t stride, const int32_t* indices, int64_t count) {
+  return {
+      static_cast<const uint8_t*>(data), stride, indices, count, together.load(), scattered.load()};
+}

@@ -26,12 +26,22 @@ static const int8_t Q4_CODES[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                     1,    13,   25,  38,  53,  69,  89,  113};
 static const int8_t Q4_0_CODES[16] = {-8, -7, -6, -5, -4, -3, -2, -1, 0, 1, 2, 3, 4, 5, 6, 7};
 
+// How the next rows are fetched while the present ones are at work. Which way is fast depends on
+// the machine; what is computed does not.
+enum FetchOrder { FETCH_NONE, FETCH_STREAM, FETCH_ASIDE, FETCH_ORDERS };
+struct Fetching {
+  int16_t order;  // not at all, one row after the other, or a line of each in turn
+  int16_t cache;  // the nearest that it goes to: 1 or 2
+  int32_t bytes;  // at least so far ahead
+};
+
 // Some rows of weights: number `indices[i]`, or i itself where indices is null, for each i < count.
 struct Rows {
   const uint8_t* data;
   int64_t stride;
   const int32_t* indices;
   int64_t count;
+  struct Fetching together, scattered;  // of rows that follow each other, and of others
 };
 
 // The kernels of one quantisation on one instruction set. Several rows are read side by side and

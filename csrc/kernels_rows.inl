@@ -52,61 +52,72 @@ int64_t row_stride(int bits, int cols) {
 
 // How many rows ahead to fetch: the next ones, or of short rows as many as make up for the memory's
 // latency.
-int64_t rows_ahead(int row_bytes) {
-  constexpr int kBytes = 8 << 10;
-  return kRows * (1 + kBytes / (kRows * row_bytes + 1));
+int64_t rows_ahead(int row_bytes, int bytes) {
+  return kRows * (1 + bytes / (kRows * row_bytes + 1));
 }
 
-// N rows: the ones at hand and those to fetch, which are the ones at hand at the end.
-template <int N>
-struct Group {
-  const uint8_t* row[N];
-  const uint8_t* next[N];
+// Where the rows of a call lie and how far ahead they are fetched.
+struct Ahead {
+  int64_t stride;  // of rows that follow each other
+  int64_t together, scattered;
 
-  Group(const Rows& rows, int64_t i, int64_t ahead) {
-    for (int n = 0; n < N; ++n) {
-      row[n] = row_at(rows, i + n);
-      next[n] = row_at(rows, i + ahead + n < rows.count ? i + ahead + n : i + n);
-    }
-  }
+  Ahead(const Rows& rows, int bits, int cols)
+      : stride(row_stride(bits, cols)),
+        together(rows_ahead(row_bytes(bits, cols), rows.together.bytes)),
+        scattered(rows_ahead(row_bytes(bits, cols), rows.scattered.bytes)) {}
 };
 
-// Fetches the next rows while the present ones are at work, some of their lines at each step. Rows
-// that lie together are fetched one after the other, as the memory likes it best (46 against 35
-// GB/s), others side by side (34 against 27). At the end it runs on into what lies behind.
+// N rows, and those to fetch meanwhile, some of their lines at each step. Which rows these are and
+// in what order is the machine's matter; at the end they are the ones at hand, and what lies
+// behind.
 template <int N, int StepBytes>
-class Fetch {
+class Group {
  public:
-  Fetch(const Group<N>& group, int64_t row_stride)
-      : group_(group),
-        together_(N > 1 && group.next[N - 1] == group.next[0] + (N - 1) * row_stride) {}
+  const uint8_t* row[N];
+
+  Group(const Rows& rows, int64_t i, const Ahead& ahead) {
+    for (int n = 0; n < N; ++n) row[n] = row_at(rows, i + n);
+    find_next(rows, i, ahead.together);
+    const bool together = N > 1 && next_[N - 1] == next_[0] + (N - 1) * ahead.stride;
+    if (!together) find_next(rows, i, ahead.scattered);
+    const Fetching& how = together ? rows.together : rows.scattered;
+    cache_ = how.order == FETCH_NONE ? 0 : how.cache;
+    if (together && how.order == FETCH_STREAM) {
+      for (int n = 1; n < N; ++n) next_[n] = next_[0] + CACHE_LINE * n;
+      by_ = CACHE_LINE * N;
+    }
+  }
 
   ALWAYS_INLINE void step() {
-    if (together_) {
-      constexpr int kLines = (N * StepBytes + 63) / 64;
-#pragma GCC unroll 8
-      for (int i = 0; i < kLines; ++i) __builtin_prefetch(group_.next[0] + at_ + 64 * i);
-      at_ += 64 * kLines;
-    } else {
-#pragma GCC unroll 4
-      for (int n = 0; n < N; ++n) __builtin_prefetch(group_.next[n] + at_);
-      at_ += StepBytes < 64 ? StepBytes : 64;
-      past_ += StepBytes - 64;
-      if (past_ >= 64) catch_up();
+#pragma GCC unroll 2
+    for (int i = 0; i < StepBytes / CACHE_LINE; ++i) fetch();
+    owed_ += StepBytes % CACHE_LINE;
+    if (owed_ >= CACHE_LINE) {
+      fetch();
+      owed_ -= CACHE_LINE;
     }
   }
 
  private:
-  // One more line of each row, once the steps have fallen behind by that much.
-  ALWAYS_INLINE void catch_up() {
-    for (int n = 0; n < N; ++n) __builtin_prefetch(group_.next[n] + at_);
-    at_ += 64;
-    past_ -= 64;
+  void find_next(const Rows& rows, int64_t i, int64_t ahead) {
+    for (int n = 0; n < N; ++n) {
+      next_[n] = row_at(rows, i + ahead + n < rows.count ? i + ahead + n : i + n);
+    }
   }
 
-  const Group<N>& group_;
-  const bool together_;
-  int at_ = 0, past_ = 0;
+  ALWAYS_INLINE void fetch() {
+    if (cache_ == 1) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) __builtin_prefetch(next_[n] + at_, 0, 3);
+    } else if (cache_ == 2) {
+#pragma GCC unroll 4
+      for (int n = 0; n < N; ++n) __builtin_prefetch(next_[n] + at_, 0, 2);
+    }
+    at_ += by_;
+  }
+
+  const uint8_t* next_[N];
+  int cache_, by_ = CACHE_LINE, at_ = 0, owed_ = 0;
 };
 
 // Calls a kernel for some rows side by side until all had their turn.
@@ -121,7 +132,7 @@ void for_rows(const Kernel& kernel, int64_t rows) {
 // What the kernels on `rows` and several tokens have in common.
 struct Dots {
   const Rows& rows;
-  int64_t ahead;
+  Ahead ahead;
   const void* prepared;
   int64_t prepared_stride;
   int cols;
@@ -159,7 +170,7 @@ struct MeetTokens {
 // sum += coefficients · rows, for one token.
 struct Axpys {
   const Rows& rows;
-  int64_t ahead;
+  Ahead ahead;
   const float* coefficients;
   int cols;
   float* sum;

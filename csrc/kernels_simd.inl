@@ -36,14 +36,13 @@ struct DotsF16 : Dots {
 
   template <int N, int T>
   void run(int64_t i, int64_t token) const {
-    const Group<N> group(rows, i, ahead);
-    Fetch<N, 2 * GROUP> fetch(group, row_stride(kBits, cols));
+    Group<N, 2 * GROUP> group(rows, i, ahead);
     Floats sums[N][T];
     for (int n = 0; n < N; ++n) {
       for (int t = 0; t < T; ++t) sums[n][t] = zero();
     }
     for (int c = 0; c < cols; c += GROUP) {
-      fetch.step();
+      group.step();
       for (int n = 0; n < N; ++n) {
 #pragma GCC unroll 8
         for (int k = 0; k < kPieces; ++k) {
@@ -75,12 +74,11 @@ struct AxpysF16 : Axpys {
 
   template <int N>
   void run(int64_t i) const {
-    const Group<N> group(rows, i, ahead);
-    Fetch<N, 2 * GROUP> fetch(group, row_stride(kBits, cols));
+    Group<N, 2 * GROUP> group(rows, i, ahead);
     Floats a[N];
     for (int n = 0; n < N; ++n) a[n] = broadcast(coefficients[i + n]);
     for (int c = 0; c < cols; c += GROUP) {
-      fetch.step();
+      group.step();
 #pragma GCC unroll 8
       for (int k = c; k < c + GROUP; k += kLanes) {
         Floats y = load(sum + k);
@@ -117,8 +115,7 @@ struct DotsQ8 : Dots {
 
   template <int N, int T>
   void run(int64_t i, int64_t token) const {
-    const Group<N> group(rows, i, ahead);
-    Fetch<N, GROUP + 2> fetch(group, row_stride(kBits, cols));
+    Group<N, GROUP + 2> group(rows, i, ahead);
     alignas(64) float scales[N][TILE_GROUPS];
     Floats sums[N][T];
     for (int n = 0; n < N; ++n) {
@@ -130,7 +127,7 @@ struct DotsQ8 : Dots {
         load_scales(group.row[n] + scales_at, (cols - tile) / GROUP, scales[n]);
       }
       for (int c = tile; c < smaller(tile + TILE, cols); c += GROUP) {
-        fetch.step();
+        group.step();
         for (int n = 0; n < N; ++n) {
           Floats product[T];
 #pragma GCC unroll 8
@@ -170,8 +167,7 @@ struct AxpysQ8 : Axpys {
 
   template <int N>
   void run(int64_t i) const {
-    const Group<N> group(rows, i, ahead);
-    Fetch<N, GROUP + 2> fetch(group, row_stride(kBits, cols));
+    Group<N, GROUP + 2> group(rows, i, ahead);
     alignas(64) float a[N][TILE_GROUPS];  // coefficient times scale
     for (int tile = 0; tile < cols; tile += TILE) {
       const int scales_at = cols + tile / GROUP * 2;
@@ -180,7 +176,7 @@ struct AxpysQ8 : Axpys {
         for (int g = 0; g < TILE_GROUPS; ++g) a[n][g] *= coefficients[i + n];
       }
       for (int c = tile; c < smaller(tile + TILE, cols); c += GROUP) {
-        fetch.step();
+        group.step();
 #pragma GCC unroll 8
         for (int k = c; k < c + GROUP; k += kLanes) {
           Floats y = load(sum + k);
@@ -299,8 +295,7 @@ struct DotsQ4 : Dots {
 
   template <int N, int T>
   void run(int64_t i, int64_t token) const {
-    const Group<N> group(rows, i, ahead);
-    Fetch<N, kLanes * 9 / 2> fetch(group, row_stride(kBits, cols));
+    Group<N, kLanes * 9 / 2> group(rows, i, ahead);
     Floats totals[N][T];
     for (int n = 0; n < N; ++n) {
       for (int t = 0; t < T; ++t) totals[n][t] = zero();
@@ -309,17 +304,16 @@ struct DotsQ4 : Dots {
       for (int part = 0; part < kParts; ++part) {
         const Nibbles nibbles(cols, tile, part);
         if (nibbles.lanes <= 0) break;
-        add_products(group, nibbles, token, tile / TILE, part * kLanes, fetch, totals);
+        add_products(group, nibbles, token, tile / TILE, part * kLanes, totals);
       }
     }
     write(i, token, totals);
   }
 
   // Adds the products of one part of a tile.
-  template <int N, int T, typename Fetching>
-  ALWAYS_INLINE void add_products(const Group<N>& group, const Nibbles& nibbles, int64_t token,
-                                  int tile, int lane, Fetching& fetch,
-                                  Floats (&total)[N][T]) const {
+  template <int N, int T, int StepBytes>
+  ALWAYS_INLINE void add_products(Group<N, StepBytes>& group, const Nibbles& nibbles, int64_t token,
+                                  int tile, int lane, Floats (&total)[N][T]) const {
     const Q4Tile* tiles[T];
     Ints sums[N][T][2];
     for (int t = 0; t < T; ++t) {
@@ -331,7 +325,7 @@ struct DotsQ4 : Dots {
     }
 #pragma GCC unroll 4
     for (int r = 0; r < 4; ++r) {
-      fetch.step();
+      group.step();
       Ints w[N][2];
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
@@ -409,8 +403,7 @@ struct AxpysQ4 : Axpys {
 
   template <int N>
   void run(int64_t i) const {
-    const Group<N> group(rows, i, ahead);
-    Fetch<N, kLanes * 9 / 2> fetch(group, row_stride(kBits, cols));
+    Group<N, kLanes * 9 / 2> group(rows, i, ahead);
     for (int tile = 0; tile < cols; tile += TILE) {
       for (int part = 0; part < kParts; ++part) {
         const Nibbles nibbles(cols, tile, part);
@@ -420,17 +413,17 @@ struct AxpysQ4 : Axpys {
           a[n] = multiply(broadcast(coefficients[i + n]), nibbles.scale(group.row[n]));
         }
         for (int r = 0; r < 4; ++r) {
-          fetch.step();
+          group.step();
           float* y = sum + tile + 8 * r * TILE_GROUPS + part * kLanes;
-          add_word<N>(group, nibbles, r, a, y);
+          add_word(group, nibbles, r, a, y);
         }
       }
     }
   }
 
   // Adds the eight nibbles of word r.
-  template <int N>
-  ALWAYS_INLINE void add_word(const Group<N>& group, const Nibbles& nibbles, int r,
+  template <int N, int StepBytes>
+  ALWAYS_INLINE void add_word(const Group<N, StepBytes>& group, const Nibbles& nibbles, int r,
                               const Floats (&a)[N], float* at) const {
     Floats y[8];
 #pragma GCC unroll 8
@@ -449,7 +442,8 @@ struct AxpysQ4 : Axpys {
 // -- sign bits -----------------------------------------------------------------------------------
 
 void agreements(const Rows* rows, const uint64_t* bits, int words, int32_t* out) {
-  const int64_t ahead = rows_ahead(8 * words);
+  constexpr int kBytes = 8 << 10;
+  const int64_t ahead = rows_ahead(8 * words, kBytes);
   for (int64_t i = 0; i < rows->count; ++i) {
     const uint64_t* row = reinterpret_cast<const uint64_t*>(row_at(*rows, i));
     prefetch(row_at(*rows, i + ahead < rows->count ? i + ahead : i), 8 * words);
@@ -467,7 +461,7 @@ template <typename Kernel, int64_t (*bytes)(int)>
 void dots(const Rows* rows, const void* prepared, int64_t tokens, int cols, float* out,
           int64_t out_stride) {
   constexpr int64_t kStep = 16;
-  const int64_t ahead = rows_ahead(row_bytes(Kernel::kBits, cols));
+  const Ahead ahead(*rows, Kernel::kBits, cols);
   const int64_t together = tokens <= kStep ? tokens : kDotTokens;
   for (int64_t t = 0; t < tokens; t += together) {
     const int64_t some = tokens - t < together ? tokens - t : together;
@@ -484,7 +478,7 @@ void axpys(const Rows* rows, const float* coefficients, int64_t stride, int64_t 
     axpys_many<Kernel>(*rows, coefficients, stride, tokens, cols, sums, floats(cols));
     return;
   }
-  const int64_t ahead = rows_ahead(row_bytes(Kernel::kBits, cols));
+  const Ahead ahead(*rows, Kernel::kBits, cols);
   for (int64_t t = 0; t < tokens; ++t) {
     for_rows(Kernel{{*rows, ahead, coefficients + t * stride, cols, sums + t * floats(cols)}},
              rows->count);

@@ -88,7 +88,7 @@ struct Pass {
   const Kernels& kernels(Neurons::Part part) const { return parts[part].kernels; }
 
   Rows rows(Neurons::Part part, const int32_t* indices, int64_t count) const {
-    return {parts[part].data, parts[part].stride, indices, count};
+    return rows_at(parts[part].data, parts[part].stride, indices, count);
   }
 
   // The neurons of a share: each of its chunks follows those of the other shares.
@@ -240,26 +240,23 @@ void Matrix::row(int64_t index, float* out) const {
   kernels_of(quant).dequantise_row(data + index * row_stride(quant, cols), out, cols);
 }
 
-void Matrix::matmul(const float* x, float* out, int64_t tokens, int threads) const {
+void Matrix::matmul(const float* x, float* out, int64_t tokens, int threads, const int32_t* indices,
+                    int64_t count) const {
   const Kernels& kernels = kernels_of(quant);
   const int64_t stride = row_stride(quant, cols);
-  threads = worthwhile_threads(threads, rows * stride, tokens);
-  // Calls work(first row, rows) for the steps of each share.
-  const auto for_rows = [&](int64_t step, auto work) {
-    const int shares = threads * kSharesPerThread;
-    parallel(threads, shares, [&](int share) {
-      const int64_t end = rows * (share + 1) / shares;
-      for (int64_t r = rows * share / shares; r < end; r += step) {
-        work(r, std::min(step, end - r));
-      }
-    });
-  };
+  threads = worthwhile_threads(threads, count * stride, tokens);
   const Prepared prepared(kernels, x, tokens, cols, threads);
-  for_rows(tokens == 1 ? rows : std::max<int64_t>(1, kResidentBytes / stride),
-           [&](int64_t r, int64_t count) {
-             const Rows some{data + r * stride, stride, nullptr, count};
-             kernels.dots(&some, prepared[0], tokens, cols, out + r, rows);
-           });
+  const int64_t step = tokens == 1 ? count : std::max<int64_t>(1, kResidentBytes / stride);
+  const int shares = threads * kSharesPerThread;
+  parallel(threads, shares, [&](int share) {
+    const int64_t end = count * (share + 1) / shares;
+    for (int64_t r = count * share / shares; r < end; r += step) {
+      const uint8_t* from = indices ? data : data + r * stride;
+      const Rows some =
+          rows_at(from, stride, indices ? indices + r : nullptr, std::min(step, end - r));
+      kernels.dots(&some, prepared[0], tokens, cols, out + r, count);
+    }
+  });
 }
 
 int64_t Neurons::up_stride() const { return gated() ? row_stride(quants[kUp], hidden) : 0; }

@@ -19,6 +19,11 @@ const Kernels& kernels_of(Quant quant);
 using Agreements = decltype(KernelSet::agreements);
 Agreements agreements();
 
+// How the rows of the calls to come are fetched ahead, by those that follow each other and others;
+// rows that are.
+void set_fetching(const Fetching& together, const Fetching& scattered);
+Rows rows_at(const void* data, int64_t stride, const int32_t* indices, int64_t count);
+
 // Bytes from one row to the next.
 int64_t row_stride(Quant quant, int cols);
 
@@ -29,7 +34,12 @@ struct Matrix {
   Quant quant;
 
   // out[T, rows] = x[T, C] · Wᵀ
-  void matmul(const float* x, float* out, int64_t tokens, int threads) const;
+  void matmul(const float* x, float* out, int64_t tokens, int threads) const {
+    matmul(x, out, tokens, threads, nullptr, rows);
+  }
+  // The same with some of the rows, by number: out[T, count].
+  void matmul(const float* x, float* out, int64_t tokens, int threads, const int32_t* indices,
+              int64_t count) const;
   void row(int64_t index, float* out) const;  // out[C]
 };
 

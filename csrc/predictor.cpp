@@ -26,8 +26,8 @@ class LowRankPrediction : public Prediction {
 
   void keep_candidates(int64_t t, std::vector<int32_t>& neurons) const override {
     std::vector<float> logits(neurons.size());
-    const Rows rows{fc2_.data, row_stride(fc2_.quant, fc2_.cols), neurons.data(),
-                    static_cast<int64_t>(neurons.size())};
+    const Rows rows = rows_at(fc2_.data, row_stride(fc2_.quant, fc2_.cols), neurons.data(),
+                              static_cast<int64_t>(neurons.size()));
     kernels_of(fc2_.quant).dots(&rows, features_[t], 1, fc2_.cols, logits.data(), 0);
     // a NaN is a candidate, so that a broken input shows in the output
     compact(neurons, [&](size_t i) { return !(logits[i] < threshold_); });
@@ -64,8 +64,8 @@ class SignPrediction : public Prediction {
   void keep_agreeing(int part, int64_t t, std::vector<int32_t>& neurons) const {
     const int64_t stride = Signs::bits_stride(hidden_);
     std::vector<int32_t> agree(neurons.size());
-    const Rows rows{bits_ + part * stride, parts_ * stride, neurons.data(),
-                    static_cast<int64_t>(neurons.size())};
+    const Rows rows = rows_at(bits_ + part * stride, parts_ * stride, neurons.data(),
+                              static_cast<int64_t>(neurons.size()));
     agreements()(&rows, &x_bits_[t * words_], words_, agree.data());
     const int padding = 64 * words_ - hidden_;  // which always agrees
     compact(neurons,

@@ -285,7 +285,7 @@ void check_agreements(int words, int64_t count) {
   const Block<uint64_t> bits(words);
   for (uint64_t& word : bits) word = uint64_t{random_bits()} << 32 | random_bits();
   const Block<int32_t> out(count);
-  const Rows rows{data, stride, nullptr, count};
+  const Rows rows{data, stride, nullptr, count, {}, {}};
   KERNELS.agreements(&rows, bits, words, out);
   for (int64_t i = 0; i < count; ++i) {
     int expected = 0;
@@ -308,7 +308,16 @@ void check(int quant, int cols, int64_t count, bool by_index) {
   std::vector<int32_t> indices;
   for (int64_t i = count; i-- > 0;) indices.push_back(static_cast<int32_t>(3 * i + i % 3));
 
-  Case c{quant, cols, {data, stride, by_index ? indices.data() : nullptr, count}, {}};
+  // each way to fetch ahead in turn
+  const auto fetching = [&](int turn) {
+    return Fetching{static_cast<int16_t>(turn % FETCH_ORDERS), static_cast<int16_t>(1 + turn % 2),
+                    turn % 5 << 10};
+  };
+  Case c{quant,
+         cols,
+         {data, stride, by_index ? indices.data() : nullptr, count, fetching(cols + count),
+          fetching(count)},
+         {}};
   c.weights.resize(count * cols);
   for (int64_t i = 0; i < count; ++i) {
     const uint8_t* row = data + (by_index ? indices[i] : i) * stride;

@@ -45,6 +45,7 @@ class Benchmark:
     model: str
     machine: str
     isa: str
+    fetching: str  # ahead of use: rows that follow each other, and others; see ops/fetching.py
     threads: int
     load: float  # average over the last minute, when the run began
     mode: str
@@ -73,6 +74,7 @@ class Benchmark:
         table.add_row(
             "ran", f"mode {self.mode}, {self.quant}, {self.threads} threads, batch {self.batch}"
         )
+        table.add_row("rows fetched ahead", self.fetching)
         if self.recall is not None:
             table.add_row("candidates", f"{self.candidates:.1%}")
             table.add_row("recall", f"{self.recall:.1%}")
@@ -332,6 +334,7 @@ def _card(
         model=engine.packed.header.source,
         machine=machine(),
         isa=_core.isa(),
+        fetching=f"{ours.decoder.fetching} ({ours.decoder.fetching.source})",
         threads=threads,
         load=load,
         mode=engine.mode,

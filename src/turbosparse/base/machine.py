@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 from pathlib import Path
 
 from turbosparse.base.errors import TurboSparseError
@@ -35,6 +36,20 @@ def _processor_quota(cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
         if quota_us > 0 and period_us > 0:  # version 1 says -1 for none
             return -(-quota_us // period_us)
     return None
+
+
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's name, as far as the system tells."""
+    if cpuinfo.is_file():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor()
+
+
+def cache_folder() -> Path:
+    """Where this program keeps what it would find out again: the user's folder for caches."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "turbosparse"
 
 
 def has_accelerator() -> bool:

@@ -7,11 +7,11 @@ import platform
 import statistics
 import time
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
 from turbosparse import _core
+from turbosparse.base.machine import processor
 
 READS = 4  # of the memory for one measurement: some 50 ms
 
@@ -46,12 +46,7 @@ class Memory:
         return READS * self._data.nbytes / (time.perf_counter() - began) / 1e9
 
 
-def machine(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+def machine() -> str:
     """System, processor and number of processors, as a reader of the figures must know them."""
-    processor = platform.processor()
-    if cpuinfo.is_file():
-        lines = cpuinfo.read_text().splitlines()
-        names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-        processor = names[0] if names else processor
-    parts = f"{platform.system()} {platform.machine()}", processor
+    parts = f"{platform.system()} {platform.machine()}", processor()
     return ", ".join([*filter(None, parts), f"{os.cpu_count()} processors"])

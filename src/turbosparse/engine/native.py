@@ -14,7 +14,7 @@ from turbosparse.engine.positions import rope, sliding_window
 from turbosparse.engine.sequence import Cancelled
 from turbosparse.hf import families
 from turbosparse.hf.count import experts_in_use
-from turbosparse.ops import Mode
+from turbosparse.ops import Mode, fetching
 from turbosparse.ops.native import neurons
 from turbosparse.packed.format import Packed, ffn_prefix
 
@@ -24,7 +24,7 @@ class Decoder:
 
     Raises:
         TurboSparseError: an instruction set asked for by TURBOSPARSE_ISA that this machine does
-            not have.
+            not have, or a TURBOSPARSE_FETCH that is not understood.
     """
 
     def __init__(self, packed: Packed, *, threads: int):
@@ -32,6 +32,8 @@ class Decoder:
             self.isa = _core.isa()
         except ValueError as error:
             raise TurboSparseError(str(error)) from error
+        weights = sum(tensor.nbytes for tensor in packed.tensors.values())
+        self.fetching = fetching.choose(threads, weights)
         config = packed.config
         self.config, self.threads = config, threads
         name = families.table(config).name

@@ -1,0 +1,163 @@
+"""How the kernels fetch rows of weights ahead of their use: found by a trial, kept for the machine.
+
+Processors differ in what they like: one reads rows fast that are fetched one after the other, the
+next only if a line of each is fetched in turn. What is computed is the same.
+
+`TURBOSPARSE_FETCH` overrides: the way for rows that follow each other and the way for others, each
+as order:cache:bytes. The orders are `none`, `stream` (one row after the other) and `aside` (a line
+of each in turn); the cache is 1 or 2; the bytes say how far ahead. An example is the default,
+``stream:1:8192,aside:1:8192``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from turbosparse import _core
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import new_file
+from turbosparse.base.machine import cache_folder, processor
+from turbosparse.ops.rows import row_bytes
+
+VARIABLE = "TURBOSPARSE_FETCH"
+WORTHWHILE = 256 << 20  # bytes of weights from which the trial's tenth of a second pays
+GAIN = 1.05  # that another way than the default must reach
+ROUNDS = 3
+COLS, ROWS, SLICES = 4096, 7168, 4  # of the trial, in q4: slices of 16 MB, more than caches hold
+
+
+class Way(NamedTuple):
+    """Order, nearest cache, and bytes ahead; see the module."""
+
+    order: str
+    cache: int
+    bytes: int
+
+    def __str__(self) -> str:
+        return f"{self.order}:{self.cache}:{self.bytes}"
+
+
+@dataclass(frozen=True)
+class Fetching:
+    together: Way  # rows that follow each other
+    scattered: Way
+    source: str = "default"
+
+    @classmethod
+    def parse(cls, text: str, source: str) -> Fetching:
+        """Raises ValueError."""
+        together, scattered = (_parse(way) for way in text.split(","))
+        return cls(together, scattered, source)
+
+    def use(self) -> None:
+        """For all rows that this process reads from now on; raises ValueError."""
+        _core.set_fetching(self.together, self.scattered)
+
+    def __str__(self) -> str:
+        return f"{self.together},{self.scattered}"
+
+
+DEFAULT = Fetching(Way("stream", 1, 8192), Way("aside", 1, 8192))
+_DISTANCES = product((1, 2), (0, 8192, 24576))
+_TOGETHER = [
+    DEFAULT.together,
+    *(Way(order, *far) for far in _DISTANCES for order in ("stream", "aside")),
+    Way("none", 1, 0),
+]
+_SCATTERED = [DEFAULT.scattered, *(way for way in _TOGETHER if way.order != "stream")]
+
+
+def _parse(way: str) -> Way:
+    order, cache, size = way.split(":")
+    return Way(order, int(cache), int(size))
+
+
+def choose(threads: int, weights: int, cache: Path | None = None) -> Fetching:
+    """Make this process fetch as suits the machine, the threads and that many bytes of weights.
+
+    Raises:
+        TurboSparseError: `TURBOSPARSE_FETCH` is not understood.
+    """
+    file = cache or cache_folder() / "fetching.json"
+    key = f"{processor()}, {_core.isa()}, {threads} threads"
+    asked = os.environ.get(VARIABLE)
+    try:
+        found = Fetching.parse(asked, VARIABLE) if asked else _kept(file, key)
+        found.use()
+    except ValueError as error:
+        raise TurboSparseError(
+            f"{VARIABLE}={asked} is not understood ({error}); an example is {DEFAULT}"
+        ) from error
+    if found is not DEFAULT or weights < WORTHWHILE:
+        return found
+    found = measure(threads)
+    _keep(file, key, found)
+    return found
+
+
+def _kept(file: Path, key: str) -> Fetching:
+    """What an earlier trial found; a file that is not ours or damaged counts for nothing."""
+    try:
+        found = Fetching.parse(json.loads(file.read_text(encoding="utf-8"))[key], "kept")
+        found.use()
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return DEFAULT
+    return found
+
+
+def _keep(file: Path, key: str, found: Fetching) -> None:
+    """Add it to the file, or begin a new one; without a place for it the next run tries again."""
+    try:
+        known = json.loads(file.read_text(encoding="utf-8"))
+        known = dict(known)
+    except (OSError, ValueError, TypeError):
+        known = {}
+    try:
+        with new_file(file) as work:
+            work.write_text(json.dumps(known | {key: str(found)}, indent=2), encoding="utf-8")
+    except OSError:
+        pass
+
+
+def measure(threads: int) -> Fetching:
+    """Try the ways on random rows of q4 and take the fastest, the default unless that gains."""
+    stride = row_bytes("q4", COLS)
+    data = np.full((SLICES, ROWS, stride), 44, np.uint8)
+    slices = [_core.Matrix(part, COLS, "q4") for part in data]
+    some = np.random.default_rng(0).permutation(ROWS)[: ROWS // 4].astype(np.int32)
+    some.sort()
+    x, out = np.ones((1, COLS), np.float32), np.empty((1, ROWS), np.float32)
+
+    def read(rows: NDArray[Any] | None) -> None:
+        slices.append(slices.pop(0))  # what was read last is in the caches
+        slices[0].matmul(x, out[:, : len(some)] if rows is not None else out, threads, rows)
+
+    together = _fastest(
+        _TOGETHER, lambda way: Fetching(way, DEFAULT.scattered).use(), lambda: read(None)
+    )
+    scattered = _fastest(_SCATTERED, lambda way: Fetching(together, way).use(), lambda: read(some))
+    found = Fetching(together, scattered, "measured")
+    found.use()
+    return found
+
+
+def _fastest(ways: list[Way], use: Callable[[Way], None], read: Callable[[], None]) -> Way:
+    """The way with the shortest of some rounds in turn; the first one unless another gains."""
+    times: dict[Way, float] = {}
+    for way in ways * ROUNDS:
+        use(way)
+        began = time.perf_counter()
+        read()
+        times[way] = min(time.perf_counter() - began, times.get(way, float("inf")))
+    best = min(times, key=lambda way: times[way])
+    return best if times[best] * GAIN < times[ways[0]] else ways[0]
