@@ -314,12 +314,12 @@ def test_a_killed_conversion_resumes_with_what_is_finished(
 
 
 def test_text_is_drawn_from_every_file(dense: Make, tmp_path: Path) -> None:
-    from turbosparse.convert import _draw
+    from turbosparse.training.sample import draw
 
     for number in range(5):
         (tmp_path / f"{number}.txt").write_text(f"{'abcde'[number]} " * 2000)
     tokenizer = load_tokenizer(dense("mistral"))
-    rows = _draw([tmp_path], tokenizer, 320, tokens=320, length=32)
+    rows = draw([tmp_path], tokenizer, 320, tokens=320, length=32)
     texts = [tokenizer.decode(row) for row in rows]
     assert len(rows) == 10
     assert all(sum(letter in text for text in texts) == 2 for letter in "bcde")

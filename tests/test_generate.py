@@ -500,12 +500,19 @@ def test_predicted_mode_without_a_predictor_says_how_to_get_one(model: Path) -> 
 
 
 @pytest.mark.parametrize(
-    ("recall", "mode"), [(None, "exact"), (0.98, "exact"), (0.99, "predicted"), (1, "predicted")]
+    ("measured", "mode"),
+    [
+        ({"recall": 1.0}, "exact"),  # says nothing of quality
+        ({"perplexity": 1.0009, "bytes": 0.9}, "predicted"),
+        ({"perplexity": 1.0011, "bytes": 0.9}, "exact"),
+        ({"perplexity": 1.0011, "bytes": 0.9, "bound": 1.002}, "predicted"),
+        ({"perplexity": 1.0, "bytes": 1.1}, "exact"),
+    ],
 )
-def test_auto_takes_a_predictor_that_was_measured_to_be_good(
-    sparse: Make, tmp_path: Path, recall: float | None, mode: str
+def test_auto_takes_a_predictor_that_was_measured_to_pay(
+    sparse: Make, tmp_path: Path, measured: dict[str, float], mode: str
 ) -> None:
-    model = merge_predictor(sparse("llama"), tmp_path / "model", recall=recall)
+    model = merge_predictor(sparse("llama"), tmp_path / "model", **measured)
     pack(str(model), tmp_path / "packed", quant="q8")
     assert Engine(tmp_path / "packed", threads=1).mode == mode
 

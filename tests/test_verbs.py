@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from importlib import import_module
 from inspect import signature
@@ -18,12 +19,26 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.pack import pack
 from turbosparse.packed.synthetic import SHAPES
 
-VERBS = {name: target for name, (target, _) in (cli.VERBS | cli.DATA_VERBS).items()}
+GROUPED = {
+    f"{group} {name}": verb
+    for group, (_, verbs) in cli.GROUPS.items()
+    for name, verb in verbs.items()
+}
+VERBS = {name: target for name, (target, _) in (cli.VERBS | GROUPED).items()}
 CALLS: list[tuple[str, dict[str, Any]]] = [
     ("convert", {"source": "~/dense", "out": "~/new", "data": ["~/text.jsonl"], "tokens": 600}),
     ("train", {"recipe": "~/recipe.yaml", "data": "~/", "out": "~/new"}),
     ("analyse", {"model": "~/dense", "data": ["~/text.jsonl"], "out": "~/new"}),
-    ("pack", {"model": "~/dense", "out": "~/new", "stats": "~/stats.turbosparse"}),
+    (
+        "pack",
+        {
+            "model": "~/sparse",
+            "out": "~/new",
+            "stats": "~/stats.turbosparse",
+            "predictor": "sign",
+            "data": ["~/text.jsonl"],
+        },
+    ),
     ("export", {"model": "~/merged", "out": "~/new", "to": "predictor-pt"}),
     (
         "publish",
@@ -40,7 +55,15 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("generate", {"model": "~/packed", "prompt": "The", "max_tokens": 1}),
     ("bench", {"model": "~/packed", "rounds": 1, "tokens": 1}),
     ("bench", {"shape": "toy", "folder": "~/new", "rounds": 1, "tokens": 1}),
-    ("prepare", {"recipe": "~/recipe.yaml", "data": "~/", "out": "~/new", "processes": 1}),
+    ("data prepare", {"recipe": "~/recipe.yaml", "data": "~/", "out": "~/new", "processes": 1}),
+    (
+        "predictor train",
+        {"model": "~/sparse", "out": "~/new", "data": ["~/text.jsonl"], "kind": "sign"},
+    ),
+    (
+        "predictor score",
+        {"models": ["~/signs"], "data": ["~/text.jsonl"], "picture": "~/new.png", "targets": [0.9]},
+    ),
     # it is enough that these look at the right place
     ("demo", {"out": "~/text.jsonl"}),
     ("chat", {"model": "~/dense"}),
@@ -59,6 +82,7 @@ def function(verb: str) -> Callable[..., Any]:
 def home(
     tmp_path: Path,
     dense: Callable[[str], Path],
+    sparse: Callable[..., Path],
     merged: Path,
     corpus: Path,
     monkeypatch: pytest.MonkeyPatch,
@@ -68,6 +92,7 @@ def home(
     elsewhere.mkdir()
     (home / "dense").symlink_to(dense("mistral"))
     (home / "merged").symlink_to(merged)
+    (home / "sparse").symlink_to(sparse("mistral"))
     (home / "text.jsonl").symlink_to(corpus)
     recipe = drelu_recipe(dense("mistral"), Path("text.jsonl"), 16, batch_size=2, tokens=32)
     (home / "recipe.yaml").write_text(json.dumps(recipe))
@@ -83,8 +108,13 @@ def home(
 def test_paths_may_be_strings(home: Path, verb: str, given: dict[str, Any]) -> None:
     if given.get("folder", given.get("model")) == "~/packed":
         pack(str(home / "dense"), home / "packed")
+    if verb == "predictor score":  # it writes into the model
+        shutil.copytree(home / "sparse", home / "signs")
+        config = json.loads((home / "signs/config.json").read_text())
+        config["predictor"] = {"kind": "sign"}
+        (home / "signs/config.json").write_text(json.dumps(config))
     if verb == "pack":
-        analyse(str(home / "dense"), data=[home / "text.jsonl"], out=home)
+        analyse(str(home / "sparse"), data=[home / "text.jsonl"], out=home)
     if verb in REFUSED:
         with pytest.raises(TurboSparseError, match=r"^/\S*/(text.jsonl exists|dense\S* is not)"):
             function(verb)(**given)

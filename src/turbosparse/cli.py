@@ -61,6 +61,17 @@ DATA_VERBS = {
         "Tokenise and pack a recipe's data once, into files that training maps.",
     ),
 }
+PREDICTOR_VERBS = {
+    "train": ("turbosparse.predictor:train", "Make predictors for a sparse model."),
+    "score": (
+        "turbosparse.predictor:score",
+        "Measure what predictors cost in quality and save in bytes.",
+    ),
+}
+GROUPS = {
+    "data": ("Prepare data for training.", DATA_VERBS),
+    "predictor": ("Find the neurons that a token needs before reading them.", PREDICTOR_VERBS),
+}
 
 app = App(
     name="turbosparse",
@@ -75,10 +86,11 @@ app.meta.suppress_keyboard_interrupt = False
 for _verb, (_target, _help) in VERBS.items():
     names = (_verb, "analyze") if _verb == "analyse" else _verb
     app.command(_target, name=names, help=_help)
-_data = App(name="data", help="Prepare data for training.")
-for _verb, (_target, _help) in DATA_VERBS.items():
-    _data.command(_target, name=_verb, help=_help)
-app.command(_data)
+for _name, (_help, _verbs) in GROUPS.items():
+    _group = App(name=_name, help=_help)
+    for _verb, (_target, _about) in _verbs.items():
+        _group.command(_target, name=_verb, help=_about)
+    app.command(_group)
 
 
 @app.meta.default

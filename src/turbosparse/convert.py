@@ -15,9 +15,8 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -36,10 +35,7 @@ from turbosparse.hf import families
 from turbosparse.hf.activations import Activation, stock
 from turbosparse.hf.hub import model_folder
 from turbosparse.hf.published import mend_generation, own_fields, record_of, with_cache
-from turbosparse.training.mixture import packed_sequences
-from turbosparse.training.readers import document_streams
-
-STREAMS = 64  # that a folder's files are read in, in turn
+from turbosparse.training.sample import draw
 
 
 @dataclass(frozen=True)
@@ -179,7 +175,7 @@ def convert(
         length = min(tokens, config.max_position_embeddings, 1024)
         how: dict[str, Any] = {"template": template, "separator": separator}
         how |= {"tokens": tokens, "length": length}
-        ids = _draw(texts, tokenizer, config.vocab_size, **how)
+        ids = draw(texts, tokenizer, config.vocab_size, **how)
         model = Layerwise(folder, activation="drelu", device=device)
         neurons = _wider(config.intermediate_size, widen)
         state = out.with_name(out.name + ".converting")
@@ -260,37 +256,6 @@ def _wider(neurons: int, widen: float) -> int:
     """So many times the neurons; sizes of real models stay multiples of 64, for their kernels."""
     wide = round(widen * neurons)
     return min(-(-wide // 64) * 64, 2 * neurons) if neurons % 64 == 0 else wide
-
-
-def _draw(
-    data: list[Path], tokenizer: Any, vocabulary: int, *, tokens: int, length: int, **how: Any
-) -> list[list[int]]:
-    """Token ids of about this many tokens: as much of each of `data`, and in it of each file."""
-    from turbosparse.hf.load import check_ids
-
-    each = -(-tokens // (length * len(data)))
-    rows: list[list[int]] = []
-    for path in data:
-        streams = [
-            packed_sequences(documents, tokenizer, length, append_eos=True)
-            for documents in document_streams(path, STREAMS, **how)
-        ]
-        drawn = islice(_in_turn(streams), each)
-        rows += [check_ids(row["input_ids"], tokenizer, vocabulary) for row in drawn]
-    if not rows:
-        raise TurboSparseError(
-            f"the text of --data has fewer than {length} tokens; give more text, or fewer --tokens"
-        )
-    return rows
-
-
-def _in_turn(streams: list[Iterator[Any]]) -> Iterator[Any]:
-    while streams:
-        for stream in list(streams):
-            try:
-                yield next(stream)
-            except StopIteration:
-                streams.remove(stream)
 
 
 def _carry(shard: Path, target: Path, *, link: bool) -> None:

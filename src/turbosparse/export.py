@@ -39,9 +39,9 @@ from turbosparse.hf.hub import model_folder
 from turbosparse.hf.load import activation_of, load_tokenizer, threshold_of
 from turbosparse.hf.published import ABOVE_ZERO, PUBLISHED
 from turbosparse.ops.predictor import Predictor
-from turbosparse.pack import find_predictor
 from turbosparse.packed.format import Packed, is_packed
 from turbosparse.packed.stats import Stats
+from turbosparse.predictors.mask import find_predictor
 
 Kind = Literal["powerinfer-gguf", "turbosparse", "predictor-pt"]
 _POWERINFER = {"drelu": "bamboo", "reglu": "llama"}  # the graph that computes an activation
@@ -135,6 +135,8 @@ def _check_powerinfer(model: _Model) -> Predictor:
     """The predictor of a model that PowerInfer runs as we do."""
     if model.predictor is None:
         model.refuse("PowerInfer", "needs a predictor, and the model holds none")
+    if model.predictor.kind == "sign":
+        model.refuse("PowerInfer", "has no predictor of signs")
     if families.experts(model.config):
         model.refuse("PowerInfer", "runs no mixture of experts")
     if model.predictor.input != "pre_norm":
@@ -152,12 +154,14 @@ def _gguf(model: _Model, out: Path, quant: str) -> int:
     _check_plain(model, "PowerInfer")
     tokenizer, kind = load_tokenizer(model.folder), quant.upper()
 
+    threshold, sizes = _one_threshold(model, predictor)
+
     def describe(writer: Any) -> None:
-        writer.add_float32("powerinfer.sparse_threshold", predictor.threshold)
+        writer.add_float32("powerinfer.sparse_threshold", threshold)
         add_tokenizer(writer, tokenizer, config.vocab_size)
 
     tensors = _powerinfer_tensors(model)
-    data = _stored(model, track(tensors, "exporting"), kind)
+    data = _stored(model, track(tensors, "exporting"), kind, sizes)
     with new_file(out) as work:
         write_gguf(work, _POWERINFER[activation], config, kind, tensors, data, describe)
         with work.open("r+b") as file:
@@ -196,7 +200,24 @@ def _powerinfer_tensors(model: _Model) -> list[families.Tensor]:
     return tensors
 
 
-def _stored(model: _Model, tensors: Iterator[families.Tensor], kind: str) -> Iterator[NDArray[Any]]:
+def _one_threshold(model: _Model, predictor: Predictor) -> tuple[float, list[float]]:
+    """The threshold of all layers, and by what each layer's fc2 is divided to have it."""
+    own = predictor.threshold
+    if not isinstance(own, list):
+        return own, [1.0] * model.config.num_hidden_layers
+    each = [layer[0] for layer in own]
+    if max(each) >= 0:
+        model.refuse(
+            "PowerInfer",
+            f"has one threshold for all layers, this model has {min(each):g} to "
+            f"{max(each):g}, and only negative ones can be made one",
+        )
+    return -1.0, [-threshold for threshold in each]
+
+
+def _stored(
+    model: _Model, tensors: Iterator[families.Tensor], kind: str, sizes: list[float]
+) -> Iterator[NDArray[Any]]:
     import gguf
 
     config, own = model.config, families.table(model.config)
@@ -211,6 +232,8 @@ def _stored(model: _Model, tensors: Iterator[families.Tensor], kind: str) -> Ite
             weight = pair_order(weight, heads[tensor.role])
         elif tensor.role == "down":
             weight = np.ascontiguousarray(weight.T)
+        elif tensor.role == "fc2":
+            weight = weight / np.float32(sizes[tensor.layer or 0])
         own_kind = gguf.GGMLQuantizationType["F32" if tensor.row.packed == "float" else kind]
         yield gguf.quantize(weight, own_kind)
 
@@ -218,16 +241,16 @@ def _stored(model: _Model, tensors: Iterator[families.Tensor], kind: str) -> Ite
 def _predictor(model: _Model, out: Path, _: str) -> int:
     predictor, name = _check_powerinfer(model), families.table(model.config).name
     stats = Stats.find(model.folder)
+    threshold, sizes = _one_threshold(model, predictor)
     with new_folder(out) as work:
         for layer in track(range(model.config.num_hidden_layers), "exporting"):
-            matrices = {
-                f"{role}.weight": model.checkpoint[name(role, layer)] for role in ("fc1", "fc2")
-            }
+            fc1, fc2 = (model.checkpoint[name(role, layer)] for role in ("fc1", "fc2"))
+            matrices = {"fc1.weight": fc1, "fc2.weight": fc2 / sizes[layer]}
             torch.save(matrices, work / f"model_{layer}.pt")
             if stats:
                 (work / "activation").mkdir(exist_ok=True)
                 torch.save(stats.active[layer, 0], work / f"activation/activation_{layer}.pt")
-        write_json(work / "config.json", {"sparse_threshold": predictor.threshold})
+        write_json(work / "config.json", {"sparse_threshold": threshold})
     return 2 * model.config.num_hidden_layers
 
 
@@ -242,11 +265,11 @@ def _published(model: _Model, out: Path, _: str) -> int:
         model.refuse(program, f"holds dReLU Mistral and Mixtral models, not {activation} {base}")
     kind, classes = _LAYOUTS[base]
     reads, known = PUBLISHED[kind].predictor_input, model.predictor
-    if known and not (known.input == reads and 0 <= known.threshold <= ABOVE_ZERO):
+    if known and not (known.input == reads and known.threshold in (0, ABOVE_ZERO)):
         model.refuse(
             program,
             f"has a predictor that reads {reads} with threshold 0, this one "
-            f"reads {known.input} with threshold {known.threshold:g}",
+            f"reads {known.input} with threshold {known.least}",
         )
     if known is None and families.experts(config):
         model.refuse(program, "of a mixture of experts needs a predictor, and the model holds none")

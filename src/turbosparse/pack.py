@@ -10,14 +10,14 @@ the function computed, and q4 keeps those columns best that matter most.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import ValidationError
 from torch import Tensor
 
 from turbosparse import __version__
@@ -32,9 +32,10 @@ from turbosparse.base.folders import (
 )
 from turbosparse.base.progress import track
 from turbosparse.hf import families
-from turbosparse.hf.activations import ACTIVATIONS, WITHOUT_ZEROS, Activation
+from turbosparse.hf.activations import ACTIVATIONS, Activation
 from turbosparse.hf.checkpoint import Checkpoint
 from turbosparse.hf.hub import model_folder
+from turbosparse.hf.layerwise import Layerwise
 from turbosparse.hf.load import (
     activation_keys,
     activation_of,
@@ -57,8 +58,12 @@ from turbosparse.packed.format import (
 )
 from turbosparse.packed.header import FFN, VERSION, Header, QuantMap
 from turbosparse.packed.stats import Stats
+from turbosparse.predictors.mask import find_predictor
+from turbosparse.predictors.score import run_layers
+from turbosparse.training.sample import sequences
 
 CHUNK = 1 << 20  # weights that are quantised at once
+CHECK_TOKENS = 4096
 
 
 @dataclass(frozen=True)
@@ -93,6 +98,7 @@ def pack(
     predictor_quant: Quant = "q8",
     predictor_input: Literal["pre_norm", "post_norm"] | None = None,
     activation: Activation | None = None,
+    data: Sequence[AnyPath] | None = None,
 ) -> PackedModel:
     """Quantise a model and lay it out for sparse reading.
 
@@ -123,6 +129,9 @@ def pack(
     activation
         Run the weights with this feed-forward, where neither config.json nor the name of the model
         tells which they were trained with.
+    data
+        Text to check the predictor on, a file or folder: one of another model or with another input
+        is refused. What it was found to do there is recorded.
     """
     out = local_path(out)
     check_free(out)
@@ -135,12 +144,17 @@ def pack(
     if predictor not in ("auto", "none", "sign"):
         apart, raw["predictor"] = read_predictor(predictor, config)
         checkpoint.merge(predictor, apart)
+    found = find_predictor(
+        config, checkpoint, predictor, predictor_quant, predictor_input, raw.get("predictor")
+    )
+    if data and not found:
+        raise TurboSparseError("--data is to check a predictor, and none is packed")
+    if data and found:
+        found = _checked(folder, checkpoint, config, found, data)
     ffn = FFN(
         activation=activation_of(config),  # type: ignore[arg-type]
         threshold=threshold_of(config),
-        predictor=find_predictor(
-            config, checkpoint, predictor, predictor_quant, predictor_input, raw.get("predictor")
-        ),
+        predictor=found,
     )
     profile = Stats.find(folder, local_path(stats) if stats else None)
     if profile:
@@ -182,6 +196,22 @@ def pack(
     )
 
 
+def _checked(
+    folder: Path,
+    checkpoint: Checkpoint,
+    config: Any,
+    predictor: Predictor,
+    data: Sequence[AnyPath],
+) -> Predictor:
+    """The record with what the predictor does on text; raises if that is little."""
+    layers = Layerwise(folder, activation=activation_of(config))
+    layers.checkpoint = checkpoint  # with a predictor that is published apart
+    ids = sequences(folder, config, [local_path(path) for path in data], CHECK_TOKENS)
+    _, _, (run,) = run_layers(layers, predictor, ids, [])
+    run.check(folder, predictor, config.intermediate_size)
+    return predictor.model_copy(update=run.total().shares(config.intermediate_size))
+
+
 class _Choices(NamedTuple):
     quants: QuantMap
     stats: Stats | None
@@ -207,44 +237,6 @@ def _pairs(text: str) -> dict[str, str]:
     if any(len(pair) != 2 for pair in pairs):
         raise TurboSparseError(f"quant map {text!r} is not valid; write it like head=q8,down=q8")
     return dict(pairs)
-
-
-def find_predictor(
-    config: Any,
-    checkpoint: Checkpoint,
-    choice: str = "auto",
-    quant: str = "f16",
-    reads: str | None = None,
-    block: Any = None,
-) -> Predictor | None:
-    """The record of the predictor to pack; what `block` says of one of its kind holds."""
-    ranks = None if choice == "sign" else checkpoint.predictor_ranks(config)
-    if reads and ranks is None:
-        raise TurboSparseError(
-            f"--predictor-input is for a merged predictor, and {checkpoint.folder} holds none"
-        )
-    if choice == "none" or (choice == "auto" and ranks is None):
-        return None
-    if (activation := activation_of(config)) in WITHOUT_ZEROS:
-        raise TurboSparseError(
-            f"{checkpoint.folder} is a {activation} model: it has no zeros to predict; "
-            "use --predictor none"
-        )
-    kind: dict[str, Any] = {"kind": "sign"}
-    if ranks is not None:
-        kind = {"kind": "low_rank", "quant": quant, "ranks": ranks}
-        for rank in {rank for layer in ranks for rank in layer}:
-            row_bytes(quant, rank)  # raises unless it is a multiple of a block
-    if block is None:
-        block = own_fields(checkpoint.folder).get("predictor", {})
-    try:
-        said = block if block.get("kind", "low_rank") == kind["kind"] else {}
-        reads = reads or said.get("input", "post_norm")
-        return Predictor.model_validate({"threshold": 0.0} | said | kind | {"input": reads})
-    except (ValidationError, AttributeError, TypeError) as error:
-        raise TurboSparseError(
-            f'{checkpoint.folder / "config.json"}: the block "predictor" is not valid: {error}'
-        ) from error
 
 
 def _tensors(

@@ -26,8 +26,8 @@ from turbosparse.hf import families
 from turbosparse.hf.checkpoint import INDEX, Checkpoint
 from turbosparse.hf.hub import is_hub_id
 from turbosparse.hf.load import CODE, load_model, quiet
-from turbosparse.pack import find_predictor
 from turbosparse.packed.stats import FILE as STATS_FILE
+from turbosparse.predictors.mask import find_predictor
 from turbosparse.sharing.card import CARD, CHART, LOG, RECIPE, Known, draw, write_card
 
 _OURS = (CARD, CHART, RECIPE, LOG, STATS_FILE, *CODE)

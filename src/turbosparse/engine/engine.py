@@ -26,9 +26,6 @@ Backend = Literal["auto", "torch", "cpu"]
 Mode = Literal["auto", "dense", "exact", "predicted"]
 Logits = NDArray[np.float32]
 
-# Recall, as measured when a predictor was made, from which `auto` trusts it: what a layer misses
-# the next ones miss too, and over 32 layers 1 % each is a quarter.
-TRUSTED_RECALL = 0.99
 CHUNK = 512  # tokens of a sequence that one pass reads
 _SMALLEST_BUDGET = 64 << 20
 
@@ -68,8 +65,8 @@ class Engine:
             takes the core.
         mode: ``exact`` skips neurons that are exactly zero, ``predicted`` also those that the
             folder's predictor does not pick, ``dense`` reads all; ``auto`` takes predicted where
-            the predictor's measured recall is at least `TRUSTED_RECALL`, else exact where the
-            activation has exact zeros.
+            the predictor was measured to pay (`Predictor.pays`), else exact where the activation
+            has exact zeros.
         threads: of the C++ core; by default the processors that this process may use.
         kv_bytes: budget of the key-value caches of all sequences; by default half of the memory
             that is available beside the weights.
@@ -279,6 +276,6 @@ def _mode(packed: Packed, asked: Mode) -> ops.Mode:
         )
     if asked != "auto":
         return asked
-    if predictor and (predictor.recall or 0) >= TRUSTED_RECALL:
+    if predictor and predictor.pays:
         return "predicted"
     return "exact" if sparse else "dense"

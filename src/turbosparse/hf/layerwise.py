@@ -23,6 +23,11 @@ from turbosparse.hf.load import load_config
 CHUNK_TOKENS = 4096  # that go through a layer together
 
 
+class _Nothing(torch.nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
 class Layerwise:
     """The layers of a checkpoint, each loaded when it is asked for.
 
@@ -64,13 +69,40 @@ class Layerwise:
         """A model of this one layer, with its weights, for `run`."""
         shell = self._shell(index)
         shell.layers[0].load_state_dict(self._weights(index), strict=True, assign=True)
-        return shell.eval()
+        return shell.eval().requires_grad_(False)
 
     def run(self, shell: Any, hidden: Tensor) -> Tensor:
         """Put the states of some sequences through the layer of `shell`."""
         states = shell(inputs_embeds=hidden.to(self.device), use_cache=False)
         after: Tensor = states.last_hidden_state.to(hidden.device)
         return after
+
+    def attend(self, shell: Any, hidden: Tensor) -> None:
+        """Move states ``[N, T, H]`` past the attention of a layer: they become its residual."""
+        layer = shell.layers[0]
+        mlp, layer.mlp = layer.mlp, _Nothing()
+        for part in self.chunks(hidden):
+            part.copy_(self.run(shell, part))
+        layer.mlp = mlp
+
+    def ffn_input(self, shell: Any, residual: Tensor) -> Tensor:
+        """What the feed-forward of a layer reads of its residual ``[..., H]``."""
+        x: Tensor = shell.layers[0].post_attention_layernorm(residual.to(self.device))
+        return x
+
+    def feed_forward(self, shell: Any, residual: Tensor) -> None:
+        """Move a residual ``[N, T, H]`` past the feed-forward of a layer."""
+        for part in self.chunks(residual):
+            part.add_(shell.layers[0].mlp(self.ffn_input(shell, part)).to(part.device))
+
+    def routed(self, shell: Any, residual: Tensor) -> Tensor:
+        """The experts that each token goes to, ``[N, T, k]``."""
+        router = shell.layers[0].mlp.gate
+        found = [
+            router(self.ffn_input(shell, part).flatten(0, 1))[2].cpu()
+            for part in self.chunks(residual)
+        ]
+        return torch.cat(found).reshape(*residual.shape[:2], -1)
 
     def norm(self, hidden: Tensor) -> Tensor:
         """The final norm."""

@@ -72,16 +72,13 @@ def fit_layer(
         variance of the dense FFN's output on the held-out text that the new one accounts for: None
         where that does not vary, as of an expert that no token was sent to.
     """
-    layer = shell.layers[0]
-    mlp, layer.mlp = layer.mlp, _Nothing()
-    for part in model.chunks(hidden):  # hidden becomes the residual, past the attention
-        part.copy_(model.run(shell, part))
-    layer.mlp = mlp
-    normed = torch.cat([_normed(layer, part, model).cpu() for part in model.chunks(hidden)])
+    model.attend(shell, hidden)
+    normed = torch.cat([model.ffn_input(shell, part).cpu() for part in model.chunks(hidden)])
+    mlp = shell.layers[0].mlp
     new, shares = [], []
     moe = hasattr(mlp, "experts")
-    chosen = _routed(mlp, normed, model.device) if moe else None
-    for number, old in enumerate(_weights_of(mlp)):
+    chosen = model.routed(shell, hidden) if moe else None
+    for number, old in enumerate(weights_of(mlp)):
         seen, unseen = normed[~held_out], normed[held_out]
         if chosen is not None:
             mine = (chosen == number).any(-1)
@@ -92,31 +89,15 @@ def fit_layer(
         shares.append(explained(old, made, unseen if len(unseen) else seen))
         new.append(made)
     _put(mlp, new)
-    for part, x in zip(model.chunks(hidden), model.chunks(normed), strict=True):
-        part.add_(mlp(x.to(model.device)).to(part.device))
+    model.feed_forward(shell, hidden)
     return new, shares
 
 
-class _Nothing(torch.nn.Module):
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.zeros_like(x)
-
-
-def _normed(layer: Any, residual: Tensor, model: Layerwise) -> Tensor:
-    x: Tensor = layer.post_attention_layernorm(residual.to(model.device))
-    return x
-
-
-def _routed(mlp: Any, normed: Tensor, device: torch.device) -> Tensor:
-    """The experts that each token goes to, ``[N, T, k]``."""
-    rows = normed.reshape(-1, normed.shape[-1])
-    found = [mlp.gate(part.to(device))[2].cpu() for part in rows.split(_ROWS)]
-    return torch.cat(found).reshape(*normed.shape[:2], -1)
-
-
-def _weights_of(mlp: Any) -> list[FFN]:
+def weights_of(mlp: Any) -> list[FFN]:
+    """Of a layer's feed-forward, or of each of its experts; without a gate, up stands for it."""
     if not hasattr(mlp, "experts"):
-        return [FFN(mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight)]
+        gate = getattr(mlp, "gate_proj", mlp.up_proj)
+        return [FFN(gate.weight, mlp.up_proj.weight, mlp.down_proj.weight)]
     pairs = zip(mlp.experts.gate_up_proj, mlp.experts.down_proj, strict=True)
     halves = ((*gate_up.chunk(2), down) for gate_up, down in pairs)
     return [FFN(gate, up, down) for gate, up, down in halves]

@@ -23,7 +23,7 @@ def neurons(
 def _predictor(packed: PackedPredictor, hidden: int) -> _core.Predictor:
     about, tensors = packed.about, packed.tensors
     if about.kind == "sign":
-        return _core.Signs(tensors["signs"], hidden, about.threshold)
+        return _core.Signs(tensors["signs"], hidden, packed.threshold)
     fc1 = _core.Matrix(tensors["fc1"], hidden, str(about.quant))
     fc2 = _core.Matrix(tensors["fc2"], fc1.rows, str(about.quant))
-    return _core.LowRank(fc1, fc2, about.threshold, about.input == "pre_norm")
+    return _core.LowRank(fc1, fc2, packed.threshold, about.input == "pre_norm")

@@ -162,12 +162,12 @@ def _predictor(packed: PackedPredictor, hidden: int) -> Predict:
     if about.kind == "sign":
         signs = _tensor(packed.tensors["signs"]).split(sign_bytes(hidden), dim=1)
         parts = [negative(part, hidden) for part in signs]
-        return lambda x, _: sign_candidates(x, parts, about.threshold)
+        return lambda x, _: sign_candidates(x, parts, packed.threshold)
     fc1, fc2 = (_tensor(packed.tensors[name]) for name in ("fc1", "fc2"))
     first = dequantise(fc1, str(about.quant), hidden)
     second = dequantise(fc2, str(about.quant), len(fc1))
     return lambda x, residual: low_rank_candidates(
-        residual if about.input == "pre_norm" else x, first, second, about.threshold
+        residual if about.input == "pre_norm" else x, first, second, packed.threshold
     )
 
 

@@ -140,7 +140,8 @@ class Packed:
             return None
         parts = ("signs",) if about.kind == "sign" else ("fc1", "fc2")
         found = {part: self.tensors[f"{prefix}predictor.{part}"] for part in parts}
-        return PackedPredictor(about, found)
+        layer, *expert = (int(part) for part in prefix.split(".") if part.isdecimal())
+        return PackedPredictor(about.of(layer, expert[0] if expert else None), found)
 
     def check_unchanged(self) -> None:
         """Raise FormatError if another program wrote into a weight file since it was opened."""
@@ -184,13 +185,19 @@ def _check_header(folder: Path, header: Header, config: Any) -> None:
     if header.cluster_neurons != cluster:
         detail = f"cluster_neurons: {header.cluster_neurons}, not {cluster}"
         raise FormatError(folder, Fault.HEADER, detail)
-    _check_ranks(folder, header.ffn.predictor, config)
+    if predictor := header.ffn.predictor:
+        _check_each(folder, predictor, config)
 
 
-def _check_ranks(folder: Path, predictor: Predictor | None, config: Any) -> None:
-    if predictor is None or predictor.ranks is None:
-        return
+def _check_each(folder: Path, predictor: Predictor, config: Any) -> None:
+    """Raise unless what stands for each feed-forward is there for all of them."""
     shape = [max(1, families.experts(config))] * config.num_hidden_layers
+    least = predictor.threshold
+    if isinstance(least, list) and [len(layer) for layer in least] != shape:
+        detail = "ffn.predictor.threshold: not one for each layer and expert"
+        raise FormatError(folder, Fault.HEADER, detail)
+    if predictor.ranks is None:
+        return
     step = 1 if predictor.quant == "f16" else BLOCK
     sound = all(rank > 0 and rank % step == 0 for layer in predictor.ranks for rank in layer)
     if not sound or [len(layer) for layer in predictor.ranks] != shape:
