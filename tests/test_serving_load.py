@@ -10,6 +10,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -233,6 +234,25 @@ def test_a_text_larger_than_the_budget_is_refused(packed: Path) -> None:
         assert answer.json()["error"]["code"] == "context_length_exceeded"
         choice = post(running, "The", 150).json()["choices"][0]
         assert choice["finish_reason"] == "length"
+
+
+def test_an_answer_in_the_making_keeps_no_logits(packed: Path) -> None:
+    with serving(packed) as running:
+        passes: list[weakref.ref[Any]] = []
+        alive = []
+        with running.server.models.using(None) as served:
+            advance = served.engine.advance
+
+            def seen(*given: Any) -> Any:
+                alive.append(sum(one() is not None for one in passes))
+                steps = advance(*given)
+                passes.append(weakref.ref(steps[0].logits.base))
+                return steps
+
+            served.engine.advance = seen  # type: ignore[method-assign]
+        assert post(running, "The", 30).status_code == 200
+        assert len(alive) == 30
+        assert max(alive) <= 2
 
 
 def test_a_late_request_is_ended(packed: Path) -> None:

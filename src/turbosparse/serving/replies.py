@@ -281,7 +281,7 @@ def figures(engine: Engine, pieces: list[Piece]) -> Json:
     counted for each token, mean over the tokens.
     """
     config = engine.config
-    layers = np.mean([piece.step.layers for piece in pieces], axis=0)  # [layers, 3]
+    layers = np.mean([piece.layers for piece in pieces], axis=0)  # [layers, 3]
     gated = ACTIVATIONS[engine.packed.activation].gated
     columns = [0, 1, 2] if gated else [0, 2]  # candidates' first rows, then ups, then downs
     experts = experts_in_use(config)

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.engine.engine import CHUNK, Step
@@ -36,7 +37,7 @@ class Piece:
 
     index: int  # of the text
     token: Token
-    step: Step
+    layers: NDArray[np.float64]  # of its `engine.Step`, whose logits must not live as long
     tokens_per_second: float  # of this text, since its first token
     cached: int  # tokens of the prompt that were not read
     logprob: float = 0.0
@@ -334,7 +335,7 @@ class Scheduler:
             scores = _logprobs(step.logits, token.id, request.logprobs)
         if all(one.finished for one in request.choices):
             self._end(request, "finished")
-        request.emit(Piece(choice.index, token, step, rate, choice.cached, **scores))
+        request.emit(Piece(choice.index, token, step.layers, rate, choice.cached, **scores))
 
 
 def _check(request: Request) -> None:
