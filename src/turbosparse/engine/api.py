@@ -14,6 +14,7 @@ from turbosparse.engine.drafting import Draft, open_draft
 from turbosparse.engine.engine import Backend, Engine, Mode
 from turbosparse.engine.generation import Ends, Token, stream, stream_all
 from turbosparse.engine.sampling import Sampling
+from turbosparse.engine.scoring import log_probabilities
 from turbosparse.engine.sequence import Sequence as Kept
 from turbosparse.engine.text import Message, Tokenizer
 
@@ -91,11 +92,8 @@ class Model:
         targets = np.array(self.engine.check_tokens(ids)[1:])
         scores, start = [], 0
         for logits in self.engine.logits(ids[:-1]):
-            of = targets[start : start + len(logits)]
+            scores.append(log_probabilities(logits, targets[start : start + len(logits)]))
             start += len(logits)
-            best = logits.max(1, keepdims=True)
-            total = np.log(np.exp(logits - best).sum(1, dtype=np.float64))
-            scores.append(logits[np.arange(len(of)), of] - best[:, 0] - total)
         return np.concatenate(scores).astype(np.float32)
 
     def new_sequence(self) -> Kept:

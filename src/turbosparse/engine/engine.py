@@ -199,11 +199,23 @@ class Engine:
         Raises:
             As `step`; a pass that fails changes nothing.
         """
-        logits, used = self._pass([sequence], [len(sequence.pending)], every=True)
+        ((logits, used),) = self.every([sequence], [len(sequence.pending)])
         neurons = self.config.intermediate_size * experts_in_use(self.config)
         return [
             Step(row, of / neurons) for row, of in zip(logits, used.swapaxes(0, 1), strict=True)
         ]
+
+    def every(
+        self, sequences: list[Sequence], counts: list[int]
+    ) -> list[tuple[Logits, NDArray[np.int32]]]:
+        """As `advance`, of each sequence with logits after every token that is read.
+
+        Returns:
+            Logits ``[count, vocabulary]`` and neurons used ``[layers, count, 3]``: see `Step`.
+        """
+        logits, used = self._pass(sequences, counts, every=True)
+        ends = np.cumsum(counts)[:-1]
+        return list(zip(np.split(logits, ends), np.split(used, ends, axis=1), strict=True))
 
     def logits(self, tokens: Iterable[int]) -> Iterator[Logits]:
         """Logits after every token of a text, in pieces ``[some tokens, vocabulary]``."""
@@ -212,9 +224,13 @@ class Engine:
     def read(self, tokens: Iterable[int]) -> Iterator[tuple[Logits, NDArray[np.int32]]]:
         """As `logits`, with the neurons used, ``[layers, some tokens, 3]``: see `Step`."""
         with self.sequence(tokens) as sequence:
-            width = max(1, min(CHUNK, (64 << 20) // (4 * self.config.vocab_size)))
             while pending := len(sequence.pending):
-                yield self._pass([sequence], [min(width, pending)], every=True)
+                yield from self.every([sequence], [min(self.width, pending)])
+
+    @property
+    def width(self) -> int:
+        """Tokens of a pass that keeps the logits of every one in little memory."""
+        return max(1, min(CHUNK, (64 << 20) // (4 * self.config.vocab_size)))
 
     def _pass(
         self, sequences: list[Sequence], counts: list[int], *, every: bool = False

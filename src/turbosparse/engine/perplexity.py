@@ -12,6 +12,7 @@ import numpy as np
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.progress import track
 from turbosparse.engine.engine import Engine
+from turbosparse.engine.scoring import log_probabilities
 from turbosparse.hf.count import experts_in_use
 
 
@@ -59,9 +60,7 @@ def measure_packed(engine: Engine, corpora: Mapping[str, Iterable[list[int]]]) -
             done = 0
             for logits, used in engine.read(ids[:-1]):
                 targets = ids[1 + done : 1 + done + len(logits)]
-                best = logits.max(1)
-                total = np.log(np.exp(logits - best[:, None]).sum(1, dtype=np.float64)) + best
-                nats[corpus] += float((total - logits[np.arange(len(targets)), targets]).sum())
+                nats[corpus] -= float(log_probabilities(logits, targets).sum())
                 active += used[..., 2].sum(1)
                 done += len(logits)
             predicted[corpus] += done

@@ -127,6 +127,16 @@ class Tokenizer:
         Raises:
             TurboSparseError: there is no template, or it fails or needs too much.
         """
+        return self.encode(self.chat_text(messages, tools), special=False)
+
+    def chat_text(
+        self,
+        messages: Sequence[Message],
+        tools: Sequence[dict[str, Any]] | None = None,
+        *,
+        answer: bool = True,
+    ) -> str:
+        """The text of `chat`; without `answer` up to the end of the last message."""
         special = {
             name: token["content"] if isinstance(token, dict) else token
             for name, token in self.settings.items()
@@ -135,10 +145,10 @@ class Tokenizer:
         values = {
             "messages": list(messages),
             "tools": list(tools) if tools else None,
-            "add_generation_prompt": True,
+            "add_generation_prompt": answer,
             **special,
         }
-        return self.encode(render(self.chat_template, values, self.folder), special=False)
+        return render(self.chat_template, values, self.folder)
 
     @cached_property
     def chat_template(self) -> str:
