@@ -23,6 +23,7 @@ ALLOWED = {
     "analysis": {"base", "hf", "ops", "packed"},
     "sharing": {"base", "hf", "ops", "packed", "training"},
     "benchmark": {"base", "hf", "ops", "packed", "engine"},
+    "evaluation": {"base", "hf", "ops", "packed", "engine"},
 }
 FREE = {"_core", "__version__"}
 

@@ -53,6 +53,8 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("inspect", {"folder": "~/packed"}),
     ("validate", {"folder": "~/packed"}),
     ("generate", {"model": "~/packed", "prompt": "The", "max_tokens": 1}),
+    ("evaluate", {"model": "~/packed", "data": ["~/text.jsonl"], "max_tokens": 50}),
+    ("count", {"model": "~/sparse", "stats": "~/stats.turbosparse", "bandwidth": 1.0}),
     ("bench", {"model": "~/packed", "rounds": 1, "tokens": 1}),
     ("bench", {"shape": "toy", "folder": "~/new", "rounds": 1, "tokens": 1}),
     ("data prepare", {"recipe": "~/recipe.yaml", "data": "~/", "out": "~/new", "processes": 1}),
@@ -113,7 +115,9 @@ def test_paths_may_be_strings(home: Path, verb: str, given: dict[str, Any]) -> N
         config = json.loads((home / "signs/config.json").read_text())
         config["predictor"] = {"kind": "sign"}
         (home / "signs/config.json").write_text(json.dumps(config))
-    if verb == "pack":
+    if verb == "evaluate":
+        pytest.importorskip("lm_eval")
+    if verb in ("pack", "count"):
         analyse(str(home / "sparse"), data=[home / "text.jsonl"], out=home)
     if verb in REFUSED:
         with pytest.raises(TurboSparseError, match=r"^/\S*/(text.jsonl exists|dense\S* is not)"):

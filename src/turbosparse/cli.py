@@ -45,6 +45,10 @@ VERBS = {
     "generate": ("turbosparse.generate:generate", "Continue a prompt with a packed model."),
     "chat": ("turbosparse.chat:chat", "Talk with a packed model in the terminal."),
     "serve": ("turbosparse.serve:serve", "Serve packed models by the OpenAI API."),
+    "evaluate": (
+        "turbosparse.evaluate:evaluate",
+        "Measure quality: perplexity, tasks, and how far two models agree.",
+    ),
     "count": (
         "turbosparse.count:count",
         "Count the parameters, bytes and FLOPs of a token, and the speed that they allow.",
