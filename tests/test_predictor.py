@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Shared, make_model, merge_predictor
+from conftest import Shared, drelu_recipe, make_model, merge_predictor
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -31,6 +31,7 @@ from turbosparse.predictor import Scored, score, train
 from turbosparse.predictors.mask import predicted
 from turbosparse.predictors.measure import Seen
 from turbosparse.predictors.rows import carrying
+from turbosparse.train import train as train_model
 
 Make = Callable[..., Path]
 FAMILIES = ("llama", "mixtral", "nemotron")  # with a gate, with experts, without a gate
@@ -378,3 +379,22 @@ def test_mistakes_are_named_and_nothing_is_left(
 def test_a_model_without_predictor_has_no_score(sparse: Make, text: Path) -> None:
     with pytest.raises(TurboSparseError, match="holds no predictor; make one with `turbosparse pr"):
         scored(sparse("llama"), text)
+
+
+@pytest.mark.parametrize("kind", ["svd", "sign"])
+def test_training_carries_a_predictor_but_not_what_was_measured_of_it(
+    made: Make, text: Path, tmp_path: Path, kind: str
+) -> None:
+    folder = copied(made("llama", kind), tmp_path / "model")
+    scored(folder, text)
+    recipe = drelu_recipe(folder, text, 16, batch_size=2, tokens=32)
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    train_model(tmp_path / "recipe.yaml", out=tmp_path / "trained")
+    block = read_config(folder)["predictor"]
+    assert block["perplexity"]
+    kept = {key: block[key] for key in ("kind", "input", "threshold")}
+    assert read_config(tmp_path / "trained")["predictor"] == kept
+    load_model(tmp_path / "trained")
+    if kind == "svd":
+        shards = [path / "predictor.safetensors" for path in (folder, tmp_path / "trained")]
+        assert shards[0].read_bytes() == shards[1].read_bytes()

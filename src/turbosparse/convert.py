@@ -131,7 +131,7 @@ def convert(
 
     import torch
 
-    from turbosparse.hf.checkpoint import INDEX, Checkpoint, add_shard
+    from turbosparse.hf.checkpoint import INDEX, PREDICTOR, Checkpoint, add_shard
     from turbosparse.hf.conversion import convert_layers, finish
     from turbosparse.hf.layerwise import Layerwise
     from turbosparse.hf.load import (
@@ -191,7 +191,7 @@ def convert(
             if (folder / INDEX).is_file():
                 shutil.copyfile(folder / INDEX, work / INDEX)
         if merged:
-            add_shard(work, "predictor.safetensors", merged)
+            add_shard(work, PREDICTOR, merged)
         copy_companions(folder, work)
         mend_generation(work, raw)
         if raw["model_type"].startswith(families.PREFIX):

@@ -34,7 +34,7 @@ from turbosparse.base.folders import (
 )
 from turbosparse.hf import families
 from turbosparse.hf.activations import WITHOUT_ZEROS
-from turbosparse.hf.checkpoint import INDEX, add_shard
+from turbosparse.hf.checkpoint import INDEX, PREDICTOR, add_shard
 from turbosparse.hf.hub import model_folder
 from turbosparse.hf.layerwise import Layerwise
 from turbosparse.hf.load import activation_keys, activation_of, copy_code, threshold_of
@@ -47,8 +47,6 @@ from turbosparse.predictors.mask import find_predictor, predictor_of
 from turbosparse.predictors.measure import Recall
 from turbosparse.predictors.score import CALIBRATED, Run, bytes_of, run_layers
 from turbosparse.training.sample import sequences
-
-SHARD = "predictor.safetensors"
 
 
 @dataclass(frozen=True)
@@ -169,7 +167,7 @@ def train(
     with new_folder(out) as work:
         _copy(folder, layers, work)
         if merged:
-            add_shard(work, SHARD, merged)
+            add_shard(work, PREDICTOR, merged)
         fields = activation_keys(config.model_type, activation, threshold_of(config))
         write_json(work / "config.json", own_fields(folder) | fields | {"predictor": block})
     shutil.rmtree(state, ignore_errors=True)

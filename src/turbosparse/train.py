@@ -32,7 +32,7 @@ from turbosparse.base.folders import (
 )
 from turbosparse.base.machine import world_size
 from turbosparse.base.progress import note
-from turbosparse.hf.activations import Activation
+from turbosparse.hf.activations import WITHOUT_ZEROS, Activation
 from turbosparse.training.arguments import (
     check_trackers,
     penalty_of,
@@ -130,6 +130,8 @@ def train(
 
 def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = False) -> Trained:
     """Train by a recipe object; relative paths in it start from `root`. See `train`."""
+    from turbosparse.hf.checkpoint import carry_predictor
+    from turbosparse.hf.hub import model_folder
     from turbosparse.hf.load import activation_of, quiet, save_model
     from turbosparse.training import chatml
     from turbosparse.training.checkpoints import newest_whole, step_of
@@ -187,6 +189,8 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
     if trainer.is_world_process_zero():
         with new_folder(out) as folder:
             save_model(model, tokenizer, folder, weights=weights)
+            if isinstance(recipe.model, str) and trained.activation not in WITHOUT_ZEROS:
+                carry_predictor(model_folder(recipe.model), folder)
             write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
             shutil.copyfile(work / "log.jsonl", folder / "training_log.jsonl")
         shutil.rmtree(work)

@@ -14,11 +14,14 @@ from typing import TYPE_CHECKING, Any
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import read_config, refuse_pointer, write_json
 from turbosparse.hf import families
+from turbosparse.hf.published import own_fields
 
 if TYPE_CHECKING:
     import torch
 
 SINGLE = "model.safetensors"
+PREDICTOR = "predictor.safetensors"
+_KEPT = ("kind", "input", "threshold")  # of a predictor's block
 INDEX = "model.safetensors.index.json"
 _FLOATS = ("F64", "F32", "F16", "BF16")
 # buffers that older versions of transformers saved, computed again by every reader
@@ -193,6 +196,21 @@ def add_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> None
     homes |= dict.fromkeys(tensors, name)
     total = sum((folder / file).stat().st_size for file in set(homes.values()))
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": homes})
+
+
+def carry_predictor(source: Path, out: Path) -> None:
+    """Give the folder of a model that was trained on the predictor of its source.
+
+    What was measured of it is left behind: the weights are others now.
+    """
+    checkpoint = Checkpoint(source)
+    if tensors := {name: checkpoint[name] for name in checkpoint if ".predictor." in name}:
+        add_shard(out, PREDICTOR, tensors)
+    raw = read_config(out)
+    block = raw.pop("predictor", None) or own_fields(source).get("predictor")
+    if block:
+        raw["predictor"] = {key: block[key] for key in _KEPT if key in block}
+        write_json(out / "config.json", raw)
 
 
 def shard_names(folder: Path) -> list[str]:
