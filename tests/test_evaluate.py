@@ -141,7 +141,7 @@ def test_the_harness_finds_the_model_and_its_chat_template(packed: Path) -> None
     lm = get_model("turbosparse").create_from_arg_string(
         f"pretrained={packed},mode=dense,threads=1", {"batch_size": 1, "device": "cpu"}
     )
-    assert lm.engine.mode == "dense"
+    assert lm.model.engine.mode == "dense"
     turns = [{"role": "user", "content": "hello"}]
     assert lm.apply_chat_template(turns) == "[user] hello\n[assistant] "
     assert "for m in messages" in lm.chat_template(True)

@@ -48,10 +48,6 @@ class TurboSparseLM(TemplateLM):
         self.model: Model = load(pretrained, mode=mode, threads=threads)
 
     @property
-    def engine(self) -> Any:
-        return self.model.engine
-
-    @property
     def max_length(self) -> int:
         return self.model.engine.context
 

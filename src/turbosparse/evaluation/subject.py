@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import lm_eval
@@ -66,7 +65,7 @@ class Subject:
             for key, values in measured.items()
         }
 
-    def perplexity(self, corpus: str, texts: Sequence[str], cut: Cut) -> Measured:
+    def perplexity(self, corpus: str, texts: Iterable[str], cut: Cut) -> Measured:
         """Nats per token of each window.
 
         Raises:
@@ -78,7 +77,7 @@ class Subject:
         scores = self.lm._loglikelihood_tokens([(None, *window) for window in windows])
         tokens = np.array([len(continuation) for _, continuation in windows], float)
         nats = -np.array([nats for nats, _ in scores]) / tokens
-        return {(Path(corpus).name, "perplexity"): Items(nats, tokens, perplexity=True)}
+        return {(corpus, "perplexity"): Items(nats, tokens, perplexity=True)}
 
 
 @dataclass(frozen=True)
