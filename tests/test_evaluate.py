@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -231,6 +232,12 @@ def test_the_paired_tests() -> None:
     assert ppl.p == pytest.approx(1e-3)  # all of 2000 resamples
     unlike = figure("t", "perplexity", [Items(nats, weights), Items(nats, weights + 1)])
     assert unlike.p is None  # another tokenizer
+
+
+def test_what_is_missing_is_named(packed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "turbosparse.evaluation.subject", None)
+    with pytest.raises(TurboSparseError, match=r"pip install 'turbosparse\[eval\]'"):
+        evaluate(str(packed), tasks=["a.jsonl"])
 
 
 @pytest.mark.parametrize(

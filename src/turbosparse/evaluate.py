@@ -46,12 +46,12 @@ class Evaluation:
         table = Table("task", "metric", "items", *names, *(["difference", "p"] if two else []))
         for row in self.figures:
             cells = [
-                f"{value:.4f}" + ("" if error is None else f" ± {error:.4f}")
+                f"{value:#.4g}" + ("" if error is None else f" ± {error:#.2g}")
                 for value, error in zip(row.values, row.errors, strict=True)
             ]
             cells += [""] * (len(names) - len(cells))
             if row.difference is not None and row.p is not None:
-                cells += [f"{row.difference:+.4f}", f"{row.p:.2g}"]
+                cells += [f"{row.difference:+#.3g}", f"{row.p:.2g}"]
             table.add_row(row.task, row.metric, str(row.items), *cells)
         ran = [
             f"{model}: {how}, {seconds:.1f} s"
