@@ -147,8 +147,7 @@ def count(
     _check(shares, rank, positions, bandwidth)
     found = _open(model, local_path(stats) if stats else None, activation, bool(sparsity))
     config, quants = found.config, found.quants
-    of_layer = [rank or 0] * max(1, families.experts(config))
-    predictor = _low_rank([of_layer] * config.num_hidden_layers) if rank else found.predictor
+    predictor = _low_rank(config, rank) if rank else found.predictor
     use, source = _use(model, found, predictor, *shares)
     if quant or quants is None:
         quants = QuantMap.default(quant or "q4", {}, same=same_matrices(config))
@@ -158,7 +157,7 @@ def count(
 
     def table(weigh: Weigh, cache: float) -> dict[str, Parts]:
         return {
-            mode: needed(config, weigh, mode, _of_token(config, mode, use), predictor)
+            mode: needed(config, weigh, mode, _of_token(config, mode, use, predictor), predictor)
             | {"keys and values": cache}
             for mode in modes
         }
@@ -232,14 +231,17 @@ def _with(
 
 
 def _merged(folder: Path, config: ModelConfig) -> Predictor | None:
-    """The predictor whose matrices stand in a model folder, if its weights are there."""
-    if not all((folder / name).is_file() for name in shard_names(folder)):
+    """The predictor that stands in a model folder, as `pack` would take it."""
+    from turbosparse.predictors.mask import find_predictor
+
+    there = all((folder / name).is_file() for name in shard_names(folder))  # not a config alone
+    if not there or activation_of(config) in WITHOUT_ZEROS:
         return None
-    ranks = Checkpoint(folder).predictor_ranks(config)
-    return _low_rank(ranks) if ranks else None
+    return find_predictor(config, Checkpoint(folder), quant="q8")
 
 
-def _low_rank(ranks: list[list[int]]) -> Predictor:
+def _low_rank(config: ModelConfig, rank: int) -> Predictor:
+    ranks = [[rank] * max(1, families.experts(config))] * config.num_hidden_layers
     return Predictor(kind="low_rank", quant="q8", input="post_norm", threshold=0.0, ranks=ranks)
 
 
@@ -275,14 +277,15 @@ def _use(
     return Use(1, candidates, gate if gate_positive is None else gate_positive, active), source
 
 
-def _of_token(config: ModelConfig, mode: str, use: Use) -> Use:
+def _of_token(config: ModelConfig, mode: str, use: Use, predictor: Predictor | None) -> Use:
     """Shares of all neurons. Candidates in vain have a positive gate as often as any inactive."""
-    gate = use.gate_positive
-    if mode == "predicted" and use.active < 1:
-        vain = max(0.0, use.candidates - use.active)
-        gate = use.active + vain * (gate - use.active) / (1 - use.active)
+    gate, active = use.gate_positive, use.active
+    if mode == "predicted" and predictor and use.active < 1:
+        active *= 1 if predictor.recall is None else predictor.recall
+        vain = max(0.0, use.candidates - active)
+        gate = active + vain * (gate - use.active) / (1 - use.active)
     every = experts_in_use(config) / (families.experts(config) or 1)
-    return Use(*(every * share for share in (1, use.candidates, gate, use.active)))
+    return Use(*(every * share for share in (1, use.candidates, gate, active)))
 
 
 def _activated(config: ModelConfig, parameters: dict[str, Parts]) -> dict[str, int]:
