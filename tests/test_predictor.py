@@ -288,10 +288,8 @@ def test_pack_records_what_it_saw_of_a_predictor(made: Make, text: Path, tmp_pat
     assert about is not None
     assert about.norm_recall == pytest.approx(0.99, abs=0.005)
     assert about.perplexity is None
-    with pytest.raises(
-        TurboSparseError, match="--data is to check a predictor, and none is packed"
-    ):
-        pack(str(made("llama")), tmp_path / "none", predictor="none", data=[text])
+    with pytest.raises(TurboSparseError, match="--data is for q4 and for a predictor, and neither"):
+        pack(str(made("llama")), tmp_path / "no", quant="q8", predictor="none", data=[text])
 
 
 # --- carried --------------------------------------------------------------------------------------

@@ -3,16 +3,17 @@
 Streams tensor by tensor: a model of any size packs in the memory of its largest matrix or of one
 feed-forward, as on disk and packed.
 With the statistics of `analyse` the neurons of each FFN are laid hot first, which does not change
-the function computed, and q4 keeps those columns best that matter most.
+the function computed, and q4 keeps those columns best that matter most. With text q4 loses least:
+its rounding errors make up for one another.
 
     turbosparse pack mistral-sparse mistral-q4 --quant q4
+    turbosparse pack mistral-sparse mistral-q4 --data web.jsonl --data books
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -45,6 +46,7 @@ from turbosparse.hf.load import (
 )
 from turbosparse.hf.powerinfer import read_predictor
 from turbosparse.hf.published import own_fields
+from turbosparse.ops.feedback import Feedback
 from turbosparse.ops.predictor import Predictor
 from turbosparse.ops.quant import quantise, signs
 from turbosparse.ops.rows import FFNRows, Quant, row_bytes
@@ -57,6 +59,7 @@ from turbosparse.packed.format import (
     same_matrices,
 )
 from turbosparse.packed.header import FFN, VERSION, Header, QuantMap
+from turbosparse.packed.moments import Moments
 from turbosparse.packed.stats import Stats
 from turbosparse.predictors.mask import find_predictor
 from turbosparse.predictors.score import run_layers
@@ -99,6 +102,9 @@ def pack(
     predictor_input: Literal["pre_norm", "post_norm"] | None = None,
     activation: Activation | None = None,
     data: Sequence[AnyPath] | None = None,
+    template: str = "{text}",
+    separator: str | None = None,
+    tokens: int = 65_536,
 ) -> PackedModel:
     """Quantise a model and lay it out for sparse reading.
 
@@ -130,8 +136,17 @@ def pack(
         Run the weights with this feed-forward, where neither config.json nor the name of the model
         tells which they were trained with.
     data
-        Text to check the predictor on, a file or folder: one of another model or with another input
-        is refused. What it was found to do there is recorded.
+        Text, JSON-lines or .gz file, or a folder of them, that the model is put through layer by
+        layer: what rounding a weight to q4 loses there, the weights after it make up for. Repeat it
+        for more; each gets an equal share, and so do the files of a folder. A predictor is checked
+        on it too: one of another model or with another input is refused, and what it was found to
+        do there is recorded.
+    template
+        How a JSON row becomes text, such as "{question} {answer}".
+    separator
+        Text between the documents of a text file; without it a file is one document.
+    tokens
+        Of this text, about so many.
     """
     out = local_path(out)
     check_free(out)
@@ -147,10 +162,16 @@ def pack(
     found = find_predictor(
         config, checkpoint, predictor, predictor_quant, predictor_input, raw.get("predictor")
     )
-    if data and not found:
-        raise TurboSparseError("--data is to check a predictor, and none is packed")
-    if data and found:
-        found = _checked(folder, checkpoint, config, found, data)
+    quants = QuantMap.default(quant, _pairs(quant_map), same=same_matrices(config))
+    q4 = "q4" in quants.model_dump().values()
+    if data and not (found or q4):
+        raise TurboSparseError("--data is for q4 and for a predictor, and neither is packed")
+    texts = [local_path(path) for path in data or ()]
+    how: dict[str, Any] = {"template": template, "separator": separator}
+    if texts and found:
+        found = _checked(
+            checkpoint, config, found, sequences(folder, config, texts, CHECK_TOKENS, **how)
+        )
     ffn = FFN(
         activation=activation_of(config),  # type: ignore[arg-type]
         threshold=threshold_of(config),
@@ -159,9 +180,12 @@ def pack(
     profile = Stats.find(folder, local_path(stats) if stats else None)
     if profile:
         profile.check(config)
-    quants = QuantMap.default(quant, _pairs(quant_map), same=same_matrices(config))
     plan = layout(config, quants, ffn.predictor)
-    choices = _Choices(quants, profile, ffn)
+    moments = None
+    if texts and q4:
+        ids = sequences(folder, config, texts, tokens, **how)
+        moments = Moments(Layerwise(folder, activation=activation), ids)
+    choices = _Choices(quants, profile, ffn, moments)
 
     with new_folder(out) as work:
         copy_companions(folder, work)
@@ -196,19 +220,12 @@ def pack(
     )
 
 
-def _checked(
-    folder: Path,
-    checkpoint: Checkpoint,
-    config: Any,
-    predictor: Predictor,
-    data: Sequence[AnyPath],
-) -> Predictor:
+def _checked(checkpoint: Checkpoint, config: Any, predictor: Predictor, ids: Tensor) -> Predictor:
     """The record with what the predictor does on text; raises if that is little."""
-    layers = Layerwise(folder, activation=activation_of(config))
+    layers = Layerwise(checkpoint.folder, activation=activation_of(config))
     layers.checkpoint = checkpoint  # with a predictor that is published apart
-    ids = sequences(folder, config, [local_path(path) for path in data], CHECK_TOKENS)
     _, _, (run,) = run_layers(layers, predictor, ids, [])
-    run.check(folder, predictor, config.intermediate_size)
+    run.check(checkpoint.folder, predictor, config.intermediate_size)
     return predictor.model_copy(update=run.total().shares(config.intermediate_size))
 
 
@@ -216,6 +233,7 @@ class _Choices(NamedTuple):
     quants: QuantMap
     stats: Stats | None
     ffn: FFN
+    moments: Moments | None
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -229,6 +247,11 @@ class _Choices(NamedTuple):
 
     def importance(self, role: str, layer: int | None) -> Tensor | None:
         return self.stats.importance(role, layer) if self.stats else None
+
+    def feedback(self, role: str, quant: str, layer: int | None, expert: int | None) -> Any:
+        if not self.moments or quant != "q4" or layer is None:
+            return None
+        return self.moments.feedback(role, layer, expert)
 
 
 def _pairs(text: str) -> dict[str, str]:
@@ -253,7 +276,9 @@ def _tensors(
             tied = spec.role == "embedding" and config.tie_word_embeddings
             _, layer, _ = families.table(config).find(name) or (None, None, None)
             importance = choices.importance("head" if tied else spec.role, layer)
-            yield name, _quantised(checkpoint, name, spec.quant, importance=importance)
+            feedback = choices.feedback(spec.role, spec.quant, layer, None)
+            how: dict[str, Any] = {"importance": importance, "feedback": feedback}
+            yield name, _quantised(checkpoint, name, spec.quant, **how)
         else:
             yield name, _finite(name, checkpoint[name].float().numpy())
 
@@ -269,13 +294,13 @@ def _ffn(
     pairs = np.empty((len(order), pair_bytes(hidden, quants)), np.uint8)
     rows = FFNRows(gates, pairs, hidden, quants)
     for part, quant, out in zip(choices.parts, quants, rows.split(), strict=True):
-        weights, importance = name(part, *slot), choices.importance(part, slot[0])
         _quantised(
             checkpoint,
-            weights,
+            name(part, *slot),
             quant,
             order,
-            importance=importance,
+            importance=choices.importance(part, slot[0]),
+            feedback=choices.feedback(part, quant, *slot),
             out=out,
             transpose=part == "down",
         )
@@ -307,22 +332,28 @@ def _quantised(
     order: Tensor | None = None,
     *,
     importance: Tensor | None = None,
+    feedback: Feedback | None = None,
     out: NDArray[np.uint8] | None = None,
     transpose: bool = False,
 ) -> NDArray[np.uint8]:
-    """Packed rows, some at a time: beside them only the weights as they are on disk take memory."""
+    """Packed rows, some at a time: beside them only the weights as they are on disk take memory.
+
+    With `feedback` all rows at once. Those of a transposed matrix are its inputs.
+    """
     weights = checkpoint[name].T if transpose else checkpoint[name]
     rows, cols = weights.shape
     if out is None:
         out = np.empty((rows, row_bytes(quant, cols)), np.uint8)
-    step = max(1, CHUNK // cols)
-    for at in range(0, rows, step):
-        part = slice(at, at + step)
-        try:
-            rows_of = weights[part if order is None else order[part]]
-            out[part] = quantise(rows_of, quant, importance).numpy()
-        except TurboSparseError as error:
-            raise TurboSparseError(f"{name}: {error}") from error
+    places = torch.arange(rows) if order is None else order
+    try:
+        if feedback:
+            made = feedback.rows(weights) if transpose else feedback.columns(weights)
+            out[:] = made[places].numpy()
+            return out
+        for part in torch.arange(rows).split(max(1, CHUNK // cols)):
+            out[part] = quantise(weights[places[part]], quant, importance).numpy()
+    except TurboSparseError as error:
+        raise TurboSparseError(f"{name}: {error}") from error
     return out
 
 

@@ -7,6 +7,7 @@ zeros up to the stride. The numbers are those of GGUF Q8_0, IQ4_NL (our q4) and 
 from __future__ import annotations
 
 from collections.abc import Iterable
+from functools import cache
 
 import numpy as np
 import torch
@@ -40,19 +41,34 @@ def quantise(weights: Tensor, quant: str, importance: Tensor | None = None) -> T
     Raises:
         TurboSparseError: a weight is not finite, or too large for fp16.
     """
+    row_bytes(quant, weights.shape[1])  # raises if such rows cannot be packed
+    w = checked(weights, quant)
+    if quant == "q4":
+        return _pack_q4(w, torch.ones(w.shape[1]) if importance is None else importance)
+    payload = {"f16": _pack_f16, "q8": _pack_q8, "q4_0": _pack_q4_0}[quant](w)
+    return _padded(payload, quant, w.shape[1])
+
+
+def checked(weights: Tensor, quant: str) -> Tensor:
+    """The weights in float32; raises where one does not fit."""
     w = weights.float()
-    stride = row_bytes(quant, w.shape[1])
     limit = F16_MAX * {"f16": 1, "q8": 127, "q4": 113, "q4_0": 8}[quant]
     largest = float(w.abs().max()) if w.numel() else 0.0
     if not largest <= limit:  # NaN compares false
         raise TurboSparseError(
             f"a weight of magnitude {largest:g} does not fit {quant} (at most {limit:g})"
         )
-    if quant == "q4":
-        payload = _pack_q4(w, torch.ones(w.shape[1]) if importance is None else importance)
-    else:
-        payload = {"f16": _pack_f16, "q8": _pack_q8, "q4_0": _pack_q4_0}[quant](w)
-    return torch.nn.functional.pad(payload, (0, stride - payload.shape[1]))
+    return w
+
+
+def packed_q4(nibbles: Tensor, scales: Tensor) -> Tensor:
+    """Rows of q4: nibbles ``[rows, cols]`` and scales ``[rows, blocks]`` → uint8, as `quantise`."""
+    payload = _with_scales(_tiles(nibbles.unflatten(1, (-1, BLOCK))), scales[..., None])
+    return _padded(payload, "q4", nibbles.shape[1])
+
+
+def _padded(payload: Tensor, quant: str, cols: int) -> Tensor:
+    return torch.nn.functional.pad(payload, (0, row_bytes(quant, cols) - payload.shape[1]))
 
 
 def dequantise(packed: Tensor, quant: str, cols: int) -> Tensor:
@@ -116,7 +132,7 @@ def _pack_f16(w: Tensor) -> Tensor:
 def _pack_q8(w: Tensor) -> Tensor:
     blocks = w.unflatten(1, (-1, BLOCK))
     scale = blocks.abs().amax(-1, keepdim=True) / 127
-    x = blocks * _inverse(scale)
+    x = blocks * inverse(scale)
     q = torch.copysign((x.abs() + 0.5).floor(), x)  # halves away from zero, as C's roundf
     return _with_scales(q.to(torch.int8).flatten(1).view(torch.uint8), scale)
 
@@ -124,46 +140,68 @@ def _pack_q8(w: Tensor) -> Tensor:
 def _pack_q4_0(w: Tensor) -> Tensor:
     blocks = w.unflatten(1, (-1, BLOCK))
     scale = _extremes(blocks) / -8
-    q = (blocks.double() * _inverse(scale).double() + 8.5).trunc().clamp(0, 15).to(torch.uint8)
+    q = (blocks.double() * inverse(scale).double() + 8.5).trunc().clamp(0, 15).to(torch.uint8)
     return _with_scales(_tiles(q), scale)
 
 
 def _pack_q4(w: Tensor, importance: Tensor) -> Tensor:
-    rows = max(1, _Q4_CHUNK // w.shape[1])
-    share = importance.float() / importance.max().clamp(min=torch.finfo(torch.float32).tiny)
-    column = share.clamp(min=1e-6).unflatten(0, (-1, BLOCK))
-    parts = [_coded(part.unflatten(1, (-1, BLOCK)), column) for part in w.split(rows)]
-    nibbles, scales = (torch.cat(part) for part in zip(*parts, strict=True))
-    return _with_scales(_tiles(nibbles), scales)
+    column = shares(importance).unflatten(0, (-1, BLOCK))
+    parts = []
+    for part in w.split(max(1, _Q4_CHUNK // w.shape[1])):
+        blocks = part.unflatten(1, (-1, BLOCK))
+        scale = best_scales(blocks, column)
+        nibble = nibbles(blocks * inverse(scale)).flatten(1)
+        parts.append(packed_q4(nibble, scale[..., 0]))
+    return torch.cat(parts)
 
 
-def _coded(blocks: Tensor, importance: Tensor) -> tuple[Tensor, Tensor]:
-    """Nibbles and scales ``[rows, blocks, 1]`` of the least weighted error that was found.
+def shares(importance: Tensor) -> Tensor:
+    """Of the largest; what is less than a millionth counts as that."""
+    largest = importance.max().clamp(min=torch.finfo(torch.float32).tiny)
+    return (importance.float() / largest).clamp(min=1e-6)
+
+
+def best_scales(blocks: Tensor, importance: Tensor) -> Tensor:
+    """The q4 scales ``[rows, blocks, 1]`` of the least weighted error that was found.
 
     For each of `_ENDS` the largest weight becomes that number, and the least squares of the codes
     that follow give the scale.
+
+    Args:
+        blocks: weights ``[rows, blocks, 32]``.
+        importance: of their columns, ``[blocks, 32]``.
     """
-    codes = torch.tensor(CODES["q4"], dtype=torch.float32)
-    # the nearest code of numbers that grow by halves, as the borders between codes do
-    halves = torch.arange(-256, 256) / 2 + 0.25
-    nearest = torch.bucketize(halves, (codes[1:] + codes[:-1]) / 2).to(torch.uint8)
-
-    def nibbles(scale: Tensor) -> Tensor:
-        at = (blocks * (2 * _inverse(scale)) + 256).clamp_(0, 511).int()
-        return nearest.index_select(0, at.flatten()).view(at.shape)
-
-    def weights(scale: Tensor) -> Tensor:
-        return codes.index_select(0, nibbles(scale).flatten().int()).view(blocks.shape)
-
     extreme = _extremes(blocks)
     best, least = torch.zeros_like(extreme), torch.full_like(extreme, torch.inf)
     for end in _ENDS:
-        code = weights((extreme / end).half().float())
+        code = codes(blocks * inverse((extreme / end).half().float()))
         fitted = (importance * blocks * code).sum(-1, keepdim=True)
         scale = (fitted / (importance * code * code).sum(-1, keepdim=True)).half().float()
-        error = (importance * (weights(scale) * scale - blocks).square_()).sum(-1, keepdim=True)
+        off = codes(blocks * inverse(scale)) * scale - blocks
+        error = (importance * off.square_()).sum(-1, keepdim=True)
         best, least = torch.where(error < least, scale, best), torch.minimum(error, least)
-    return nibbles(best), best
+    return best
+
+
+def nibbles(x: Tensor) -> Tensor:
+    """Of the q4 codes that are nearest to `x`, uint8."""
+    at = (x * 2 + 256).clamp_(0, 511).int()
+    return _nearest()[0].index_select(0, at.flatten()).view(at.shape)
+
+
+def codes(x: Tensor) -> Tensor:
+    """The q4 codes that are nearest to `x`, float32."""
+    at = (x * 2 + 256).clamp_(0, 511).int()
+    return _nearest()[1].index_select(0, at.flatten()).view(at.shape)
+
+
+@cache
+def _nearest() -> tuple[Tensor, Tensor]:
+    """Nibbles and codes nearest to numbers that grow by halves, as the borders between codes do."""
+    code = torch.tensor(CODES["q4"], dtype=torch.float32)
+    halves = torch.arange(-256, 256) / 2 + 0.25
+    nibble = torch.bucketize(halves, (code[1:] + code[:-1]) / 2)
+    return nibble.to(torch.uint8), code[nibble]
 
 
 def _extremes(blocks: Tensor) -> Tensor:
@@ -190,7 +228,8 @@ def _nibbles(payload: Tensor, blocks: int) -> Tensor:
     return torch.cat((block_bytes & 15, block_bytes >> 4), -1)
 
 
-def _inverse(scale: Tensor) -> Tensor:
+def inverse(scale: Tensor) -> Tensor:
+    """1 ÷ scale; 0 of a zero."""
     return torch.where(scale == 0, 0.0, 1 / scale)
 
 

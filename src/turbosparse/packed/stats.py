@@ -19,7 +19,7 @@ from turbosparse.hf.load import activation_of
 from turbosparse.packed.header import Profile
 
 # what the matrices of a role read, by its name in `Stats.squares`
-_READS = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "ffn", "up": "ffn", "head": "head"}
+READS = {"q": "qkv", "k": "qkv", "v": "qkv", "o": "o", "gate": "ffn", "up": "ffn", "head": "head"}
 _COUNTS = ("active", "gate_positive", "tokens")
 # not *.safetensors: loaders take every file of that name in a folder for weights
 FILE = "stats.turbosparse"
@@ -174,7 +174,7 @@ class Stats:
         None where nothing is known, as of a packed down row, whose weights all meet the same
         Combined.
         """
-        kind = _READS.get(role)
+        kind = READS.get(role)
         return self.squares[kind][layer or 0] if kind else None
 
     def active_ratio(self) -> Tensor:

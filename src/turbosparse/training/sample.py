@@ -39,6 +39,8 @@ def draw(
     data: list[Path], tokenizer: Any, vocabulary: int, *, tokens: int, length: int, **how: Any
 ) -> list[list[int]]:
     """Token ids of about this many tokens: as much of each of `data`, and in it of each file."""
+    if tokens < 1:
+        raise TurboSparseError(f"--tokens is {tokens}; give at least 1")
     each = -(-tokens // (length * len(data)))
     rows: list[list[int]] = []
     for path in data:
