@@ -26,6 +26,7 @@ from turbosparse.convert import convert
 from turbosparse.engine.engine import Engine
 from turbosparse.export import export
 from turbosparse.hf.load import load_model
+from turbosparse.hf.published import own_fields
 from turbosparse.pack import pack
 from turbosparse.predictor import Scored, score, train
 from turbosparse.predictors.mask import predicted
@@ -396,3 +397,12 @@ def test_training_carries_a_predictor_but_not_what_was_measured_of_it(
     if kind == "svd":
         shards = [path / "predictor.safetensors" for path in (folder, tmp_path / "trained")]
         assert shards[0].read_bytes() == shards[1].read_bytes()
+
+
+def test_what_a_score_says_of_a_published_model_is_heard(tmp_path: Path) -> None:
+    config = {"model_type": "bamboo", "hidden_act": "relu"}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert own_fields(tmp_path)["predictor"]["input"] == "pre_norm"
+    block = {"input": "pre_norm", "threshold": [[-1.0]], "perplexity": 1.0}
+    (tmp_path / "config.json").write_text(json.dumps(config | {"predictor": block}))
+    assert own_fields(tmp_path)["predictor"] == block

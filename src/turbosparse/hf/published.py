@@ -117,7 +117,7 @@ def own_fields(folder: Path, tokenizer: Any = None) -> dict[str, Any]:
                 f"{raw.get('hidden_act_param')!r:.80}"
             )
         fields["ffn_threshold"] = raw["hidden_act_param"]
-    if record.predictor_input:
+    if record.predictor_input and "predictor" not in raw:  # `predictor score` writes one
         fields["predictor"] = {"input": record.predictor_input, "threshold": ABOVE_ZERO}
     if tokenizer is not None:
         fields["eos_token_id"] = end_tokens(raw.get("eos_token_id"), tokenizer.eos_token_id)
