@@ -80,7 +80,7 @@ def train(
     reads: Literal["post_norm", "pre_norm"] = "post_norm",
     share: float = 0.11,
     carry: float = 0.99,
-    recall: float = 0.99,
+    recall: float = 0.995,
     epochs: int = 5,
     tokens: int = 300_000,
     seed: int = 0,
@@ -129,8 +129,6 @@ def train(
         Where the layers run: auto takes a GPU if there is one.
     """
     out, texts = local_path(out), [local_path(path) for path in data]
-    if kind == "sign" and reads != "post_norm":
-        raise TurboSparseError("--reads pre_norm: sign reads what the feed-forward reads")
     for flag, value in {"share": share, "carry": carry, "recall": recall}.items():
         if not 0 < value <= 1:
             raise TurboSparseError(f"--{flag} {value:g}: give more than 0 and at most 1")
@@ -139,13 +137,9 @@ def train(
     check_free(out)
     folder = model_folder(model)
     layers = Layerwise(folder, device=device)
-    config = layers.config
-    if (activation := activation_of(config)) in WITHOUT_ZEROS:
-        raise TurboSparseError(f"{folder} is a {activation} model: it has no zeros to predict")
-    if kind != "sign" and find_predictor(config, layers.checkpoint):
-        raise TurboSparseError(f"{folder} holds a predictor already; give the model without it")
-    rank = None if kind == "sign" else rank_of(config, share)
-    ids = sequences(folder, config, texts, tokens, template, separator)
+    _check_model(layers, kind, reads)
+    rank = None if kind == "sign" else rank_of(layers.config, share)
+    ids = sequences(folder, layers.config, texts, tokens, template, separator)
     if len(ids) < HELD_OUT:
         raise TurboSparseError(
             f"--tokens {tokens} are {len(ids)} sequences of {ids.shape[1]}; give at least "
@@ -155,34 +149,44 @@ def train(
     state = out.with_name(out.name + ".predicting")
     with named_disk_errors(state):
         about = make_layers(layers, ids, state, how)
-    shards = [load_file(state / shard_name(index)) for index in range(len(about))]
-    merged = {name: tensor for shard in shards for name, tensor in shard.items()}
-    total = reduce(Recall.plus, (Recall(*one["recall"]) for layer in about for one in layer))
     block = {
         "kind": "low_rank" if rank else "sign",
         "input": reads,
         "threshold": [[one["threshold"] for one in layer] for layer in about],
-        **total.shares(config.intermediate_size),
     }
-    with new_folder(out) as work:
-        _copy(folder, layers, work)
-        if merged:
-            add_shard(work, PREDICTOR, merged)
-        fields = activation_keys(config.model_type, activation, threshold_of(config))
-        write_json(work / "config.json", own_fields(folder) | fields | {"predictor": block})
+    total = reduce(Recall.plus, (Recall(*one["recall"]) for layer in about for one in layer))
+    neurons = layers.config.intermediate_size
+    _write(layers, state, len(about), block | total.shares(neurons), out)
     shutil.rmtree(state, ignore_errors=True)
-    active = total.active / max(1, total.tokens * config.intermediate_size)
-    return Trained(str(out), kind, rank, active=active, **total.shares(config.intermediate_size))
+    return Trained(str(out), kind, rank, active=total.share(neurons), **total.shares(neurons))
 
 
-def _copy(folder: Path, layers: Layerwise, work: Path) -> None:
-    for shard in layers.checkpoint.shards:
-        shutil.copyfile(shard, work / shard.name)
-    if (folder / INDEX).is_file():
-        shutil.copyfile(folder / INDEX, work / INDEX)
-    copy_companions(folder, work)
-    if layers.config.model_type.startswith(families.PREFIX):
-        copy_code(work)
+def _check_model(layers: Layerwise, kind: str, reads: str) -> None:
+    folder, activation = layers.checkpoint.folder, activation_of(layers.config)
+    if activation in WITHOUT_ZEROS:
+        raise TurboSparseError(f"{folder} is a {activation} model: it has no zeros to predict")
+    if kind == "sign" and reads != "post_norm":
+        raise TurboSparseError("--reads pre_norm: sign reads what the feed-forward reads")
+    if kind != "sign" and find_predictor(layers.config, layers.checkpoint):
+        raise TurboSparseError(f"{folder} holds a predictor already; give the model without it")
+
+
+def _write(layers: Layerwise, state: Path, count: int, block: dict[str, Any], out: Path) -> None:
+    """A copy of the model folder with what the pass left in `state`."""
+    folder, config = layers.checkpoint.folder, layers.config
+    shards = [load_file(state / shard_name(index)) for index in range(count)]
+    with new_folder(out) as work:
+        for shard in layers.checkpoint.shards:
+            shutil.copyfile(shard, work / shard.name)
+        if (folder / INDEX).is_file():
+            shutil.copyfile(folder / INDEX, work / INDEX)
+        if merged := {name: tensor for shard in shards for name, tensor in shard.items()}:
+            add_shard(work, PREDICTOR, merged)
+        copy_companions(folder, work)
+        if config.model_type.startswith(families.PREFIX):
+            copy_code(work)
+        fields = activation_keys(config.model_type, activation_of(config), threshold_of(config))
+        write_json(work / "config.json", own_fields(folder) | fields | {"predictor": block})
 
 
 @dataclass(frozen=True)
@@ -254,7 +258,7 @@ def score(
     models: list[str],
     *,
     data: Sequence[AnyPath],
-    targets: Sequence[float] = (0.97, 0.98, 0.99, 0.995, 0.999),
+    targets: Sequence[float] = (0.98, 0.99, 0.995, 0.999, 0.9995),
     bound: float = 0.1,
     tokens: int = 16_384,
     quant: Quant = "q4",
@@ -344,15 +348,14 @@ def _scored(
     layers = []
     for experts in kept.recalls:
         layer = reduce(Recall.plus, experts)
-        active = layer.active / max(1, layer.tokens * neurons)
-        layers.append([*layer.shares(neurons).values(), active])
+        layers.append([*layer.shares(neurons).values(), layer.share(neurons)])
     total = runs[0].total()
     return Scored(
         model=str(folder),
         predictor=str(about.kind),
         tokens=count,
         perplexity=math.exp(nats / count),
-        active=total.active / max(1, total.tokens * neurons),
+        active=total.share(neurons),
         share=share,
         points=points,
         chosen=chosen,

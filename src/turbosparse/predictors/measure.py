@@ -28,6 +28,10 @@ class Recall(NamedTuple):
     def plus(self, other: Recall) -> Recall:
         return Recall(*(a + b for a, b in zip(self, other, strict=True)))
 
+    def share(self, neurons: int) -> float:
+        """Of the neurons that are active."""
+        return self.active / max(1, self.tokens * neurons)
+
     def shares(self, neurons: int) -> dict[str, float]:
         """As `Predictor` has them; of a feed-forward of so many neurons."""
         return {
