@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import reduce
 from pathlib import Path
@@ -21,6 +21,7 @@ from typing import Any, Literal
 
 import torch
 
+from turbosparse.analysis.curves import curves_of
 from turbosparse.analysis.measure import measure, windows
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath, local_path
@@ -34,7 +35,7 @@ from turbosparse.hf.hub import model_folder
 from turbosparse.hf.layerwise import Layerwise
 from turbosparse.hf.load import load_config, load_model, load_tokenizer
 from turbosparse.packed.format import is_packed
-from turbosparse.packed.stats import FILE, Stats
+from turbosparse.packed.stats import FILE, Curves, Stats
 from turbosparse.training.readers import documents, take_last
 
 Device = Literal["auto", "cpu", "cuda"]
@@ -65,6 +66,7 @@ class Analysis:
     window_share: dict[int, float]  # of a layer's neurons, those that so many tokens need together
     batch_share: dict[int, float]  # the same of tokens that stand far apart
     near_zero: dict[str, float]  # see `Stats.near_zero`
+    curves: dict[str, Any] | None  # see `Curves`
 
     def __rich__(self) -> Any:
         from rich.console import Group
@@ -108,7 +110,8 @@ class Analysis:
             f"{share:.1%} of Combined is below {float(part):.0%} of its token's largest entry"
             for part, share in self.near_zero.items()
         ]
-        return Group(corpora, layers, *near, *self._sets(), f"statistics: {self.out}")
+        lines = [*near, *self._sets(), *self._kept(), f"statistics: {self.out}"]
+        return Group(corpora, layers, *lines)
 
     def _sets(self) -> Iterator[str]:
         """What the active sets of several tokens have in common."""
@@ -121,6 +124,21 @@ class Analysis:
             if shares:
                 words = ", ".join(f"{size}: {share:.1%}" for size, share in shares.items())
                 yield f"of a layer's neurons, {what} need together: {words}"
+
+    def _kept(self) -> Iterator[str]:
+        """Perplexity against kept neurons."""
+        if not self.curves:
+            return
+        yield f"perplexity of {self.curves['tokens']} tokens where only some neurons are kept:"
+        for method, points in self.curves["methods"].items():
+            words = ", ".join(f"{p['kept']:.1%}: {p['perplexity']:.2f}" for p in points)
+            yield f"  {method}: {words}"
+        rise, at = self.curves["rise"], self.curves["cett"]
+        yield (
+            f"  it rises by {rise:g} % at CETT {at['setting']:.3f}, with {at['kept']:.1%} kept"
+            if at
+            else f"  it never rises by {rise:g} %"
+        )
 
 
 def analyse(
@@ -136,6 +154,8 @@ def analyse(
     truncate: bool = False,
     max_tokens: int | None = None,
     activation: Activation | None = None,
+    curves: int | None = None,
+    rise: float = 1.0,
     device: Device = "auto",
     dtype: Dtype | None = None,
 ) -> Analysis | PackedAnalysis:
@@ -170,23 +190,33 @@ def analyse(
         Stop each corpus after about this many tokens.
     activation
         Run the weights with this FFN activation instead of the folder's own.
+    curves
+        Also measure perplexity against kept neurons, on about this many tokens (2048 is a start),
+        some 30 times: by top-k, by one threshold, and by CETT.
+    rise
+        Percent of perplexity that the CETT looked for may cost.
     device
         auto takes a GPU if there is one. A model larger than the memory runs layer by layer.
     dtype
         By default the type that the weights are stored in.
     """
     sources = [local_path(source) for source in data]
-    _check(bool(sources or add), last=last, window=window, max_tokens=max_tokens)
+    _check(bool(sources or add), last=last, window=window, max_tokens=max_tokens, curves=curves)
+    if rise <= 0:
+        raise TurboSparseError(f"--rise is {rise:g}; give a percentage above 0")
     folder = model_folder(model)
-    corpora = {
-        str(source): take_last(found, last) if last else found
-        for source in sources
-        for found in [documents(source, template=template, separator=separator)]
-    }
+
+    def corpora() -> dict[str, Iterable[str]]:
+        return {
+            str(source): take_last(found, last) if last else found
+            for source in sources
+            for found in [documents(source, template=template, separator=separator)]
+        }
+
     if is_packed(folder):
-        if add:
-            raise TurboSparseError("--add: a packed folder has no statistics to add to")
-        return _analyse_packed(folder, corpora, window, truncate, max_tokens)
+        if add or curves:
+            raise TurboSparseError("--add and --curves need a folder with plain weights")
+        return _analyse_packed(folder, corpora(), window, truncate, max_tokens)
     if out is None and folder != local_path(model):
         raise TurboSparseError(
             f"{model} is not a local folder: say with --out where the statistics go"
@@ -195,16 +225,39 @@ def analyse(
     _check_writable(path)
     others = [Stats.load(local_path(file)) for file in add]
     stats = reduce(operator.add, others, Stats.empty(load_config(folder, activation)))
-    if corpora:
+    if sources:
         network, tokenizer = _open(folder, activation, device, dtype), load_tokenizer(folder)
         limits: dict[str, Any] = {"window": window, "truncate": truncate, "max_tokens": max_tokens}
-        stats = measure(network, tokenizer, corpora, **limits) + stats
+        if curves and isinstance(network, Layerwise):
+            raise TurboSparseError("--curves runs a model many times: it has to fit in memory")
+        stats = measure(network, tokenizer, corpora(), **limits) + stats
+        if curves:
+            stats.curves = _curves(network, tokenizer, corpora(), curves, rise, window)
     stats.about["model"] = str(model)
     try:
         stats.save(path)
     except OSError as error:  # the figures are worth more than the file
         note(f"cannot write {path} ({error.strerror}): the statistics are only printed")
     return summarise(stats, str(path))
+
+
+def _curves(
+    model: Any,
+    tokenizer: Any,
+    corpora: dict[str, Iterable[str]],
+    tokens: int,
+    rise: float,
+    window: int | None,
+) -> Curves:
+    """The same number of tokens of each corpus, from its first texts on."""
+    config, share = model.config, -(-tokens // len(corpora))
+    width = min(window or 1024, config.max_position_embeddings)
+    pieces = [
+        piece
+        for texts in corpora.values()
+        for piece in windows(tokenizer, texts, width, False, share, config.vocab_size)
+    ]
+    return curves_of(model, pieces, rise=rise)
 
 
 def _analyse_packed(
@@ -226,11 +279,12 @@ def _analyse_packed(
     )
 
 
-def _check(data: bool, *, last: int | None, window: int | None, max_tokens: int | None) -> None:
+def _check(data: bool, **numbers: int | None) -> None:
     if not data:
         raise TurboSparseError("give --data, a file or folder of held-out text")
-    for flag, value in {"last": last, "window": window, "max-tokens": max_tokens}.items():
+    for name, value in numbers.items():
         if value is not None and value < 1:
+            flag = name.replace("_", "-")
             raise TurboSparseError(f"--{flag} is {value}; give at least 1, or leave it out")
 
 
@@ -287,4 +341,5 @@ def summarise(stats: Stats, out: str) -> Analysis:
         window_share=stats.together("windows"),
         batch_share=stats.together("batches"),
         near_zero=stats.near_zero,
+        curves=stats.curves.model_dump() if stats.curves else None,
     )

@@ -56,7 +56,7 @@ class Counter:
         """Count in a pass over ``ids[:, :-1]``; see `begin`."""
         self.begin(ids, first)
         with (
-            observe_ffn(model, self._see_ffn),
+            observe_ffn(model, self._see_ffn, apart=True),
             observe_inputs(model, self.see_input),
             observe_routers(model, self._see_router),
         ):

@@ -33,14 +33,20 @@ SeeInput = Callable[[str, int, torch.Tensor], None]
 
 
 @contextmanager
-def observe_ffn(model: Any, see: See) -> Iterator[None]:
-    """Call `see` for each layer's FFN, or for every routed expert, in each forward pass inside."""
+def observe_ffn(model: Any, see: See, *, apart: bool = False) -> Iterator[None]:
+    """Call `see` for each layer's FFN, or for every routed expert, in each forward pass inside.
+
+    With `apart` experts run one after the other, whatever their implementation, and none computes
+    anything twice.
+    """
     gate = ACTIVATIONS[activation_of(model.config)].parts[0]
-    handles = []
+    handles: list[Any] = []
     for layer, block in enumerate(model.model.layers):
         mlp = block.mlp
         if hasattr(mlp, "experts"):
-            handles.append(mlp.experts.register_forward_pre_hook(_watch_experts(layer, gate, see)))
+            act = _act_and_see(layer, gate, mlp.experts, see)
+            watch = _OneByOne(mlp.experts, act) if apart else _watch_experts(mlp.experts, act)
+            handles.append(watch)
             continue
         kept: dict[str, torch.Tensor] = {}
         for part in {gate, "up"}:
@@ -134,22 +140,55 @@ def _watch_dense(
     return hook
 
 
-def _watch_experts(layer: int, gate: str, see: See) -> Callable[..., None]:
+# (expert, gate and up [N, 2·I], rows [N]) → Combined
+Act = Callable[[int, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def _act_and_see(layer: int, gate: str, experts: Any, see: See) -> Act:
+    def act(expert: int, gate_up: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+        halves = dict(zip(("gate", "up"), gate_up.chunk(2, -1), strict=True))
+        active: torch.Tensor = experts._apply_gate(gate_up)
+        see(Seen(layer, expert, halves[gate], halves["up"], active, rows))
+        return active
+
+    return act
+
+
+def _watch_experts(experts: Any, act: Act) -> Any:
     # The fused implementations never show an expert's Combined: it is computed again, from the same
     # input.
     @torch.no_grad()
-    def hook(experts: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+    def hook(_experts: Any, inputs: tuple[torch.Tensor, ...]) -> None:
         if _recomputing():
             return
         x, chosen = inputs[0], inputs[1]
         for expert in chosen.unique().tolist():
             rows = torch.where((chosen == expert).any(-1))[0]
-            gate_up = linear(x[rows], experts.gate_up_proj[expert])
-            halves = dict(zip(("gate", "up"), gate_up.chunk(2, -1), strict=True))
-            active = experts._apply_gate(gate_up)
-            see(Seen(layer, expert, halves[gate], halves["up"], active, rows))
+            act(expert, linear(x[rows], experts.gate_up_proj[expert]), rows)
 
-    return hook
+    return experts.register_forward_pre_hook(hook)
+
+
+class _OneByOne:
+    """Experts that run one after the other until it is removed."""
+
+    def __init__(self, experts: Any, act: Act):
+        self._experts, self._act = experts, act
+        experts.forward = self._forward
+
+    def _forward(
+        self, x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor
+    ) -> torch.Tensor:
+        experts, out = self._experts, torch.zeros_like(x)
+        for expert in chosen.unique().tolist():
+            rows, slots = torch.where(chosen == expert)
+            active = self._act(expert, linear(x[rows], experts.gate_up_proj[expert]), rows)
+            y = linear(active, experts.down_proj[expert]) * weights[rows, slots, None]
+            out.index_add_(0, rows, y.to(out.dtype))
+        return out
+
+    def remove(self) -> None:
+        del self._experts.forward
 
 
 # Combined [N, I] → what the down projection reads instead
@@ -195,6 +234,37 @@ def _change_experts(config: Any, experts: Any, change: Change) -> Callable[[], N
     # the instance's own, over that of the class
     experts._apply_gate = lambda gate_up: change(apply(gate_up))
     return lambda: delattr(experts, "_apply_gate")
+
+
+# ((layer, expert or None), Combined [N, I], rows [N] as of `Seen`) → what is read instead
+ChangeOne = Callable[[tuple[int, int | None], torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+@contextmanager
+def change_each(model: Any, change: ChangeOne) -> Iterator[None]:
+    """As `change_combined`, one FFN or expert at a time, whatever the experts' implementation."""
+    undo: list[Callable[[], None]] = []
+    try:
+        for layer, block in enumerate(model.model.layers):
+            if hasattr(block.mlp, "experts"):
+                act = _act_and_change(layer, block.mlp.experts, change)
+                undo.append(_OneByOne(block.mlp.experts, act).remove)
+            else:
+                undo.append(_change_dense(block.mlp, _change_whole(layer, change)))
+        yield
+    finally:
+        for step in undo:
+            step()
+
+
+def _act_and_change(layer: int, experts: Any, change: ChangeOne) -> Act:
+    return lambda expert, gate_up, rows: change((layer, expert), experts._apply_gate(gate_up), rows)
+
+
+def _change_whole(layer: int, change: ChangeOne) -> Change:
+    return lambda active: change(
+        (layer, None), active, torch.arange(len(active), device=active.device)
+    )
 
 
 def force_sparsity(model: Any, share: float) -> Any:
