@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -265,3 +266,53 @@ def test_rows_shared_by_sequences_count_once(tmp_path: Path) -> None:
 def test_wrong_requests_are_named(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(TurboSparseError, match=message):
         bench(**arguments)  # type: ignore[arg-type]
+
+
+LLAMA = """
+import os, signal
+
+class Llama:
+    def __init__(self, path, n_batch, **settings):
+        print("opened", path)  # what a library prints is no answer
+        self.batch = n_batch
+    def n_vocab(self):
+        return 9
+    def reset(self):
+        pass
+    def eval(self, tokens):
+        if len(tokens) >= DIES:
+            os.kill(os.getpid(), signal.SIGILL)
+"""
+
+
+@pytest.fixture
+def llama(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    """Makes a llama.cpp that dies of so many tokens at once."""
+
+    def make(dies: int) -> None:
+        (tmp_path / "llama_cpp.py").write_text(LLAMA.replace("DIES", str(dies)))
+
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return make
+
+
+def test_a_peer_that_dies_of_batches_reads_token_by_token(
+    llama: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama(2)
+    card = bench(shape="llama-toy", rounds=2, tokens=2, prompt=3, prefill=4, peer="llama.cpp")
+    assert card.peer_tokens_per_second
+    assert card.peer_prefill_tokens_per_second
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "llama.cpp died in a prompt of 3 tokens and 2 more: SIGILL; its prompts go" in line
+
+
+def test_a_peer_that_dies_does_not_end_the_measurement(
+    llama: Callable[[int], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    llama(1)
+    card = bench(shape="llama-toy", rounds=2, tokens=2, peer="llama.cpp")
+    assert (card.peer, card.ratio) == (None, None)
+    assert card.tokens_per_second.median > 0
+    assert "; the rest is measured without it" in capsys.readouterr().err.splitlines()[-1]

@@ -15,11 +15,12 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ from turbosparse import _core, ops
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath, local_path
 from turbosparse.base.machine import threads_to_use
+from turbosparse.base.progress import note
 from turbosparse.benchmark.harness import Memory, Spread, machine
 from turbosparse.engine import native
 from turbosparse.engine.cost import bytes_per_step
@@ -36,6 +38,8 @@ from turbosparse.hf.count import experts_in_use
 from turbosparse.ops.rows import Quant
 from turbosparse.packed.format import Packed
 from turbosparse.packed.synthetic import Wanted, make_synthetic
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -291,20 +295,36 @@ def _rounds(
     decode: list[list[float]] = [[], []]
     prefills: list[list[float]] = [[], []]
     bandwidths = []
-    sides = [ours] if other is None else [ours, other]
-    for side in sides:  # the first pass maps the weights
-        side.decode(2)
+    ours.decode(2)  # the first pass maps the weights
+    alive = other and _try(partial(other.decode, 2))
     ours.counts.clear()
     for _ in range(rounds):
         around = [memory.read_speed()]
         decode[0].append(ours.decode(tokens))
         around.append(memory.read_speed())
         bandwidths.append(statistics.fmean(around))
-        if other:
-            decode[1].append(other.decode(tokens))
-        for index, side in enumerate(sides if prefill else []):
-            prefills[index].append(side.prefill(prefill))
+        if prefill:
+            prefills[0].append(ours.prefill(prefill))
+        alive = alive and _try(partial(_both, other, tokens, prefill))
+        for kept, speed in zip((decode, prefills), alive or (), strict=False):
+            kept[1].append(speed)
     return decode, prefills, bandwidths
+
+
+def _both(side: Any, tokens: int, prefill: int) -> list[float]:
+    """Tokens/s of decoding and, if asked for, of reading a prompt."""
+    return [side.decode(tokens), *([side.prefill(prefill)] if prefill else [])]
+
+
+def _try(measure: Callable[[], Result]) -> Result | None:
+    """What a peer measures; None, with a line that says why, if it died of it."""
+    from turbosparse.benchmark.peers import PeerDied
+
+    try:
+        return measure()
+    except PeerDied as died:
+        note(f"{died}; the rest is measured without it")
+        return None
 
 
 def _card(
@@ -350,7 +370,7 @@ def _card(
         ceiling=ceiling,
         share_of_ceiling=Spread.of(shares),
         prefill_tokens_per_second=Spread.of(prefills[0]) if prefills[0] else None,
-        peer=peer,
+        peer=peer if decode[1] else None,
         peer_tokens_per_second=Spread.of(decode[1]) if decode[1] else None,
         peer_prefill_tokens_per_second=Spread.of(prefills[1]) if prefills[1] else None,
         ratio=Spread.of(ratios) if ratios else None,

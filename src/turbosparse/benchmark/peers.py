@@ -1,11 +1,15 @@
-"""Other engines to measure against, each in the same process and on a model of the same shape."""
+"""Other engines to measure against, each on a model of the same shape."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
+import signal
+import subprocess
+import sys
 import tempfile
-import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.progress import note
 from turbosparse.hf import families
 from turbosparse.hf.config import ModelConfig
 from turbosparse.hf.gguf import gguf_table
@@ -23,56 +28,90 @@ from turbosparse.packed.format import Packed
 _KINDS = {"f16": "F16", "q8": "Q8_0", "q4": "Q4_0", "q4_0": "Q4_0"}
 
 
+PROCESS = [sys.executable, "-m", "turbosparse.benchmark.llama_cpp_process"]
+BATCH = 512  # tokens of a prompt at a time
+
+
+class PeerDied(TurboSparseError):
+    """A peer's process ended; the message is one line."""
+
+
 class LlamaCpp:
-    """llama.cpp through llama-cpp-python, on a dense GGUF of random weights."""
+    """llama.cpp through llama-cpp-python, in a process of its own, so that its end is not ours.
+
+    Its builds for some processors die of batches: then prompts go token by token.
+
+    Raises:
+        PeerDied: the process ended even so, in a measurement.
+    """
 
     def __init__(self, path: Path, *, threads: int, prompt: int):
-        import llama_cpp
-
         self.prompt = prompt
-        self.llama = llama_cpp.Llama(
-            str(path),
-            n_ctx=4096,
-            n_batch=512,
-            n_threads=threads,
-            n_threads_batch=threads,
-            verbose=False,
-        )
-        self.random = np.random.default_rng(0)
+        self._start = [*PROCESS, str(path), str(threads)]
+        self._batch = BATCH
+        self._process: subprocess.Popen[str] | None = None  # until the first measurement
 
     @classmethod
     @contextmanager
     def like(cls, packed: Packed, *, threads: int, prompt: int) -> Iterator[LlamaCpp]:
         """The peer on the dense model of a packed model's shape and quantisation."""
-        try:
-            import llama_cpp  # noqa: F401
-        except ImportError as error:
+        if importlib.util.find_spec("llama_cpp") is None:
             raise TurboSparseError(
                 "the peer llama.cpp needs llama-cpp-python: "
                 "CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python"
-            ) from error
+            )
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "peer.gguf"
             write_random_gguf(path, packed.config, packed.header.quant.gate)
-            yield cls(path, threads=threads, prompt=prompt)
-
-    def _tokens(self, count: int) -> list[int]:
-        return [int(t) for t in self.random.integers(0, self.llama.n_vocab(), count)]
+            peer = cls(path, threads=threads, prompt=prompt)
+            try:
+                yield peer
+            finally:
+                peer.close()
 
     def decode(self, tokens: int) -> float:
         """Tokens/s of one sequence."""
-        self.llama.reset()
-        self.llama.eval(self._tokens(self.prompt))
-        began = time.perf_counter()
-        for token in self._tokens(tokens):
-            self.llama.eval([token])
-        return tokens / (time.perf_counter() - began)
+        return tokens / self._timed(self.prompt, tokens)[1]
 
     def prefill(self, tokens: int) -> float:
-        self.llama.reset()
-        began = time.perf_counter()
-        self.llama.eval(self._tokens(tokens))
-        return tokens / (time.perf_counter() - began)
+        return tokens / self._timed(tokens, 0)[0]
+
+    def close(self) -> None:
+        if self._process:
+            self._process.kill()
+            self._process.communicate()
+
+    def _timed(self, prompt: int, decode: int) -> list[float]:
+        """Seconds of reading a prompt and of decoding behind it."""
+        try:
+            if self._process is None:
+                self._process = self._begin()
+                _answer(self._process, "opening the model")
+            with suppress(BrokenPipeError):  # the answer says why
+                print(json.dumps([prompt, decode]), file=self._process.stdin, flush=True)
+            return list(_answer(self._process, f"a prompt of {prompt} tokens and {decode} more"))
+        except PeerDied as died:
+            self._process = None
+            if self._batch == 1:
+                raise
+            note(f"{died}; its prompts go token by token from here on")
+            self._batch = 1
+            return self._timed(prompt, decode)
+
+    def _begin(self) -> subprocess.Popen[str]:
+        pipe = subprocess.PIPE
+        command = [*self._start, str(self._batch)]
+        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+
+def _answer(process: subprocess.Popen[str], what: str) -> Any:
+    line = process.stdout and process.stdout.readline()
+    if line:
+        return json.loads(line)
+    _, said = process.communicate()
+    code = process.returncode
+    last = (said.strip().splitlines() or ["it said nothing"])[-1]
+    raise PeerDied(f"llama.cpp died in {what}: {signal.Signals(-code).name if code < 0 else last}")
 
 
 def write_random_gguf(path: Path, config: ModelConfig, quant: str) -> None:

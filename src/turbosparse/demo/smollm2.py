@@ -27,7 +27,7 @@ from turbosparse.analysis.measure import measure
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import new_file, new_folder, write_json
 from turbosparse.base.progress import note
-from turbosparse.benchmark.peers import LlamaCpp
+from turbosparse.benchmark.peers import LlamaCpp, PeerDied
 from turbosparse.convert import convert
 from turbosparse.demo.chats import questions, write_chats
 from turbosparse.demo.corpus import make_corpus
@@ -231,16 +231,17 @@ def _speeds(models: dict[str, Model], weights: Path, settings: Settings) -> dict
         return len(decoding) / sum(decoding)
 
     ways: dict[str, Any] = {name: partial(timed, model) for name, model in models.items()}
+    peer = LlamaCpp(weights, threads=models["dense"].engine.threads, prompt=8)
     try:
-        threads = models["dense"].engine.threads
-        peer = LlamaCpp(weights, threads=threads, prompt=8)
+        peer.decode(1)
         ways["llama.cpp"] = lambda: peer.decode(settings.timed_tokens)
-    except ImportError:
-        note("llama-cpp-python is not installed: no comparison with llama.cpp")
+    except PeerDied as died:
+        note(f"no comparison with llama.cpp: {died}")
     seen: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(ROUNDS):
         for name, way in ways.items():
             seen[name].append(way())
+    peer.close()
     return {name: statistics.median(values) for name, values in seen.items()}
 
 
