@@ -24,6 +24,12 @@ struct Isa {
 };
 
 #ifdef TURBOSPARSE_X86
+bool has_avx512() {
+  return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+         __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+         __builtin_cpu_supports("avx512vnni");
+}
+
 // clang before 16 does not know "f16c" in __builtin_cpu_supports.
 bool has_f16c() {
   unsigned a, b, c = 0, d;
@@ -43,13 +49,9 @@ bool has_dot_products() {
 
 constexpr Isa kIsas[] = {
 #ifdef TURBOSPARSE_X86
-    {"avx512",
-     [] {
-       return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-              __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
-              __builtin_cpu_supports("avx512vnni");
-     },
-     &avx512_kernels},
+    {"avx512vbmi", [] { return has_avx512() && __builtin_cpu_supports("avx512vbmi"); },
+     &avx512vbmi_kernels},
+    {"avx512", has_avx512, &avx512_kernels},
     {"avx2",
      [] { return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c(); },
      &avx2_kernels},

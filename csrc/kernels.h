@@ -78,7 +78,8 @@ struct KernelSet {
 // powers of two as scales, small integers stay exact. In a tile: the integers as the nibbles lie,
 // [half][word][group][byte], in two halves: either limbs a, b in -128..127 of 256 a + b, or whole
 // ones, those of bytes 0 and 2 and those of bytes 1 and 3; what the products of each half start
-// from, as the bytes of weights are too large by some zero; the scales.
+// from (the first one those of both, of whole ones), as the bytes of weights are too large by some
+// zero; the scales.
 struct Q4Tile {
   union {
     int8_t limbs[2][8][4 * TILE_GROUPS];
@@ -93,6 +94,7 @@ extern const struct KernelSet reference_kernels;
 #ifdef TURBOSPARSE_X86
 extern const struct KernelSet avx2_kernels;
 extern const struct KernelSet avx512_kernels;
+extern const struct KernelSet avx512vbmi_kernels;
 #endif
 #ifdef TURBOSPARSE_ARM
 extern const struct KernelSet neon_kernels;

@@ -49,7 +49,8 @@ Ints high_nibbles(Ints v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
 struct Linear {
   static constexpr int kZero = 8;
   static constexpr bool kWhole = false;
-  static Ints bytes(Ints nibbles) { return nibbles; }
+  static Ints low(Ints words) { return low_nibbles(words); }
+  static Ints high(Ints words) { return high_nibbles(words); }
   // 16 bits hold the sums of a tile: 8 times 2 products of at most 15 * 128.
   static Ints first_products(const int32_t*) { return _mm256_setzero_si256(); }
   static Ints products(Ints sum, Ints w, Ints x, int) {
@@ -84,14 +85,15 @@ struct Coded {
     const __m128i moved = _mm_add_epi8(codes, _mm_set1_epi8(static_cast<char>(zero)));
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(moved), nibbles);
   }
-  static Ints bytes(Ints nibbles) { return look_up(nibbles, kZero); }
+  static Ints low(Ints words) { return look_up(low_nibbles(words), kZero); }
+  static Ints high(Ints words) { return look_up(high_nibbles(words), kZero); }
   static Ints first_products(const int32_t* start) { return load_ints(start); }
   static Ints products(Ints sum, Ints w, Ints x, int half) {
     const Ints part = half ? _mm256_srli_epi16(w, 8) : _mm256_and_si256(w, _mm256_set1_epi16(0xff));
     return _mm256_add_epi32(sum, _mm256_madd_epi16(part, x));
   }
-  static Floats total(const Ints (&sums)[2], const Q4Tile&, int) {
-    return _mm256_cvtepi32_ps(_mm256_add_epi32(sums[0], sums[1]));
+  static Floats total(const Ints (&sums)[1], const Q4Tile&, int) {
+    return _mm256_cvtepi32_ps(sums[0]);
   }
   static Expanded expand(Ints words) {
     return {{look_up(low_nibbles(words), 0), look_up(high_nibbles(words), 0)}};

@@ -1,4 +1,5 @@
-// Kernels for AVX-512 with VNNI: the words of kernels_rows.inl.
+// Kernels for AVX-512 with VNNI: the words of kernels_rows.inl. Compiled a second time with VBMI,
+// by kernels_avx512vbmi.cpp.
 #include <immintrin.h>
 #include <stdint.h>
 
@@ -55,14 +56,25 @@ struct Looked {
 };
 struct Linear : Looked<Q4_0_CODES> {
   static constexpr int kZero = 8;
-  static Ints bytes(Ints nibbles) { return nibbles; }
+  static Ints low(Ints words) { return low_nibbles(words); }
+  static Ints high(Ints words) { return high_nibbles(words); }
 };
 struct Coded : Looked<Q4_CODES> {
   static constexpr int kZero = 128;
-  static Ints bytes(Ints nibbles) {
-    const __m128i codes = _mm_xor_si128(sixteen(Q4_CODES), _mm_set1_epi8(-128));
-    return _mm512_shuffle_epi8(_mm512_broadcast_i32x4(codes), nibbles);
+  static Ints codes() {
+    const __m128i moved = _mm_xor_si128(sixteen(Q4_CODES), _mm_set1_epi8(-128));
+    return _mm512_broadcast_i32x4(moved);
   }
+#ifdef __AVX512VBMI__
+  // A permutation of bytes looks at the low six bits of its index: the codes are there four times.
+  static Ints low(Ints words) { return _mm512_permutexvar_epi8(words, codes()); }
+  static Ints high(Ints words) {
+    return _mm512_permutexvar_epi8(_mm512_srli_epi16(words, 4), codes());
+  }
+#else
+  static Ints low(Ints words) { return _mm512_shuffle_epi8(codes(), low_nibbles(words)); }
+  static Ints high(Ints words) { return _mm512_shuffle_epi8(codes(), high_nibbles(words)); }
+#endif
 };
 
 #include "kernels_rows.inl"
@@ -70,5 +82,9 @@ struct Coded : Looked<Q4_CODES> {
 
 }  // namespace
 
-extern const KernelSet avx512_kernels = {{kKernels[0], kKernels[1], kKernels[2], kKernels[3]},
-                                         agreements};
+#ifdef __AVX512VBMI__
+#define KERNELS avx512vbmi_kernels
+#else
+#define KERNELS avx512_kernels
+#endif
+extern const KernelSet KERNELS = {{kKernels[0], kKernels[1], kKernels[2], kKernels[3]}, agreements};

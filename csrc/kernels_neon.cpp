@@ -56,7 +56,8 @@ struct Signed {  // both kinds of weights fit a signed byte
 };
 struct Linear : Signed {
   static constexpr int kZero = 8;
-  static Ints bytes(Ints nibbles) { return nibbles; }
+  static Ints low(Ints words) { return low_nibbles(words); }
+  static Ints high(Ints words) { return high_nibbles(words); }
   // less 8, a nibble is its own bits with the highest one turned, in two's complement
   static Ints expand(Ints words) {
     return veorq_s32(words, vreinterpretq_s32_u8(vdupq_n_u8(0x88)));
@@ -70,12 +71,12 @@ struct Coded : Signed {
   struct Expanded {
     Ints of[2];  // the low and the high nibbles' weights, as bytes
   };
-  static Ints bytes(Ints nibbles) {
+  static Ints look_up(Ints nibbles) {
     return vreinterpretq_s32_s8(vqtbl1q_s8(vld1q_s8(Q4_CODES), vreinterpretq_u8_s32(nibbles)));
   }
-  static Expanded expand(Ints words) {
-    return {{bytes(low_nibbles(words)), bytes(high_nibbles(words))}};
-  }
+  static Ints low(Ints words) { return look_up(low_nibbles(words)); }
+  static Ints high(Ints words) { return look_up(high_nibbles(words)); }
+  static Expanded expand(Ints words) { return {{low(words), high(words)}}; }
   static Floats weight(const Expanded& expanded, int k) {
     const Ints top = vshlq_s32(expanded.of[k % 2], vdupq_n_s32(24 - 4 * (k - k % 2)));
     return vcvtq_f32_s32(vshrq_n_s32(top, 24));

@@ -285,6 +285,7 @@ void prepare_q4(const float* x, int cols, void* prepared) {
       out->scale[g] = to_integers(x, integers);
       put_integers<Weights::kWhole>(integers, g, out, sums);
       for (int half = 0; half < 2; ++half) out->start[half][g] = -Weights::kZero * sums[half];
+      if (Weights::kWhole) out->start[0][g] += out->start[1][g];
     }
   }
 }
@@ -292,6 +293,7 @@ void prepare_q4(const float* x, int cols, void* prepared) {
 template <typename Weights>
 struct DotsQ4 : Dots {
   static constexpr int kBits = 4;
+  static constexpr int kSums = Weights::kWhole ? 1 : 2;  // whole integers add up in one
 
   template <int N, int T>
   void run(int64_t i, int64_t token) const {
@@ -315,11 +317,11 @@ struct DotsQ4 : Dots {
   ALWAYS_INLINE void add_products(Group<N, StepBytes>& group, const Nibbles& nibbles, int64_t token,
                                   int tile, int lane, Floats (&total)[N][T]) const {
     const Q4Tile* tiles[T];
-    Ints sums[N][T][2];
+    Ints sums[N][T][kSums];
     for (int t = 0; t < T; ++t) {
       tiles[t] = x<Q4Tile>(token + t) + tile;
       for (int n = 0; n < N; ++n)
-        for (int half = 0; half < 2; ++half) {
+        for (int half = 0; half < kSums; ++half) {
           sums[n][t][half] = Weights::first_products(tiles[t]->start[half] + lane);
         }
     }
@@ -330,8 +332,8 @@ struct DotsQ4 : Dots {
 #pragma GCC unroll 4
       for (int n = 0; n < N; ++n) {
         const Ints word = nibbles.word(group.row[n], r);
-        w[n][0] = Weights::bytes(low_nibbles(word));
-        w[n][1] = Weights::bytes(high_nibbles(word));
+        w[n][0] = Weights::low(word);
+        w[n][1] = Weights::high(word);
       }
 #pragma GCC unroll 2
       for (int t = 0; t < T; ++t) {
@@ -341,8 +343,8 @@ struct DotsQ4 : Dots {
           const Ints x1 = load_ints(tiles[t]->limbs[half][4 + r] + 4 * lane);
 #pragma GCC unroll 4
           for (int n = 0; n < N; ++n) {
-            const Ints sum = Weights::products(sums[n][t][half], w[n][0], x0, half);
-            sums[n][t][half] = Weights::products(sum, w[n][1], x1, half);
+            Ints& sum = sums[n][t][half % kSums];
+            sum = Weights::products(Weights::products(sum, w[n][0], x0, half), w[n][1], x1, half);
           }
         }
       }

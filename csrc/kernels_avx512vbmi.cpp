@@ -1,0 +1,3 @@
+// The kernels for AVX-512 again, compiled for processors that permute bytes (VBMI): all but the
+// oldest.
+#include "kernels_avx512.cpp"
