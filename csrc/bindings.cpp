@@ -65,7 +65,7 @@ void matmul(const OwningMatrix& self, Input x, Output out, int threads,
   check_shape("out", out, x.shape(0), count);
   check_threads(threads);
   nb::gil_scoped_release release;
-  self.matmul(x.data(), out.data(), x.shape(0), threads, indices, count);
+  multiply({{&self, out.data(), indices, count}}, x.data(), x.shape(0), threads);
 }
 
 void row(const OwningMatrix& self, int64_t index, Array<float, 1> out) {

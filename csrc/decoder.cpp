@@ -21,11 +21,6 @@ double sum_of_squares(const float* x, int count, double mean) {
 
 }  // namespace
 
-struct Decoder::Position {
-  Cache* cache;
-  int place;  // in its sequence
-};
-
 Cache::Cache(std::shared_ptr<ForkMutex> turn, int layers, int kv_heads, int head, int context)
     : turn_(std::move(turn)),
       layers_(layers),
@@ -150,7 +145,7 @@ void Decoder::run(bool every, const std::vector<Sequence>& sequences, Mode mode,
   }
   if (!every) keep_last(sequences);
   normalise(norm_);
-  head_.matmul(normed_.data(), logits, tokens_, threads_);
+  multiply({{&head_, logits}}, normed_.data(), tokens_, threads_);
 }
 
 // Reads the embeddings, finds the places and their rotations, and makes room in the caches.
@@ -210,36 +205,32 @@ void Decoder::normalise(const Norm& norm) {
 void Decoder::attend(int index) {
   const Layer& layer = layers_[index];
   normalise(layer.attention_norm);
-  project(layer.q, normed_, q_);
-  project(layer.k, normed_, k_);
-  project(layer.v, normed_, v_);
+  project({{&layer.q, &q_}, {&layer.k, &k_}, {&layer.v, &v_}}, normed_);
   rotate(q_, shape_.heads);
   rotate(k_, shape_.kv_heads);
   parallel_for(threads_, tokens_, [&](int64_t t) {
     for (int head = 0; head < shape_.kv_heads; ++head) append_kv(index, t, head);
   });
-  mixed_.resize(q_.size());
-  const int items = tokens_ * shape_.kv_heads;
-  const int threads = std::min(threads_, items);
-  parallel(threads, [&](int thread) {
-    for (int item = thread; item < items; item += threads) {
-      attend_token(index, item / shape_.kv_heads, item % shape_.kv_heads);
-    }
-  });
-  project(layer.o, mixed_, y_);
+  mix_values(index);
+  project({{&layer.o, &y_}}, mixed_);
   for (size_t i = 0; i < x_.size(); ++i) x_[i] += y_[i];
 }
 
-// out = projection(in)
-void Decoder::project(const Projection& projection, const std::vector<float>& in,
-                      std::vector<float>& out) {
-  const int64_t rows = projection.matrix.rows;
-  out.resize(tokens_ * rows);
-  projection.matrix.matmul(in.data(), out.data(), tokens_, threads_);
-  if (!projection.bias) return;
-  parallel_for(threads_, tokens_, [&](int64_t t) {
-    for (int64_t row = 0; row < rows; ++row) out[t * rows + row] += projection.bias[row];
-  });
+// Each out = projection(in).
+void Decoder::project(const std::vector<std::pair<const Projection*, std::vector<float>*>>& all,
+                      const std::vector<float>& in) {
+  std::vector<Product> products;
+  for (const auto& [projection, out] : all) {
+    out->resize(tokens_ * projection->matrix.rows);
+    products.push_back({&projection->matrix, out->data()});
+  }
+  multiply(products, in.data(), tokens_, threads_);
+  for (const auto& [projection, out] : all) {
+    const int64_t rows = projection->matrix.rows;
+    for (size_t i = 0; projection->bias && i < out->size(); ++i) {
+      (*out)[i] += projection->bias[i % rows];
+    }
+  }
 }
 
 // Turns each head's first pairs (i, i + pairs) by the token's angles.
@@ -268,47 +259,6 @@ void Decoder::append_kv(int layer, int64_t token, int kv_head) {
   for (int i = 0; i < shape_.head; ++i) {
     key[i] = float_to_half(k_[from + i]);
     value[i] = float_to_half(v_[from + i]);
-  }
-}
-
-// The attention of the query heads that share a key-value head, for one token.
-void Decoder::attend_token(int layer, int token, int kv_head) {
-  const Position& position = positions_[token];
-  const int size = shape_.head, group = shape_.heads / shape_.kv_heads;
-  const int window = layers_[layer].window;
-  const int first = window ? std::max(0, position.place - window + 1) : 0;
-  const int seen = position.place - first + 1;
-  const int64_t at = (int64_t{token} * shape_.heads + int64_t{kv_head} * group) * size;
-  const float* query = &q_[at];
-  float* out = &mixed_[at];
-  const float scale = 1 / std::sqrt(static_cast<float>(size));
-
-  const Kernels& kernels = kernels_of(QUANT_F16);
-  const Prepared queries(kernels, query, group, size);
-  std::vector<float> scores(int64_t{group} * seen);
-  // keys and values lie together as long as they are of one page
-  const auto each_run = [&](int part, auto&& work) {
-    for (int place = first; place <= position.place;) {
-      const int end = std::min(position.place + 1, Cache::page_end(place));
-      work(rows_at(position.cache->at(layer, part, kv_head, place), row_stride(QUANT_F16, size),
-                   nullptr, end - place),
-           place - first);
-      place = end;
-    }
-  };
-  each_run(0, [&](const Rows& keys, int64_t from) {
-    kernels.dots(&keys, queries[0], group, size, &scores[from], seen);
-  });
-  for (float& score : scores) score *= scale;
-  for (int h = 0; h < group; ++h) softmax(&scores[int64_t{h} * seen], seen);
-  const int64_t floats = kernels.sum_floats(size);
-  const Buffer sums(group * floats, true);
-  each_run(1, [&](const Rows& values, int64_t from) {
-    kernels.axpys(&values, &scores[from], seen, group, size, sums);
-  });
-  std::fill_n(out, int64_t{group} * size, 0.0f);
-  for (int h = 0; h < group; ++h) {
-    kernels.add_sum(sums + h * floats, size, out + int64_t{h} * size);
   }
 }
 

@@ -119,7 +119,11 @@ class Decoder {
   std::unique_ptr<Cache> new_cache(int context) const;
 
  private:
-  struct Position;
+  struct Position {
+    Cache* cache;
+    int place;  // in its sequence
+  };
+  struct Taken;
 
   void check(const std::vector<Sequence>& sequences) const;
   void begin(const std::vector<Sequence>& sequences, int threads);
@@ -128,10 +132,13 @@ class Decoder {
   void keep_last(const std::vector<Sequence>& sequences);
   void normalise(const Norm& norm);
   void attend(int layer);
-  void project(const Projection& projection, const std::vector<float>& in, std::vector<float>& out);
+  void project(const std::vector<std::pair<const Projection*, std::vector<float>*>>& all,
+               const std::vector<float>& in);
   void rotate(std::vector<float>& x, int heads) const;
   void append_kv(int layer, int64_t token, int kv_head);
-  void attend_token(int layer, int token, int kv_head);
+  void mix_values(int layer);
+  int first_seen(int layer, int token) const;
+  Taken take_span(int layer, int token, int kv_head, int span) const;
   void feed_forward(const Layer& layer, Mode mode, int32_t* counts);
   void mix_experts(const Layer& layer, Mode mode, int32_t* counts);
   std::vector<std::pair<int, float>> route(const Layer& layer, int token) const;

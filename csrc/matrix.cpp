@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <map>
 #include <memory>
 #include <optional>
 #include <vector>
@@ -125,10 +126,9 @@ class NeuronShare {
     }
   }
 
-  void add_to(int64_t t, float* out, int32_t* counts) const {
-    pass_.kernels(Neurons::kDown).add_sum(sums_ + t * sum_floats_, pass_.ffn.hidden, out);
-    for (int i = 0; i < 3; ++i) counts[i] += counts_[3 * t + i];
-  }
+  // Its sum for token t, from column c on, and its counts.
+  float* sum(int64_t t, int c) const { return sums_ + t * sum_floats_ + c; }
+  const int32_t* counts(int64_t t) const { return &counts_[3 * t]; }
 
  private:
   // Takes some neurons through gate, up and down, and drops those that a token does not need.
@@ -211,18 +211,44 @@ class NeuronShare {
   std::vector<int32_t> counts_;
 };
 
+// A thread helps to add up the shares from about this many numbers on.
+constexpr int64_t kAddsPerThread = 4 << 10;
+
+using Shares = std::vector<std::unique_ptr<NeuronShare>>;
+
+// out[cols] = the sum of the shares' sums for a token, at columns that begin with a tile.
+void add_up(const Shares& shares, const Kernels& kernels, int64_t t, int c, int cols, float* out) {
+  const int64_t floats = kernels.sum_floats(cols);
+  float* total = shares[0]->sum(t, c);
+  for (size_t s = 1; s < shares.size(); ++s) {
+    const float* sum = shares[s]->sum(t, c);
+    for (int64_t i = 0; i < floats; ++i) total[i] += sum[i];
+  }
+  std::fill_n(out, cols, 0.0f);
+  kernels.add_sum(total, cols, out);
+}
+
 // Runs a share on each thread. The order of the threads is the order of the sum: the result does
 // not depend on their timing.
 void run_shares(const Pass& pass, float* out, int32_t* counts) {
-  std::vector<std::unique_ptr<NeuronShare>> shares(pass.threads);
-  for (auto& share : shares) share = std::make_unique<NeuronShare>(pass);
-  parallel(pass.threads, [&](int thread) { shares[thread]->run(thread); });
-  const int64_t hidden = pass.ffn.hidden;
-  std::fill_n(out, pass.tokens * hidden, 0.0f);
-  std::fill_n(counts, pass.tokens * 3, 0);
-  parallel_for(pass.threads, pass.tokens, [&](int64_t t) {
-    for (const auto& share : shares) share->add_to(t, out + t * hidden, counts + 3 * t);
+  Shares shares(pass.threads);
+  parallel(pass.threads, [&](int thread) {
+    shares[thread] = std::make_unique<NeuronShare>(pass);
+    shares[thread]->run(thread);
   });
+  const int hidden = pass.ffn.hidden, tiles = (hidden + TILE - 1) / TILE;
+  const int64_t adds = pass.threads * hidden * pass.tokens;
+  const int64_t some = std::min<int64_t>(pass.threads, 1 + adds / kAddsPerThread);
+  parallel_for(some, pass.tokens * tiles, [&](int64_t i) {
+    const int64_t t = i / tiles;
+    const int c = static_cast<int>(i % tiles) * TILE;
+    add_up(shares, pass.kernels(Neurons::kDown), t, c, std::min<int>(TILE, hidden - c),
+           out + t * hidden + c);
+  });
+  std::fill_n(counts, pass.tokens * 3, 0);
+  for (int64_t i = 0; i < 3 * pass.tokens; ++i) {
+    for (const auto& share : shares) counts[i] += share->counts(0)[i];
+  }
 }
 
 }  // namespace
@@ -240,23 +266,45 @@ void Matrix::row(int64_t index, float* out) const {
   kernels_of(quant).dequantise_row(data + index * row_stride(quant, cols), out, cols);
 }
 
-void Matrix::matmul(const float* x, float* out, int64_t tokens, int threads, const int32_t* indices,
-                    int64_t count) const {
-  const Kernels& kernels = kernels_of(quant);
-  const int64_t stride = row_stride(quant, cols);
-  threads = worthwhile_threads(threads, count * stride, tokens);
-  const Prepared prepared(kernels, x, tokens, cols, threads);
-  const int64_t step = tokens == 1 ? count : std::max<int64_t>(1, kResidentBytes / stride);
-  const int shares = threads * kSharesPerThread;
+void multiply(const std::vector<Product>& products, const float* x, int64_t tokens, int threads) {
+  const int cols = products[0].matrix->cols;
+  int64_t bytes = 0, rows = 0;
+  for (const Product& product : products) {
+    rows += product.count();
+    bytes += product.count() * product.matrix->stride();
+  }
+  threads = worthwhile_threads(threads, bytes, tokens);
+  std::map<decltype(Kernels::prepare), Prepared> prepared;  // in the form of each quantisation
+  for (const Product& product : products) {
+    const Kernels& kernels = kernels_of(product.matrix->quant);
+    if (!prepared.count(kernels.prepare)) {
+      prepared.emplace(kernels.prepare, Prepared(kernels, x, tokens, cols, threads));
+    }
+  }
+  const int shares = threads == 1 ? 1 : threads * kSharesPerThread;
   parallel(threads, shares, [&](int share) {
-    const int64_t end = count * (share + 1) / shares;
-    for (int64_t r = count * share / shares; r < end; r += step) {
-      const uint8_t* from = indices ? data : data + r * stride;
-      const Rows some =
-          rows_at(from, stride, indices ? indices + r : nullptr, std::min(step, end - r));
-      kernels.dots(&some, prepared[0], tokens, cols, out + r, count);
+    int64_t from = rows * share / shares, end = rows * (share + 1) / shares;
+    for (const Product& product : products) {
+      if (from < std::min(end, product.count())) {
+        const Kernels& kernels = kernels_of(product.matrix->quant);
+        product.run(from, std::min(end, product.count()), prepared.at(kernels.prepare)[0], tokens);
+      }
+      from = std::max<int64_t>(0, from - product.count());
+      end -= product.count();
     }
   });
+}
+
+// Rows from `from` to `end`; those of several tokens stay in the second cache meanwhile.
+void Product::run(int64_t from, int64_t end, const void* prepared, int64_t tokens) const {
+  const int64_t stride = matrix->stride();
+  const int64_t step = tokens == 1 ? end - from : std::max<int64_t>(1, kResidentBytes / stride);
+  for (int64_t r = from; r < end; r += step) {
+    const uint8_t* first = indices ? matrix->data : matrix->data + r * stride;
+    const Rows rows =
+        rows_at(first, stride, indices ? indices + r : nullptr, std::min(step, end - r));
+    kernels_of(matrix->quant).dots(&rows, prepared, tokens, matrix->cols, out + r, count());
+  }
 }
 
 int64_t Neurons::up_stride() const { return gated() ? row_stride(quants[kUp], hidden) : 0; }

@@ -33,15 +33,23 @@ struct Matrix {
   int cols;
   Quant quant;
 
-  // out[T, rows] = x[T, C] · Wᵀ
-  void matmul(const float* x, float* out, int64_t tokens, int threads) const {
-    matmul(x, out, tokens, threads, nullptr, rows);
-  }
-  // The same with some of the rows, by number: out[T, count].
-  void matmul(const float* x, float* out, int64_t tokens, int threads, const int32_t* indices,
-              int64_t count) const;
+  int64_t stride() const { return row_stride(quant, cols); }
   void row(int64_t index, float* out) const;  // out[C]
 };
+
+// out[T, count()] = x[T, C] · Wᵀ, with all rows or with some by number.
+struct Product {
+  const Matrix* matrix;
+  float* out;
+  const int32_t* indices = nullptr;
+  int64_t some = 0;
+
+  int64_t count() const { return indices ? some : matrix->rows; }
+  void run(int64_t from, int64_t end, const void* prepared, int64_t tokens) const;
+};
+
+// Products of the same x with matrices of as many columns, in one section.
+void multiply(const std::vector<Product>& products, const float* x, int64_t tokens, int threads);
 
 enum class Activation { kDrelu, kGeglu, kReglu, kRelu, kRelu2, kSwiglu };
 

@@ -85,7 +85,7 @@ class SignPrediction : public Prediction {
 std::unique_ptr<Prediction> LowRank::begin(const float* x, const float* residual, int64_t tokens,
                                            int threads) const {
   std::vector<float> features(tokens * fc1_.rows);
-  fc1_.matmul(pre_norm_ ? residual : x, features.data(), tokens, threads);
+  multiply({{&fc1_, features.data()}}, pre_norm_ ? residual : x, tokens, threads);
   for (float& feature : features) feature = feature < 0 ? 0 : feature;
   return std::make_unique<LowRankPrediction>(fc2_, threshold_, features, tokens);
 }
