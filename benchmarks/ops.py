@@ -9,6 +9,11 @@ the caches. Rounds are interleaved.
     python benchmarks/ops.py --base main --quant q4
 
 compares this working tree with another commit: each runs its own core and its own ops.py, in turn.
+
+    python benchmarks/ops.py --layer --quant q4
+
+reads the matrices of a layer by size instead, from memory and from the caches, and says what a
+parallel section costs.
 """
 
 from __future__ import annotations
@@ -21,13 +26,14 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from base import compare
 
 from turbosparse import _core
 from turbosparse.base.machine import threads_to_use
 from turbosparse.benchmark.harness import Memory, Spread, machine
-from turbosparse.ops import backend
+from turbosparse.ops import backend, fetching
 from turbosparse.ops.quant import quantise_ffn
 from turbosparse.ops.rows import QUANTS, FFNRows, row_bytes
 
@@ -45,6 +51,51 @@ def make_ffn(
     x[0, 0] = 1.0
     rows[:2, :, 0] = -lean
     return quantise_ffn(rows, (quant,) * 3), x
+
+
+HEADS, KV_HEADS = 32, 8  # of the layer whose matrices are read
+SECTIONS = 2000  # without work, timed together
+
+
+def read_layer(args: argparse.Namespace, threads: int) -> None:
+    """Print how fast the matrices of a layer are read, by size, and what a section costs."""
+    fetching.choose(threads, fetching.WORTHWHILE)
+    rows = {
+        "k, v": args.hidden // HEADS * KV_HEADS,
+        "q, o": args.hidden,
+        "q + k + v": args.hidden // HEADS * (HEADS + 2 * KV_HEADS),
+        "gate": args.neurons,
+    }
+    stride = row_bytes(args.quant, args.hidden)
+    data = np.random.default_rng(0).integers(0, 45, (args.neurons * 8, stride), dtype=np.uint8)
+    x, memory = np.ones((1, args.hidden), np.float32), Memory(threads)
+    ways = {
+        (name, copies): [
+            _core.Matrix(data[n * i : n * (i + 1)], args.hidden, args.quant) for i in at
+        ]
+        for name, n in rows.items()
+        for copies, at in (("memory", range(len(data) // n)), ("caches", [0] * 8))
+    }
+    seconds: dict[tuple[str, str], list[float]] = {way: [] for way in ways}
+    sections, bandwidths = [], []
+    for _ in range(args.rounds):
+        bandwidths.append(memory.read_speed())
+        for way, matrices in ways.items():
+            out = np.empty((1, matrices[0].rows), np.float32)
+            began = time.perf_counter()
+            for matrix in matrices:
+                matrix.matmul(x, out, threads)
+            seconds[way].append((time.perf_counter() - began) / len(matrices))
+        began = time.perf_counter()
+        _core.run_sections(SECTIONS, threads)
+        sections.append((time.perf_counter() - began) / SECTIONS * 1e6)
+    print(f"{machine()}, {_core.isa()}, {threads} threads, load {os.getloadavg()[0]:.1f}")
+    print(f"{args.quant}, {args.hidden} columns; read bandwidth {Spread.of(bandwidths)} GB/s")
+    for (name, where), times in seconds.items():
+        size = rows[name] * stride
+        speed = Spread.of([size / t / 1e9 for t in times])
+        print(f"  {name:10} {rows[name]:6} rows {size / 1e6:6.2f} MB from {where}: {speed} GB/s")
+    print(f"  a section without work: {Spread.of(sections)} µs")
 
 
 def flags_for_both(parser: argparse.ArgumentParser, args: argparse.Namespace) -> list[str]:
@@ -68,6 +119,7 @@ def main() -> None:
         default=_core.isa(),
         help="instruction sets to compare, with commas; `torch` is the reference backend",
     )
+    parser.add_argument("--layer", action="store_true", help="read the matrices of a layer instead")
     base = parser.add_argument_group("comparing with another commit")
     base.add_argument("--base", metavar="REV", help="a commit; the other flags are for both")
     base.add_argument("--pairs", type=int, default=5, help="runs of each of the two")
@@ -77,6 +129,10 @@ def main() -> None:
         return
     del args.base, args.pairs
     threads = threads_to_use(args.threads)
+    if args.layer:
+        read_layer(args, threads)
+        return
+    fetching.choose(threads, fetching.WORTHWHILE)
     torch.set_num_threads(threads)
     torch.manual_seed(0)
 

@@ -3,5 +3,6 @@
 
 #include <cstdint>
 
-// Reads `count` words once, with several streams in each thread; returns their sum.
-uint64_t read_all(const uint64_t* words, int64_t count, int threads);
+// Reads `count` words once, with several streams in each thread that are fetched ahead into the
+// first or second cache; returns their sum.
+uint64_t read_all(const uint64_t* words, int64_t count, int threads, int cache);

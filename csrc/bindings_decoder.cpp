@@ -170,12 +170,22 @@ void step(OwningDecoder& self, const std::vector<nb::object>& caches,
 void bind_decoder(nb::module_& m) {
   m.def(
       "read_all",
-      [](Array<const uint64_t, 1> words, int threads) {
+      [](Array<const uint64_t, 1> words, int threads, int cache) {
         check_threads(threads);
         nb::gil_scoped_release release;
-        return read_all(words.data(), words.shape(0), threads);
+        return read_all(words.data(), words.shape(0), threads, cache);
       },
-      "words"_a.noconvert(), "threads"_a, "Read an array once, as fast as it goes; its sum.");
+      "words"_a.noconvert(), "threads"_a, "cache"_a,
+      "Read an array once, fetched ahead into the first or second cache; its sum.");
+  m.def(
+      "run_sections",
+      [](int count, int threads) {
+        check_threads(threads);
+        nb::gil_scoped_release release;
+        for (int i = 0; i < count; ++i) parallel(threads, [](int) {});
+      },
+      "count"_a, "threads"_a,
+      "Parallel sections without work: what beginning and ending one costs.");
   nb::exception<Cancelled>(m, "Cancelled", PyExc_RuntimeError);
   nb::class_<Cancel>(m, "Cancel", "Ends a step from another thread.")
       .def(nb::init<>())
