@@ -54,8 +54,8 @@ class Feed:
 
     def active(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Which gates are positive, bool, and Combined; without a gate, up stands for it."""
-        config, parts = self.model.config, self.ffn.to(torch.float32)
-        gate, up = linear(x, parts.gate), linear(x, parts.up)
+        config, x = self.model.config, x.to(self.ffn.up.dtype)
+        gate, up = linear(x, self.ffn.gate).float(), linear(x, self.ffn.up).float()
         threshold = threshold_of(config)
         return gate > threshold, combined(gate, up, activation_of(config), threshold)
 
