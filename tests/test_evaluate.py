@@ -97,6 +97,25 @@ def test_scores_are_those_of_the_harness_own_model(
     assert a.values == pytest.approx(b.values, rel=1e-3)
 
 
+@pytest.mark.parametrize("shots", [0, 1])
+def test_one_space_stands_before_what_follows(
+    ours: Subject, files: list[str], monkeypatch: pytest.MonkeyPatch, shots: int
+) -> None:
+    asked: list[tuple[str, str]] = []
+
+    def loglikelihood(_: object, requests: list[Any], **__: object) -> list[tuple[float, bool]]:
+        asked.extend(request.args for request in requests)
+        return [(-1.0, False)] * len(requests)
+
+    monkeypatch.setattr(harness.TurboSparseLM, "loglikelihood", loglikelihood)
+    ours.tasks(files[:3], shots, 2)
+    assert len(asked) == 2 * (3 + 2 + 1)
+    for context, continuation in asked:
+        assert continuation == f" {continuation.strip()}"
+        assert context == context.strip()
+        assert "  " not in context
+
+
 def test_a_number_is_found_in_what_is_generated(
     ours: Subject, files: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

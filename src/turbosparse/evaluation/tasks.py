@@ -36,7 +36,8 @@ FORMS: dict[tuple[str, ...], dict[str, Any]] = {
     ("context", "continuation"): {
         "output_type": "loglikelihood",
         "doc_to_text": "{{context}}",
-        "doc_to_target": "{{continuation}}",
+        "doc_to_target": "{{' ' + continuation}}",
+        "target_delimiter": "",  # which the harness leaves out of this output type
         "metric_list": [
             _ACCURACY,
             {"metric": "perplexity", "aggregation": "perplexity", "higher_is_better": False},
