@@ -32,7 +32,7 @@ from turbosparse.ops.rows import row_bytes
 VARIABLE = "TURBOSPARSE_FETCH"
 WORTHWHILE = 256 << 20  # bytes of weights from which the trial's tenth of a second pays
 GAIN = 1.05  # that another way than the default must reach
-ROUNDS = 3
+ROUNDS = 5
 COLS, ROWS, SLICES = 4096, 7168, 4  # of the trial, in q4: slices of 16 MB, more than caches hold
 
 
