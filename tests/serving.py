@@ -25,13 +25,13 @@ class Running:
     def slow_down(self, seconds: float) -> None:
         """Every pass of the first model takes so much longer."""
         with self.server.models.using(None) as served:
-            advance = served.engine.advance
+            step = served.engine.decoder.step
 
-            def slow(*given: Any) -> Any:
+            def slow(*given: Any, **more: Any) -> Any:
                 time.sleep(seconds)
-                return advance(*given)
+                return step(*given, **more)
 
-            served.engine.advance = slow  # type: ignore[method-assign]
+            served.engine.decoder.step = slow
 
     def count(self, name: str, **labels: str) -> float:
         """A figure of the metrics."""

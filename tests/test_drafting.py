@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import httpx2 as httpx
 import pytest
+from serving import serving
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.engine.drafting import LENGTHS, Draft, Lookup, open_draft
@@ -183,3 +185,19 @@ def test_a_model_of_another_vocabulary_is_refused(
     with pytest.raises(TurboSparseError, match="its vocabulary is not that of"):
         open_draft(other, engine, tokenizer)
     assert open_draft("off", engine, tokenizer) is None
+
+
+def test_a_text_that_is_served_alone_is_guessed_ahead(
+    packed_mistral: Path, engine: Engine, tokenizer: Tokenizer
+) -> None:
+    prompt = tokenizer.encode("The small boats")
+    body = {"prompt": prompt, "max_tokens": LENGTH, "temperature": 0, "logprobs": 1}
+    text = prompt + [token.id for token in stream(engine, tokenizer, prompt, ends=Ends(LENGTH))]
+    oracle, answers = Oracle(text), []
+    with serving(packed_mistral) as server, server.server.models.using(None) as served:
+        for draft in (None, oracle):
+            served.draft = draft
+            answer = httpx.post(f"{server.address}/v1/completions", json=body)
+            answers.append(answer.json()["choices"])
+    assert answers[0] == answers[1]
+    assert sum(held for _, held in oracle.passes) > LENGTH / 3

@@ -28,6 +28,7 @@ def serve(
     kv_bytes: int | None = None,
     mode: Mode = "auto",
     threads: int | None = None,
+    draft: str = "auto",
 ) -> None:
     """Answer requests until stopped by Ctrl-C or SIGTERM.
 
@@ -63,6 +64,9 @@ def serve(
         folder's predictor does not pick, and may lose some; dense reads all.
     threads
         Threads of the C++ core; by default all processors of this process.
+    draft
+        Who guesses tokens ahead for a text that is served alone: "auto", a packed folder of a
+        smaller model, or "off"; see `turbosparse generate --help`.
     """
     if parallel < 1 or queue < 0 or not timeout > 0 or not grace >= 0:
         raise TurboSparseError(
@@ -76,7 +80,9 @@ def serve(
             f"the server needs {error.name}: pip install 'turbosparse[serve]'"
         ) from error
     key = api_key or os.environ.get("TURBOSPARSE_API_KEY") or None
-    offered = models.Models(packed, memory, mode=mode, threads=threads, kv_bytes=kv_bytes)
+    offered = models.Models(
+        packed, memory, draft=draft, mode=mode, threads=threads, kv_bytes=kv_bytes
+    )
     with offered.using(None) as first:
         note(first.engine.describe())
     local = host in guard.LOOPBACK

@@ -72,8 +72,8 @@ class Text:
         self._draft = draft
         self._guesser = draft.guesser() if draft else None
 
-    def advance(self) -> list[Token]:
-        """The tokens of one pass over this text alone: one, and as many as were guessed right.
+    def advance(self) -> list[tuple[Token, Step]]:
+        """One pass over this text alone: a token, and as many as were guessed right before it.
 
         Raises:
             As `Engine.step`; the text is then as it was.
@@ -99,7 +99,9 @@ class Text:
         seconds = time.perf_counter() - began
         if self._draft and self._count > len(tokens):  # the first pass reads the prompt
             self._draft.note(len(guesses), len(tokens) - 1, seconds)
-        return [replace(token, seconds=seconds / len(tokens)) for token in tokens]
+        share = seconds / len(tokens)
+        told = [replace(token, seconds=share) for token in tokens]
+        return list(zip(told, steps, strict=False))
 
     def _guesses(self) -> list[int]:
         if not self._draft or not self._guesser or not (count := self._draft.length()):
@@ -226,7 +228,7 @@ def run(engine: Engine, texts: list[Text]) -> Iterator[tuple[int, Token]]:
     while texts:
         try:
             if len(texts) == 1:
-                found = [(texts[0], token) for token in texts[0].advance()]
+                found = [(texts[0], token) for token, _ in texts[0].advance()]
             else:
                 began = time.perf_counter()
                 steps = engine.step([text.sequence for text in texts])

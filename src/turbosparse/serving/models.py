@@ -12,6 +12,7 @@ from typing import Any
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath, local_path
+from turbosparse.engine.drafting import open_draft
 from turbosparse.engine.engine import Engine
 from turbosparse.engine.text import Tokenizer
 from turbosparse.packed.format import Packed
@@ -23,10 +24,11 @@ from turbosparse.serving.prefix import Prefixes
 class Served:
     """An open model."""
 
-    def __init__(self, name: str, folder: Path, settings: dict[str, Any]):
+    def __init__(self, name: str, folder: Path, settings: dict[str, Any], draft: str):
         self.name, self.folder = name, folder
         self.engine = Engine(folder, backend="cpu", **settings)
         self.tokenizer = Tokenizer(folder)
+        self.draft = open_draft(draft, self.engine, self.tokenizer)
         self.prefixes = Prefixes(self.engine)
         self.users, self.used_at = 0, 0.0
         self.context = self._context()
@@ -58,14 +60,22 @@ class Models:
         folders: packed folders; the first is the default.
         memory: bytes that the weights of open models may take together. The least recently used
             that nobody uses is closed before another opens.
+        draft: who guesses ahead for a text that is served alone; see `drafting.open_draft`.
         settings: of `engine.Engine`.
 
     Raises:
         TurboSparseError: a folder is not a packed one, or two have the same name.
     """
 
-    def __init__(self, folders: Iterable[AnyPath], memory: int | None = None, **settings: Any):
-        self._memory, self._settings = memory, settings
+    def __init__(
+        self,
+        folders: Iterable[AnyPath],
+        memory: int | None = None,
+        *,
+        draft: str = "auto",
+        **settings: Any,
+    ):
+        self._memory, self._draft, self._settings = memory, draft, settings
         self._lock = threading.Lock()
         self.folders: dict[str, Path] = {}
         self._bytes: dict[str, int] = {}
@@ -106,7 +116,7 @@ class Models:
         with self._lock:
             if name not in self._open:
                 self._make_room(name)
-                self._open[name] = Served(name, self.folders[name], self._settings)
+                self._open[name] = Served(name, self.folders[name], self._settings, self._draft)
             served = self._open[name]
             served.users += 1
             return served

@@ -268,13 +268,16 @@ class Scheduler:
         sequence = served.prefixes.start(choice.prompt, running)
         sequence.sampler = choice.sampler
         choice.cached = sequence.length
-        choice.text = Text(choice.index, sequence, served.tokenizer, choice.ends)
+        choice.text = Text(choice.index, sequence, served.tokenizer, choice.ends, served.draft)
         self.metrics.prompt_tokens.inc(len(choice.prompt))
         self.metrics.cached_tokens.inc(choice.cached)
 
     def _step(self, served: Served, batch: list[Choice]) -> None:
         counts = self._share_out(batch)
         self._make_room(served, batch, counts)
+        if len(batch) == 1 and not batch[0].reading and batch[0].pending == 1:
+            self._advance(batch[0])
+            return
         sequences = [choice.text.sequence for choice in batch if choice.text]
         began = time.perf_counter()
         steps = served.engine.advance(sequences, [counts[choice] for choice in batch])
@@ -286,9 +289,16 @@ class Scheduler:
         for choice, step in zip(batch, steps, strict=True):
             if not choice.pending and not choice.request.ended:
                 try:
-                    self._accept(choice, step, seconds)
+                    assert choice.text is not None
+                    self._tell(choice, choice.text.accept(step, seconds), step)
                 except Exception as error:
                     self._fail(choice.request, error)
+
+    def _advance(self, choice: Choice) -> None:
+        """A pass of the only text, which may be guessed ahead."""
+        assert choice.text is not None
+        for token, step in choice.text.advance():
+            self._tell(choice, token, step)
 
     def _share_out(self, batch: list[Choice]) -> dict[Choice, int]:
         """Tokens that each text reads in the next pass: prompts share what the pause allows."""
@@ -317,11 +327,9 @@ class Scheduler:
             self._waiting.append(youngest)
             self.metrics.preempted.inc()
 
-    def _accept(self, choice: Choice, step: Step, seconds: float) -> None:
-        """Choose the token that follows, and tell the client."""
-        request, text, now = choice.request, choice.text, time.monotonic()
-        assert text is not None
-        token = text.accept(step, seconds)
+    def _tell(self, choice: Choice, token: Token, step: Step) -> None:
+        """Tell the client of the token that followed a step."""
+        request, now = choice.request, time.monotonic()
         if choice.reading:
             choice.first_at = now
             self.metrics.first_token.observe(now - request.began)
