@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import os
 import re
-import shutil
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -16,29 +14,8 @@ from serving import Running, serving
 from turbosparse.pack import pack
 from turbosparse.serving.app import PAGE
 
-CHROMIUM, DRIVER = shutil.which("chromium"), shutil.which("chromedriver")
 TOKENS = 12
 KEY = "a key"
-
-
-@pytest.fixture(scope="module")
-def browser() -> Iterator[Any]:
-    if not (CHROMIUM and DRIVER):
-        missing = "the page is not tested: install chromium and chromium-driver"
-        if os.environ.get("TURBOSPARSE_REQUIRE_BROWSER"):
-            pytest.fail(missing)
-        pytest.skip(missing)
-    from selenium import webdriver
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = CHROMIUM
-    flags = ["--headless=new", "--disable-gpu", "--disable-dev-shm-usage"]
-    for flag in flags + ["--no-sandbox"] * (os.geteuid() == 0):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
 
 
 @pytest.fixture

@@ -29,6 +29,8 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("convert", {"source": "~/dense", "out": "~/new", "data": ["~/text.jsonl"], "tokens": 600}),
     ("train", {"recipe": "~/recipe.yaml", "data": "~/", "out": "~/new"}),
     ("analyse", {"model": "~/dense", "data": ["~/text.jsonl"], "out": "~/new"}),
+    ("analyse", {"model": "~/sparse", "add": ["~/stats.turbosparse"], "out": "~/new"}),
+    ("report", {"models": ["~/stats.turbosparse"], "out": "~/new"}),
     (
         "pack",
         {
@@ -117,7 +119,7 @@ def test_paths_may_be_strings(home: Path, verb: str, given: dict[str, Any]) -> N
         (home / "signs/config.json").write_text(json.dumps(config))
     if verb == "evaluate":
         pytest.importorskip("lm_eval")
-    if verb in ("pack", "count"):
+    if verb in ("pack", "count", "report") or "add" in given:
         analyse(str(home / "sparse"), data=[home / "text.jsonl"], out=home)
     if verb in REFUSED:
         with pytest.raises(TurboSparseError, match=r"^/\S*/(text.jsonl exists|dense\S* is not)"):

@@ -34,6 +34,10 @@ VERBS = {
         "turbosparse.analyse:analyse",
         "Measure perplexity and activation sparsity of a model.",
     ),
+    "report": (
+        "turbosparse.report:report",
+        "Make a page of what is known inside one model or several.",
+    ),
     "pack": ("turbosparse.pack:pack", "Quantise a model and lay it out for sparse reading."),
     "inspect": ("turbosparse.inspect:inspect", "Print what a packed folder holds."),
     "validate": ("turbosparse.inspect:validate", "Check a packed folder to the last byte."),
