@@ -329,3 +329,9 @@ def browser() -> Iterator[Any]:
     driver = webdriver.Chrome(options, webdriver.ChromeService(driver_path))
     yield driver
     driver.quit()
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files of the longest tests come first, or one worker would be left with the last of them."""
+    long = "test_deepspeed.py", "test_scale.py", "test_demo.py", "test_plan.py", "test_prepare.py"
+    items.sort(key=lambda item: item.path.name not in long)
