@@ -18,10 +18,6 @@ from turbosparse.engine.generation import Ends, stream
 
 RESAMPLES = 2000
 PROMPT, CONTINUED, PROMPTS = 32, 64, 16  # tokens of a prompt and its continuation; prompts
-TESTS = (
-    "p: of right and wrong answers the exact McNemar test, else a paired bootstrap over the items "
-    f"({RESAMPLES} resamples); items are questions, or windows of a text"
-)
 Array = NDArray[np.float64]
 TESTS = (
     "±: standard error over the items, which are questions, or windows of a text. p: of right and "

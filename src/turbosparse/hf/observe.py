@@ -289,50 +289,29 @@ Pick = Callable[[int, int | None, torch.Tensor, torch.Tensor], torch.Tensor]
 @contextmanager
 def mask_combined(model: Any, pick: Pick) -> Iterator[None]:
     """Within it the neurons that `pick` leaves out count as inactive, as in predicted mode."""
-    undo: list[Callable[[], None]] = []
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def change(
+        where: tuple[int, int | None], active: torch.Tensor, rows: torch.Tensor
+    ) -> torch.Tensor:
+        return active * pick(*where, *(part[rows] for part in seen[where[0]]))
+
+    norms = [
+        block.post_attention_layernorm.register_forward_hook(_keep_both(seen, layer))
+        for layer, block in enumerate(model.model.layers)
+    ]
     try:
-        for layer, block in enumerate(model.model.layers):
-            seen: list[torch.Tensor] = []
-            norm = block.post_attention_layernorm.register_forward_hook(_keep_both(seen))
-            undo.append(norm.remove)
-            masked = _masked_experts if hasattr(block.mlp, "experts") else _masked_dense
-            undo.append(masked(layer, block.mlp, seen, pick))
-        yield
+        with change_each(model, change):
+            yield
     finally:
-        for step in undo:
-            step()
+        for norm in norms:
+            norm.remove()
 
 
-def _keep_both(seen: list[torch.Tensor]) -> Callable[..., None]:
+def _keep_both(
+    seen: dict[int, tuple[torch.Tensor, torch.Tensor]], layer: int
+) -> Callable[..., None]:
     def hook(_module: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
-        seen[:] = output.flatten(0, -2), inputs[0].flatten(0, -2)
+        seen[layer] = output.flatten(0, -2), inputs[0].flatten(0, -2)
 
     return hook
-
-
-def _masked_dense(layer: int, mlp: Any, seen: list[torch.Tensor], pick: Pick) -> Callable[[], None]:
-    def mask(_module: Any, inputs: tuple[torch.Tensor, ...]) -> torch.Tensor:
-        return inputs[0] * pick(layer, None, *seen).view_as(inputs[0])
-
-    handle = mlp.down_proj.register_forward_pre_hook(mask, prepend=True)
-    return handle.remove  # type: ignore[no-any-return]
-
-
-def _masked_experts(
-    layer: int, mlp: Any, seen: list[torch.Tensor], pick: Pick
-) -> Callable[[], None]:
-    """No implementation shows which expert a Combined is of: the experts run one by one."""
-    experts = mlp.experts
-
-    def forward(x: torch.Tensor, chosen: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
-        out = torch.zeros_like(x)
-        for expert in chosen.unique().tolist():
-            rows, slot = torch.where(chosen == expert)
-            active = experts._apply_gate(linear(x[rows], experts.gate_up_proj[expert]))
-            active = active * pick(layer, expert, *(part[rows] for part in seen))
-            y = linear(active, experts.down_proj[expert]) * weights[rows, slot, None]
-            out.index_add_(0, rows, y.to(out.dtype))
-        return out
-
-    experts.forward = forward  # the instance's own, over that of the class
-    return lambda: delattr(experts, "forward")
