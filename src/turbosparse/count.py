@@ -19,7 +19,7 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath, local_path
 from turbosparse.base.machine import threads_to_use
 from turbosparse.benchmark.harness import Memory
-from turbosparse.engine.cost import bytes_of, flops, kept_bytes, needed
+from turbosparse.engine.cost import kept_bytes
 from turbosparse.hf import families
 from turbosparse.hf.activations import ACTIVATIONS, WITHOUT_ZEROS, Activation
 from turbosparse.hf.checkpoint import Checkpoint, shard_names
@@ -28,6 +28,7 @@ from turbosparse.hf.count import RULE, Use, Weigh, count_parameters, experts_in_
 from turbosparse.hf.hub import model_folder
 from turbosparse.hf.load import activation_keys, activation_of
 from turbosparse.hf.published import own_fields
+from turbosparse.ops.cost import bytes_of, flops, needed
 from turbosparse.ops.predictor import Predictor
 from turbosparse.ops.rows import Quant
 from turbosparse.packed.format import Packed, is_packed, same_matrices
@@ -163,7 +164,7 @@ def count(
         }
 
     parameters = table(weights, 0)
-    sizes = table(bytes_of(quants, predictor), positions * kept_bytes(config))
+    sizes = table(bytes_of(dict(quants), predictor), positions * kept_bytes(config))
     attended = 4.0 * positions * families.sizes(config)["Q"] * config.num_hidden_layers
     speed = bandwidth or _bandwidth()
     return Count(

@@ -5,7 +5,6 @@ A stopped conversion resumes at the last finished layer.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any
 
@@ -40,18 +39,10 @@ def convert_layers(model: Layerwise, ids: Tensor, work: Path, *, neurons: int) -
     Raises:
         TurboSparseError: `work` holds a conversion with other settings.
     """
-    request = {
-        "source": str(model.checkpoint.folder.resolve()),
-        "text": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-        "neurons": neurons,
-        "dtype": str(model.dtype),
-    }
-    steps = Steps(work, request, "conversion")
+    steps = Steps(work, model, ids, {"neurons": neurons}, "conversion")
     hidden = steps.hidden()
-    if hidden is None:
-        hidden = model.embed(ids)
     held_out = torch.arange(len(ids)) % HELD_OUT == HELD_OUT - 1
-    for index in steps.left(model.config.num_hidden_layers, "converting layers"):
+    for index in steps.left("converting layers"):
         shell = model.layer(index)
         new, share = fit_layer(
             model, shell, hidden, neurons=neurons, held_out=held_out, where=f"layer {index}"

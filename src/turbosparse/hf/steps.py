@@ -6,6 +6,7 @@ of them.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import new_file, read_config, write_json
 from turbosparse.base.progress import note, track
+from turbosparse.hf.layerwise import Layerwise
 
 STATE, HIDDEN = "state.json", "hidden.safetensors"
 
@@ -27,16 +29,27 @@ class Steps:
 
     Args:
         work: folder of this pass.
-        request: what its result depends on.
+        model: whose layers they are.
+        ids: token ids of the text that goes through them, ``[N, T]``.
+        request: what else the result depends on.
         what: messages call it.
 
     Raises:
         TurboSparseError: `work` holds a pass with another request.
     """
 
-    def __init__(self, work: Path, request: dict[str, Any], what: str):
+    def __init__(
+        self, work: Path, model: Layerwise, ids: Tensor, request: dict[str, Any], what: str
+    ):
         work.mkdir(parents=True, exist_ok=True)
         self.work, self.about = work, list[Any]()
+        self._model, self._ids = model, ids
+        request = {
+            "source": str(model.checkpoint.folder.resolve()),
+            "text": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
+            "dtype": str(model.dtype),
+            **request,
+        }
         if not (work / STATE).is_file():
             with new_file(work / STATE) as file:
                 write_json(file, request)
@@ -51,17 +64,17 @@ class Steps:
                 self.about = json.loads(file.metadata()["about"])
             note(f"resuming after layer {len(self.about) - 1}")
 
-    def hidden(self) -> Tensor | None:
-        """The states behind the last finished layer; None before the first."""
+    def hidden(self) -> Tensor:
+        """The states behind the last finished layer, ``[N, T, H]``."""
         if not self.about:
-            return None
+            return self._model.embed(self._ids)
         with safe_open(self.work / HIDDEN, framework="pt") as file:
             hidden: Tensor = file.get_tensor("hidden").clone()
         return hidden
 
-    def left(self, layers: int, what: str) -> Iterator[int]:
+    def left(self, what: str) -> Iterator[int]:
         """The layers that are still to do, behind a progress bar."""
-        done = len(self.about)
+        done, layers = len(self.about), self._model.config.num_hidden_layers
         return track(range(done, layers), what, total=layers - done)
 
     def finish(self, tensors: dict[str, Tensor], hidden: Tensor, about: Any) -> None:

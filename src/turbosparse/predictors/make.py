@@ -6,7 +6,6 @@ of the layer.
 
 from __future__ import annotations
 
-import hashlib
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,19 +54,11 @@ def make_layers(model: Layerwise, ids: Tensor, work: Path, how: How) -> list[Any
     Raises:
         TurboSparseError: `work` holds a pass with other settings.
     """
-    request = {
-        "source": str(model.checkpoint.folder.resolve()),
-        "text": hashlib.sha256(ids.numpy().tobytes()).hexdigest(),
-        "dtype": str(model.dtype),
-        **how._asdict(),
-    }
-    steps = Steps(work, request, "training of predictors")
+    steps = Steps(work, model, ids, how._asdict(), "training of predictors")
     hidden = steps.hidden()
-    if hidden is None:
-        hidden = model.embed(ids)
     held_out = torch.arange(len(ids)) % HELD_OUT == HELD_OUT - 1
     held_out = held_out[:, None].expand(ids.shape).flatten()
-    for index in steps.left(model.config.num_hidden_layers, "making predictors"):
+    for index in steps.left("making predictors"):
         shell = model.layer(index)
         model.attend(shell, hidden)
         made: dict[str, Tensor] = {}

@@ -6,7 +6,6 @@ thresholds that it has, and at those that reach each of some norm recalls.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, field
 from functools import reduce
 from pathlib import Path
@@ -19,12 +18,12 @@ from torch.nn.functional import cross_entropy, kl_div
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.progress import track
-from turbosparse.hf.activations import ACTIVATIONS
+from turbosparse.hf import families
+from turbosparse.hf.count import Use
 from turbosparse.hf.layerwise import Layerwise
-from turbosparse.hf.load import activation_of
 from turbosparse.hf.observe import mask_combined
+from turbosparse.ops import cost
 from turbosparse.ops.predictor import Predictor
-from turbosparse.ops.rows import row_bytes, sign_bytes
 from turbosparse.predictors.mask import Scorer, scorers
 from turbosparse.predictors.measure import Recall, Seen
 from turbosparse.predictors.rows import feeds
@@ -153,24 +152,16 @@ def _compare(
 def bytes_of(config: Any, about: Predictor, recall: Recall, quant: str) -> tuple[float, float]:
     """What a token reads of a feed-forward ÷ what exact mode does, and the predictor ÷ its weights.
 
-    Gate, up and down are in `quant`; of signs the second matrix is taken for candidates alone.
+    Gate, up and down are in `quant`.
     """
-    hidden, neurons = config.hidden_size, config.intermediate_size
-    parts = ACTIVATIONS[activation_of(config)].parts
-    row = row_bytes(quant, hidden)
-    each = recall.tokens * neurons
-    density, gate, gate_found = (
-        part / each for part in (recall.candidates, recall.gate, recall.gate_found)
-    )
-    ups = len(parts) == 3
-    exact = neurons * row * (1 + ups * gate + recall.active / each)
-    rest = neurons * row * (density + ups * gate_found + recall.found / each)
-    if about.ranks is None:
-        decide = len(ACTIVATIONS[activation_of(config)].zero_by)
-        own = neurons * sign_bytes(hidden) * (1 + (decide - 1) * math.sqrt(density))
-    else:
-        ranks = [rank for layer in about.ranks for rank in layer]
-        fc = [rank * row_bytes(str(about.quant), hidden) for rank in ranks]
-        fc += [neurons * row_bytes(str(about.quant), rank) for rank in ranks]
-        own = sum(fc) / len(ranks)
-    return (own + rest) / exact, own / (neurons * row * len(parts))
+    each = recall.tokens * config.intermediate_size
+    weigh = cost.bytes_of(dict.fromkeys(families.FFN_ROLES, quant), about)
+
+    def read(mode: str, gate: float, active: float) -> dict[str, float]:
+        use = Use(1, *(part / each for part in (recall.candidates, gate, active)))
+        parts = cost.needed(config, weigh, mode, use, about)
+        return {name: parts[name] for name in ("gates", "ups", "downs", "predictors")}
+
+    predicted = read("predicted", recall.gate_found, recall.found)
+    exact, dense = (sum(read(m, recall.gate, recall.active).values()) for m in ("exact", "dense"))
+    return sum(predicted.values()) / exact, predicted["predictors"] / dense
