@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from pathlib import Path
 
 import turbosparse
@@ -35,18 +34,6 @@ PROMPTS = {
     "edit": f"Repeat this code and add a docstring to each function:\n{CODE}",
     "open": "Tell me about the sea trade in the north of Europe.",
 }
-
-
-class Counted(Draft):
-    """A draft that remembers how many tokens each pass gave."""
-
-    def __init__(self, draft: Draft):
-        self.__dict__.update(draft.__dict__)
-        self.tokens: list[int] = []
-
-    def note(self, count: int, held: int, seconds: float) -> None:
-        self.tokens.append(held + 1)
-        super().note(count, held, seconds)
 
 
 def main() -> None:
@@ -77,25 +64,21 @@ def measure(model: turbosparse.Model, name: str, prompt: str, given: argparse.Na
         ids = model.tokenizer.chat([{"role": "user", "content": prompt}])
     except TurboSparseError:  # it has no template
         ids = model.tokenizer.encode(prompt)
+    draft = open_draft(given.draft, model.engine, model.tokenizer)
+    assert draft, "--draft off is what it is compared with"
     speeds: dict[bool, list[float]] = {False: [], True: []}
-    texts, passes = set(), list[int]()
+    texts = set()
     for _ in range(given.rounds):
         for drafted in (False, True):
-            draft = None
-            if drafted:
-                opened = open_draft(given.draft, model.engine, model.tokenizer)
-                assert opened, "--draft off is what it is compared with"
-                draft = Counted(opened)
-            tokens = write(model, ids, draft, given)
+            tokens = write(model, ids, draft if drafted else None, given)
             texts.add(tuple(token.id for token in tokens))
             seconds = sum(token.seconds for token in tokens[1:])
             speeds[drafted].append((len(tokens) - 1) / seconds)
-            passes += draft.tokens if draft else []
     assert len(texts) == 1, "a text differs with guesses"
     ratio = Spread.of([b / a for a, b in zip(speeds[False], speeds[True], strict=True)])
     print(
         f"{name}: {Spread.of(speeds[False])} tokens/s, guessing {Spread.of(speeds[True])}, "
-        f"ratio {ratio}; {statistics.fmean(passes):.2f} tokens a pass"
+        f"ratio {ratio}; {draft}"
     )
 
 

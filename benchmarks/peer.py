@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
+import os
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -18,59 +19,50 @@ from typing import Any
 
 from turbosparse.base.machine import threads_to_use
 from turbosparse.benchmark.harness import Spread, machine
+from turbosparse.benchmark.peers import LlamaCpp
+from turbosparse.engine.engine import Engine
 
 PROMPT = 8  # tokens
 CONTEXT = 512
 
 
-def resident() -> dict[str, float]:
-    """Of this process, MB: all of it, and what no file backs."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    fields = dict(line.split(":", 1) for line in lines)
-    names = {"all": "VmRSS", "own": "RssAnon"}
-    return {name: int(fields[key].split()[0]) / 1e3 for name, key in names.items()}
+class Ours:
+    """A packed folder, decoded in a process of its own."""
+
+    def __init__(self, folder: str, threads: int):
+        spawn = multiprocessing.get_context("spawn")
+        self._pipe, other = spawn.Pipe()
+        child = spawn.Process(target=serve, args=(other, folder, threads), daemon=True)
+        child.start()
+        self.process = child.pid
+
+    def decode(self, tokens: int) -> float:
+        """Tokens/s of one sequence."""
+        self._pipe.send(tokens)
+        return float(self._pipe.recv())
+
+    def close(self) -> None:
+        self._pipe.send(None)
 
 
-def ours(folder: str, threads: int) -> Any:
-    from turbosparse.engine.engine import Engine
-
+def serve(pipe: Connection, folder: str, threads: int) -> None:
     engine = Engine(folder, threads=threads)
-
-    def decode(tokens: int) -> float:
-        with engine.sequence(list(range(100, 100 + PROMPT))) as sequence:
+    while (tokens := pipe.recv()) is not None:
+        with engine.sequence(range(100, 100 + PROMPT)) as sequence:
             engine.step([sequence])
             began = time.perf_counter()
             for token in range(200, 200 + tokens):
                 sequence.extend([token])
                 engine.step([sequence])
-            return tokens / (time.perf_counter() - began)
-
-    return decode
+            pipe.send(tokens / (time.perf_counter() - began))
 
 
-def theirs(file: str, threads: int) -> Any:
-    import llama_cpp
-
-    llama = llama_cpp.Llama(
-        file, n_ctx=CONTEXT, n_threads=threads, n_threads_batch=threads, verbose=False
-    )
-
-    def decode(tokens: int) -> float:
-        llama.reset()
-        llama.eval(list(range(100, 100 + PROMPT)))
-        began = time.perf_counter()
-        for token in range(200, 200 + tokens):
-            llama.eval([token])
-        return tokens / (time.perf_counter() - began)
-
-    return decode
-
-
-def serve(pipe: Connection, model: str, threads: int) -> None:
-    """In its own process: decode when told how many tokens; 0 asks for the memory, None ends."""
-    decode = (theirs if model.endswith(".gguf") else ours)(model, threads)
-    while (tokens := pipe.recv()) is not None:
-        pipe.send(decode(tokens) if tokens else resident())
+def resident(process: int) -> tuple[float, float]:
+    """MB of a process: all of it, and what no file backs."""
+    lines = Path(f"/proc/{process}/status").read_text().splitlines()
+    fields = dict(line.split(":", 1) for line in lines)
+    whole, own = (int(fields[name].split()[0]) / 1e3 for name in ("VmRSS", "RssAnon"))
+    return whole, own
 
 
 def main() -> None:
@@ -79,35 +71,28 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=64, help="of a round")
     parser.add_argument("--rounds", type=int, default=7)
     args = parser.parse_args()
-    pipes: dict[str, Connection] = {}
-    spawn = multiprocessing.get_context("spawn")
+    threads = threads_to_use(None)
+    engines: dict[str, Any] = {}
     for model in args.models:
-        pipes[model], other = spawn.Pipe()
-        spawn.Process(target=serve, args=(other, model, threads_to_use(None)), daemon=True).start()
-        other.close()
-
-    def ask(model: str, tokens: int) -> Any:
-        pipes[model].send(tokens)
-        return pipes[model].recv()
-
-    speeds: dict[str, list[float]] = {model: [] for model in pipes}
+        if model.endswith(".gguf"):
+            peer = LlamaCpp(Path(model), threads=threads, prompt=PROMPT, context=CONTEXT)
+            engines[Path(model).name] = peer
+        else:
+            engines[Path(model).name] = Ours(model, threads)
+    speeds: dict[str, list[float]] = {name: [] for name in engines}
     for number in range(args.rounds + 1):
-        for model, seen in speeds.items():
-            speed = ask(model, args.tokens)
+        for name, engine in engines.items():
+            speed = engine.decode(args.tokens)
             if number:  # the first round maps the weights
-                seen.append(speed)
-    rows = {
-        model: {"tokens_per_second": Spread.of(seen).__dict__, "resident_mb": ask(model, 0)}
-        for model, seen in speeds.items()
-    }
-    for pipe in pipes.values():
-        pipe.send(None)
+                speeds[name].append(speed)
+    memory = {name: resident(engine.process) for name, engine in engines.items()}
+    for engine in engines.values():
+        engine.close()
+    print(f"{machine()}, {threads} threads, load {os.getloadavg()[0]:.1f}\n")
     print("| | tokens/s | resident, MB | of it own, MB |\n|---|---|---|---|")
-    for model, row in rows.items():
-        memory = row["resident_mb"]
-        name, speed = Path(model).name, Spread.of(speeds[model])
-        print(f"| {name} | {speed} | {memory['all']:.0f} | {memory['own']:.0f} |")
-    print(json.dumps({"machine": machine(), "tokens": args.tokens, "models": rows}))
+    for name, (whole, own) in memory.items():
+        print(f"| {name} | {Spread.of(speeds[name])} | {whole:.0f} | {own:.0f} |")
+    print(json.dumps({"machine": machine(), "tokens_per_second": speeds, "resident_mb": memory}))
 
 
 if __name__ == "__main__":

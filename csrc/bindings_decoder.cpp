@@ -3,7 +3,9 @@
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
+#include <atomic>
 #include <optional>
+#include <thread>
 
 #include "bandwidth.h"
 #include "bindings.h"
@@ -182,10 +184,14 @@ void bind_decoder(nb::module_& m) {
       [](int count, int threads) {
         check_threads(threads);
         nb::gil_scoped_release release;
-        for (int i = 0; i < count; ++i) parallel(threads, [](int) {});
+        for (int i = 0; i < count; ++i) {
+          std::atomic<int> here{0};
+          parallel(threads, [&](int) {
+            for (++here; here < threads;) std::this_thread::yield();
+          });
+        }
       },
-      "count"_a, "threads"_a,
-      "Parallel sections without work: what beginning and ending one costs.");
+      "count"_a, "threads"_a, "Parallel sections without work, in each of which all threads meet.");
   nb::exception<Cancelled>(m, "Cancelled", PyExc_RuntimeError);
   nb::class_<Cancel>(m, "Cancel", "Ends a step from another thread.")
       .def(nb::init<>())

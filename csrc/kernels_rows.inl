@@ -16,13 +16,14 @@
 //   load_ints(p)                 a whole aligned register
 //   low_nibbles, high_nibbles    of each byte, as bytes
 //   Coded, Linear                the weights of q4 and of q4_0, each with
-//     kZero, low, high(words)    of dots: the weights of each byte's nibbles, kZero more than they
-//     are kWhole                     x is whole integers, not limbs (see Q4Tile)
+//     kZero                      how much more than the weights `low` and `high` give
+//     low, high(words)           of dots: the weights of each byte's low or high nibble
+//     kWhole                     x is whole integers, not limbs (see Q4Tile)
 //     first_products(start)      what `products` starts from
 //     products(sum, w, x, half)  sum + the products of those and a half of x, up to 8 times
-//     total(sums, tile, lane)    the floats that the sums of both halves stand for, one sum if
-//     kWhole expand(words), weight(expanded, k)          of sums of rows: nibble k of each word, a
-//     float
+//     total(sums, tile, lane)    the floats that the sums of both halves stand for; kWhole has one
+//     expand(words)              of sums of rows: what `weight` takes nibbles from
+//     weight(expanded, k)        nibble k of each word, a float
 //
 // Nothing in the two may be seen by the linker, which would merge it across instruction sets: no
 // standard C++ header, no inline function outside the anonymous namespace.

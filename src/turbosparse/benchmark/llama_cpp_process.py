@@ -1,6 +1,6 @@
 """llama.cpp in a process of its own: the other end of `peers.LlamaCpp`.
 
-    python -m turbosparse.benchmark.llama_cpp_process MODEL THREADS BATCH
+    python -m turbosparse.benchmark.llama_cpp_process MODEL THREADS BATCH CONTEXT
 
 Reads requests from standard input, one JSON list each: the tokens of a prompt and how many to
 decode. Answers with the seconds that each of the two took.
@@ -15,17 +15,15 @@ import sys
 import time
 from typing import Any
 
-CONTEXT = 4096
 
-
-def main(model: str, threads: int, batch: int) -> None:
+def main(model: str, threads: int, batch: int, context: int) -> None:
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)  # whatever the library prints
     import llama_cpp
 
     llama = llama_cpp.Llama(
         model,
-        n_ctx=CONTEXT,
+        n_ctx=context,
         n_batch=batch,
         n_threads=threads,
         n_threads_batch=threads,
@@ -49,4 +47,4 @@ def _timed(llama: Any, batch: int, prompt: int, decode: int) -> list[float]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))
+    main(sys.argv[1], *map(int, sys.argv[2:]))

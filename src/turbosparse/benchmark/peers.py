@@ -30,6 +30,7 @@ _KINDS = {"f16": "F16", "q8": "Q8_0", "q4": "Q4_0", "q4_0": "Q4_0"}
 
 PROCESS = [sys.executable, "-m", "turbosparse.benchmark.llama_cpp_process"]
 BATCH = 512  # tokens of a prompt at a time
+CONTEXT = 4096
 
 
 class PeerDied(TurboSparseError):
@@ -45,8 +46,8 @@ class LlamaCpp:
         PeerDied: the process ended even so, in a measurement.
     """
 
-    def __init__(self, path: Path, *, threads: int, prompt: int):
-        self.prompt = prompt
+    def __init__(self, path: Path, *, threads: int, prompt: int, context: int = CONTEXT):
+        self.prompt, self._context = prompt, context
         self._start = [*PROCESS, str(path), str(threads)]
         self._batch = BATCH
         self._process: subprocess.Popen[str] | None = None  # until the first measurement
@@ -76,6 +77,11 @@ class LlamaCpp:
     def prefill(self, tokens: int) -> float:
         return tokens / self._timed(tokens, 0)[0]
 
+    @property
+    def process(self) -> int | None:
+        """The number of its process, which begins with the first measurement."""
+        return self._process.pid if self._process else None
+
     def close(self) -> None:
         if self._process:
             self._process.kill()
@@ -100,7 +106,7 @@ class LlamaCpp:
 
     def _begin(self) -> subprocess.Popen[str]:
         pipe = subprocess.PIPE
-        command = [*self._start, str(self._batch)]
+        command = [*self._start, str(self._batch), str(self._context)]
         return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
 
 

@@ -15,6 +15,7 @@ from turbosparse.engine.engine import Engine
 from turbosparse.engine.text import Tokenizer
 
 LENGTHS = (0, 1, 3, 7)  # guesses that a pass checks
+_FIRST = 3  # of them, to find out whether it pays
 _ASKED_AGAIN = 64  # passes without guesses until one tries again
 _MEMORY = 0.9  # of the moving averages
 _LONGEST, _SHORTEST = 4, 2  # tokens that must have come before
@@ -80,6 +81,7 @@ class Draft:
         self._seconds: dict[int, float] = {}  # of a pass, by the guesses that it checked
         self._held = self._checked = 0.0
         self._without = 0  # passes since guesses were checked
+        self.passes = self.tokens = 0
 
     def guesser(self) -> Guesser:
         """For a new text."""
@@ -91,14 +93,14 @@ class Draft:
         return (self._held + 1) / (self._checked + 2)
 
     def __str__(self) -> str:
-        return f"guesses held {self.holds:.0%} of late" if self._checked else "no guess was checked"
+        return f"{self.tokens / max(1, self.passes):.2f} tokens a pass"
 
     def length(self) -> int:
         """How many tokens to guess for the next pass."""
         if 0 not in self._seconds:
             return 0
-        if 3 not in self._seconds or self._without >= _ASKED_AGAIN:
-            return 3
+        if _FIRST not in self._seconds or self._without >= _ASKED_AGAIN:
+            return _FIRST
         best = max(self._seconds, key=self._rate)
         return self._neighbour(best)
 
@@ -114,6 +116,7 @@ class Draft:
 
     def note(self, count: int, held: int, seconds: float) -> None:
         """A pass checked so many guesses and took so long, and so many of them held."""
+        self.passes, self.tokens = self.passes + 1, self.tokens + held + 1
         self._without = 0 if count else self._without + 1
         self._held = _MEMORY * self._held + held
         self._checked = _MEMORY * self._checked + min(count, held + 1)
@@ -132,15 +135,16 @@ def open_draft(draft: str | Path, engine: Engine, tokenizer: Tokenizer) -> Draft
         tokenizer: of the engine's model.
 
     Raises:
-        TurboSparseError: the smaller model has another vocabulary.
+        TurboSparseError: it is no packed folder, or has another vocabulary.
     """
     if draft == "off":
         return None
     if draft in ("auto", "ngram"):
         return Draft()
+    smaller = Engine(draft, threads=engine.threads)
     if Tokenizer(draft).vocabulary != tokenizer.vocabulary:
         raise TurboSparseError(
             f"--draft {draft}: its vocabulary is not that of {tokenizer.folder}; "
             "use a smaller model with the same tokenizer"
         )
-    return Draft(Engine(draft, threads=engine.threads))
+    return Draft(smaller)
