@@ -19,6 +19,8 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import torch
 
 from turbosparse.convert import convert
+from turbosparse.engine.engine import Engine
+from turbosparse.engine.text import Tokenizer
 from turbosparse.hf.load import quiet
 from turbosparse.pack import pack
 
@@ -175,6 +177,16 @@ def sparse(dense: Callable[[str], Path], shared: Shared) -> Callable[..., Path]:
 def packed_mistral(sparse: Callable[..., Path], shared: Shared) -> Path:
     """A packed toy model; do not write into it."""
     return shared("packed-mistral", partial(pack, str(sparse("mistral")), quant="q8"))
+
+
+@pytest.fixture(scope="module")
+def engine(packed_mistral: Path) -> Engine:
+    return Engine(packed_mistral, threads=1)
+
+
+@pytest.fixture(scope="module")
+def tokenizer(packed_mistral: Path) -> Tokenizer:
+    return Tokenizer(packed_mistral)
 
 
 def drelu_recipe(model: Path, corpus: Path, length: int, /, **fields: object) -> dict[str, Any]:

@@ -21,16 +21,6 @@ from turbosparse.engine.text import Tokenizer
 LENGTH = 40
 
 
-@pytest.fixture(scope="module")
-def engine(packed_mistral: Path) -> Engine:
-    return Engine(packed_mistral, threads=1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer(packed_mistral: Path) -> Tokenizer:
-    return Tokenizer(packed_mistral)
-
-
 class Oracle(Draft):
     """Knows a text, and guesses every fifth of its tokens wrong."""
 
