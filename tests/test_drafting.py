@@ -107,6 +107,23 @@ def test_a_pass_that_fails_leaves_the_text_without_guesses(
         assert sequence.tokens == text[: len(prompt) + 1]
 
 
+def test_guesses_take_no_memory_that_the_text_does_not_need(
+    engine: Engine, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The budget holds the text up to its end token, and not one position more."""
+    prompt = tokenizer.encode("The small boats")
+    sampling = Sampling(temperature=1.0, seed=4)
+    told = stream(engine, tokenizer, prompt, sampling=sampling, ends=Ends(LENGTH))
+    plain = [token.id for token in told]
+    last = next(n for n in range(20, LENGTH) if plain[n] not in plain[:n])
+    monkeypatch.setattr(engine.decoder, "cache_bytes", lambda positions, _: positions << 20)
+    monkeypatch.setattr(engine.budget, "limit", (len(prompt) + last) << 20)
+    ends, oracle = Ends(LENGTH, frozenset(plain[last : last + 1])), Oracle(prompt + plain, 7)
+    told = stream(engine, tokenizer, prompt, sampling=sampling, ends=ends, draft=oracle)
+    assert [token.id for token in told] == plain[: last + 1]
+    assert any(held for _, held in oracle.passes)
+
+
 @pytest.mark.parametrize(
     ("tokens", "guess"),
     [

@@ -80,14 +80,7 @@ class Text:
         """
         began = time.perf_counter()
         sequence, known = self.sequence, len(self.sequence.tokens)
-        guesses = self._guesses() if self._count else []
-        try:
-            sequence.extend(guesses)
-            engine = sequence.engine
-            steps = engine.verify(sequence) if guesses else engine.step([sequence])
-        except BaseException:
-            sequence.truncate(known)
-            raise
+        guesses, steps = self._read(self._guesses() if self._count else [])
         tokens: list[Token] = []
         for step, guess in zip(steps, [*guesses, None], strict=True):
             tokens.append(self._choose(step, known + len(tokens)))
@@ -102,6 +95,23 @@ class Text:
         share = seconds / len(tokens)
         told = [replace(token, seconds=share) for token in tokens]
         return list(zip(told, steps, strict=False))
+
+    def _read(self, guesses: list[int]) -> tuple[list[int], list[Step]]:
+        """Read what is pending and the guesses, or no guess where memory is short."""
+        sequence, known = self.sequence, len(self.sequence.tokens)
+        engine = sequence.engine
+        try:
+            sequence.extend(guesses)
+            return guesses, engine.verify(sequence) if guesses else engine.step([sequence])
+        except BaseException as error:
+            sequence.truncate(known)
+            if (
+                not guesses
+                or isinstance(error, Cancelled)
+                or not isinstance(error, TurboSparseError)
+            ):
+                raise
+        return self._read([])
 
     def _guesses(self) -> list[int]:
         if not self._draft or not self._guesser or not (count := self._draft.length()):

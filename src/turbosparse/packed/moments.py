@@ -1,7 +1,7 @@
 """How the inputs of a model's matrices correlate on a text: what rounding with feedback needs.
 
-One layer is in memory at a time, with the moments of its inputs. The largest are down's, ``[neurons,
-neurons]``: of a 7B model 0.8 GB, and while its errors are passed on 3.5 GB in all.
+One layer is in memory at a time, with the moments of its inputs. The largest are down's,
+``[neurons, neurons]``: of a 7B model 0.8 GB, and while its errors are passed on 3.5 GB in all.
 """
 
 from __future__ import annotations
