@@ -164,6 +164,31 @@ def test_several_processes_write_the_same_files(recipe: Write, made: Path, tmp_p
     assert contents(tmp_path / "many") == contents(made)
 
 
+def test_jobs_that_share_a_folder_write_the_same_files(
+    recipe: Write, made: Path, tmp_path: Path
+) -> None:
+    path, out = recipe(), tmp_path / "jobs"
+    for number in (2, 0, 1):  # four files among three jobs, in any order
+        done = prepare(path, out=out, processes=1, shard=f"{number}/3")
+        assert f"shard {number}/3: {1 + (number == 0)} files of" in str(done)
+        (out / ".x-0001.arrow.123").write_bytes(b"half")  # of a job that is running, or was killed
+    with pytest.raises(TurboSparseError, match="jobs is not prepared to its end"):
+        found_mixture(read_recipe(path).data, out, allow_missing=False)
+    with pytest.raises(TurboSparseError, match=r"was begun with other settings \(tokens\)"):
+        prepare(path, out=out, tokens=99999, shard="0/3")
+    whole = {file: file.stat().st_ino for file in shards_of(out)}
+    prepare(path, out=out, processes=1)
+    assert contents(out) == contents(made)
+    assert {file: file.stat().st_ino for file in shards_of(out)} == whole
+
+
+@pytest.mark.parametrize("shard", ["3/3", "1", "-1/2", "a/b", "0/0"])
+def test_a_shard_that_is_none_is_refused(recipe: Write, tmp_path: Path, shard: str) -> None:
+    with pytest.raises(TurboSparseError, match="give I/N with I from 0 to N-1"):
+        prepare(recipe(), out=tmp_path / "made", shard=shard)
+    assert not (tmp_path / "made").exists()
+
+
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_killed_preparation_goes_on_with_what_is_whole(
     recipe: Write, made: Path, tmp_path: Path, processes: int

@@ -5,6 +5,7 @@ it draws the same mixture as from the sources, in an order that the seed alone d
 without reading again what it has seen.
 
     turbosparse data prepare recipes/mistral_7b.yaml --out mistral-data --processes 32
+    turbosparse data prepare recipes/mistral_7b.yaml --out mistral-data --shard 3/16
     turbosparse train recipes/mistral_7b.yaml --data mistral-data --out mistral-sparse
 """
 
@@ -12,6 +13,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import re
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -45,7 +47,15 @@ from turbosparse.training.mixture import (
     source_sequences,
     too_short,
 )
-from turbosparse.training.prepared import MANIFEST, Shard, checksum, draw, file_size, request_of
+from turbosparse.training.prepared import (
+    MANIFEST,
+    OF_JOBS,
+    Shard,
+    checksum,
+    draw,
+    file_size,
+    request_of,
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +78,24 @@ class Prepared:
         return "\n".join(lines + [f"  {name}: missing" for name in self.missing])
 
 
+@dataclass(frozen=True)
+class PreparedShard:
+    """What one of several jobs wrote."""
+
+    out: str
+    shard: str
+    files: int
+    tokens: int
+    unreadable: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.out}, shard {self.shard}: {self.files} files of {self.tokens:,} tokens, "
+            f"{self.unreadable} unreadable. When all shards are done, give the same command "
+            "without --shard: it joins them"
+        )
+
+
 def prepare(
     recipe: AnyPath,
     *,
@@ -76,8 +104,9 @@ def prepare(
     model: str | None = None,
     tokens: int | None = None,
     processes: int | None = None,
+    shard: str | None = None,
     allow_missing: bool = False,
-) -> Prepared:
+) -> Prepared | PreparedShard:
     """Tokenise and pack a recipe's data; give the same command again to resume after a stop.
 
     Parameters
@@ -95,6 +124,9 @@ def prepare(
         Prepare for training on this many tokens instead of the recipe's.
     processes
         Read this many parts of the sources at a time; by default one for each processor.
+    shard
+        Do only the share I/N of the work, I from 0 to N-1: for N jobs on machines that all see OUT.
+        When they are done the same command without it joins what they wrote.
     allow_missing
         Leave out sources that cannot be opened, and raise the proportions of the others.
     """
@@ -102,6 +134,7 @@ def prepare(
     from turbosparse.training.recipe import read_recipe, tokenizer_of
 
     recipe = local_path(recipe)
+    number, jobs = _job(shard)
     settings = read_recipe(recipe, model=model, tokens=tokens)
     root = local_path(data or recipe.parent)
     if out is None and settings.data.prepared is None:
@@ -112,6 +145,7 @@ def prepare(
     settings.data = mixture = settings.data.without(missing)
     tokenizer, length = tokenizer_of(settings), mixture.sequence_length
     request = request_of(mixture, missing, tokenizer) | {"tokens": settings.tokens}
+    manifest = f"prepared-{number}-of-{jobs}.json" if shard else MANIFEST
     done = _begin(out, request)
     parts: dict[str, Callable[[], Shard]] = {}
     for source in mixture.sources:
@@ -123,16 +157,29 @@ def prepare(
             file = out / f"{source.name}-{part:04}.arrow"
             write = partial(_write, file, source, root, tokenizer, mixture, part, of, most)
             parts[file.name] = write
+    mine = dict(islice(parts.items(), number, None, jobs))
+    for half in out.glob(".*"):  # of a killed process
+        if half.stem[1:] in (manifest, *mine):
+            half.unlink()
+    if shard:
+        done = {name: made for name, made in done.items() if name in mine}
     with named_disk_errors(out):
-        todo = [write for name, write in parts.items() if name not in done]
-        for shard in track(_run(todo, processes), "preparing", total=len(todo)):
-            done[shard.file] = shard
-            _save(out, request, done, complete=False)
+        _save(out / manifest, request, done, complete=False)
+        todo = [write for name, write in mine.items() if name not in done]
+        for made in track(_run(todo, processes), "preparing", total=len(todo)):
+            done[made.file] = made
+            _save(out / manifest, request, done, complete=False)
+        if shard:
+            tokens = length * sum(made.sequences for made in done.values())
+            unreadable = sum(made.unreadable for made in done.values())
+            return PreparedShard(str(out), shard, len(done), tokens, unreadable)
         of_source = [[s for s in done.values() if s.source == m.name] for m in mixture.sources]
         sizes = [sum(shard.sequences for shard in shards) for shards in of_source]
         if 0 in sizes:
             raise too_short(mixture.sources[sizes.index(0)], length)
-        _save(out, request, done, complete=True)
+        _save(out / MANIFEST, request, done, complete=True)
+    for joined in out.glob(OF_JOBS):
+        joined.unlink()
     which, _ = draw(mixture, sizes, count=settings.tokens // length, seed=settings.seed)
     rows = [
         {
@@ -148,31 +195,39 @@ def prepare(
     return Prepared(str(out), sum(sizes) * length, length, missing, rows)
 
 
+def _job(shard: str | None) -> tuple[int, int]:
+    """The number of this job, and how many there are."""
+    found = re.fullmatch(r"(\d+)/(\d+)", shard or "0/1")
+    number, jobs = map(int, found.groups()) if found else (0, 0)
+    if number >= jobs:
+        raise TurboSparseError(f"--shard is {shard!r}; give I/N with I from 0 to N-1, such as 0/16")
+    return number, jobs
+
+
 def _begin(out: Path, request: dict[str, Any]) -> dict[str, Shard]:
     """Begin the folder, or resume one of the same request; returns its shards by file."""
-    done = {}
-    if (out / MANIFEST).is_file():
-        old = read_config(out, MANIFEST)
+    done: dict[str, Shard] = {}
+    begun = [out / MANIFEST] if (out / MANIFEST).is_file() else []
+    begun += sorted(out.glob(OF_JOBS))
+    if not begun and any(out.glob("[!.]*")):  # another job may be about to write the first file
+        check_free(out)
+    out.mkdir(parents=True, exist_ok=True)
+    for file in begun:
+        old = read_config(out, file.name)
         if changed := [key for key in request if request[key] != old.get(key)]:
             raise TurboSparseError(
                 f"{out} was begun with other settings ({', '.join(changed)}); "
                 "remove it to start again, or give the old settings to resume"
             )
         shards = [Shard(**fields) for fields in old["shards"]]
-        done = {shard.file: shard for shard in shards if file_size(out / shard.file) == shard.bytes}
-    else:
-        check_free(out)
-        out.mkdir(parents=True, exist_ok=True)
-    for half in out.glob(".*"):  # of a killed process
-        half.unlink()
-    _save(out, request, done, complete=False)
+        done |= {s.file: s for s in shards if file_size(out / s.file) == s.bytes}
     return done
 
 
-def _save(out: Path, request: dict[str, Any], shards: dict[str, Shard], *, complete: bool) -> None:
-    with new_file(out / MANIFEST) as file:
+def _save(file: Path, request: dict[str, Any], shards: dict[str, Shard], *, complete: bool) -> None:
+    with new_file(file) as work:
         listed = [asdict(shard) for _, shard in sorted(shards.items())]
-        write_json(file, request | {"complete": complete, "shards": listed})
+        write_json(work, request | {"complete": complete, "shards": listed})
 
 
 def _run(parts: list[Callable[[], Shard]], processes: int) -> Iterator[Shard]:

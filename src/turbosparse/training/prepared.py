@@ -20,6 +20,7 @@ from turbosparse.training.mixture import Mixture, Skips, missing_sources, traini
 from turbosparse.training.recipe import Recipe
 
 MANIFEST = "prepared.json"
+OF_JOBS = "prepared-*-of-*.json"  # before they are joined
 
 
 _PROBE = "Two  words,\n\ta tab; naïve façade 12345 €1.50 数学 🙂 <|im_start|>user\n<|im_end|></s>"
@@ -62,13 +63,15 @@ def found_mixture(mixture: Mixture, root: Path, *, allow_missing: bool) -> Mixtu
             the prepared folder is not complete.
     """
     named = root / mixture.prepared if mixture.prepared else None
-    folder = root if (root / MANIFEST).is_file() else named
+    begun = (root / MANIFEST).is_file() or any(root.glob(OF_JOBS))
+    folder = root if begun else named
     if folder is None:
         return mixture.without(missing_sources(mixture, root, allow_missing=allow_missing))
-    made = read_config(folder, MANIFEST)
+    made = {} if any(folder.glob(OF_JOBS)) else read_config(folder, MANIFEST)
     if not made.get("complete"):
         raise TurboSparseError(
-            f"{folder} is not prepared to its end; give the same `turbosparse data prepare` again"
+            f"{folder} is not prepared to its end; give the same `turbosparse data prepare` again, "
+            "without --shard"
         )
     missing = made["missing"]
     if missing and not allow_missing:
