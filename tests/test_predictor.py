@@ -28,7 +28,7 @@ from turbosparse.export import export
 from turbosparse.hf.load import load_model
 from turbosparse.hf.published import own_fields
 from turbosparse.pack import pack
-from turbosparse.predictor import Scored, score, train
+from turbosparse.predictor import Scored, read_scores, score, train
 from turbosparse.predictors.mask import predicted
 from turbosparse.predictors.measure import Seen
 from turbosparse.predictors.rows import carrying
@@ -248,6 +248,7 @@ def test_the_cheapest_thresholds_within_the_bound_are_kept_and_packed(
     found = scored(folder, text, bound=1e6, picture=tmp_path / "bytes.png")
     assert found.chosen == 1, "the fewest bytes"
     assert (tmp_path / "bytes.png").read_bytes().startswith(b"\x89PNG")
+    assert read_scores(folder) == found
     block = read_config(folder)["predictor"]
     assert block["threshold"] != before["threshold"]
     pack(str(folder), tmp_path / "packed", quant="q8")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,10 +15,15 @@ import pytest
 
 from turbosparse.analyse import analyse
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import write_json
 from turbosparse.packed.stats import Stats
+from turbosparse.predictor import SCORES
 from turbosparse.report import report
 
 Make = Callable[..., Path]
+POINT = {"target": 0.9, "recall": 0.9, "norm_recall": 0.9, "density": 0.2, "kl": 0.01}
+SCORED = {"model": "m", "predictor": "sign", "tokens": 9, "perplexity": 2.0, "active": 0.1}
+SCORED |= {"share": 0.11, "chosen": 0, "layers": [[0.9, 0.9, 0.2, 0.1]]}
 BAD = "<b>&\"'</script><script>alert(1)</script>"
 
 
@@ -48,6 +54,8 @@ def made(measured: Make, shared: Callable[..., Path], tmp_path_factory: Any) -> 
         stats.words[1], stats.about["model"] = BAD, BAD
         files.append(tmp_path_factory.mktemp("files") / f"{name}.turbosparse")
         stats.save(files[-1])
+    points = [POINT | {"bytes": 0.5 + 0.1 * at, "perplexity": 1.01 - 0.003 * at} for at in range(4)]
+    write_json(files[1].with_name(SCORES), SCORED | {"points": points})
     return shared("report", lambda out: report(files, out=out))
 
 
@@ -81,7 +89,17 @@ def test_what_comes_from_files_is_text(made: Path) -> None:
 def test_figures_are_files_too_and_have_names_of_their_own(made: Path) -> None:
     svgs = sorted((made / "figures").glob("*.svg"))
     names = {path.stem for path in svgs}
-    assert {"layers", "kept", "hot", "together", "signs", "gate", "up", "combined"} <= names
+    assert {
+        "layers",
+        "kept",
+        "predictor",
+        "hot",
+        "together",
+        "signs",
+        "gate",
+        "up",
+        "combined",
+    } <= names
     assert {"sample-1", "sample-3", "experts-3", "load-3"} <= names
     assert "experts-1" not in names
     assert {path.stem for path in (made / "figures").glob("*.png")} == names
@@ -101,6 +119,10 @@ def test_a_report_fits_a_phone_and_a_desktop(made: Path, browser: Any, width: in
     browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     browser.get((made / "report.html").as_uri())
     assert browser.execute_script("return document.documentElement.scrollWidth <= innerWidth")
+    assert browser.execute_script(
+        "return [...document.querySelectorAll('.card')]"
+        ".every((card) => card.scrollWidth <= card.clientWidth)"
+    )
     letters = browser.execute_script(
         "return [...document.querySelectorAll('figure svg text')]"
         ".map((text) => text.getBoundingClientRect().height)"
@@ -125,9 +147,13 @@ def test_what_cannot_be_shown_is_refused(sparse: Make, tmp_path: Path, measured:
         report([], out=tmp_path / "new")
     with pytest.raises(TurboSparseError, match="at most 6 models, not 7"):
         report([measured("llama", "drelu")] * 7, out=tmp_path / "new")
+    file = shutil.copy(measured("llama", "drelu") / "stats.turbosparse", tmp_path)
+    (tmp_path / SCORES).write_text("{}")
+    with pytest.raises(TurboSparseError, match=r"scores.json is not what .* writes; run it again"):
+        report([file], out=tmp_path / "new")
     with pytest.raises(TurboSparseError, match="exists already"):
         report([measured("llama", "drelu")], out=sparse("llama"))
-    assert not list(tmp_path.iterdir())
+    assert not (tmp_path / "new").exists()
 
 
 def test_models_of_one_name_are_told_apart(measured: Make, tmp_path: Path) -> None:

@@ -13,13 +13,15 @@ from __future__ import annotations
 import math
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import TypeAdapter, ValidationError
 from safetensors.torch import load_file
 
+from turbosparse.analysis.figures import pareto
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import (
     AnyPath,
@@ -47,6 +49,8 @@ from turbosparse.predictors.mask import find_predictor, predictor_of
 from turbosparse.predictors.measure import Recall
 from turbosparse.predictors.score import CALIBRATED, Run, bytes_of, run_layers
 from turbosparse.training.sample import sequences
+
+SCORES = "predictor_scores.json"  # what `score` found, for the figure of a report
 
 
 @dataclass(frozen=True)
@@ -272,6 +276,7 @@ def score(
 
     The cheapest thresholds whose perplexity is within the bound are written into the model's
     config.json with what was measured, and pack records it: --mode auto then takes predicted mode.
+    All points go into predictor_scores.json beside it, which report draws.
 
     Parameters
     ----------
@@ -313,6 +318,8 @@ def score(
         nats, count, runs = run_layers(layers, about, ids, list(targets))
         runs[0].check(folder, about, layers.config.intermediate_size)
         found.append(_scored(folder, layers.config, about, (nats, count, runs), quant, bound))
+        with new_file(folder / SCORES) as work:
+            write_json(work, asdict(found[-1]))
     if picture:
         draw_picture(found, local_path(picture))
     return Scores(found)
@@ -363,6 +370,22 @@ def _scored(
     )
 
 
+def read_scores(folder: Path) -> Scored | None:
+    """What `score` found of the model in this folder, if it did.
+
+    Raises:
+        TurboSparseError: the file is not one that `score` wrote.
+    """
+    if not (folder / SCORES).is_file():
+        return None
+    try:
+        return TypeAdapter(Scored).validate_python(read_config(folder, SCORES))
+    except ValidationError as error:
+        raise TurboSparseError(
+            f"{folder / SCORES} is not what `turbosparse predictor score` writes; run it again"
+        ) from error
+
+
 def draw_picture(found: list[Scored], path: Path) -> None:
     """Perplexity against bytes, a line for each predictor.
 
@@ -375,15 +398,7 @@ def draw_picture(found: list[Scored], path: Path) -> None:
         raise TurboSparseError("--picture needs matplotlib: pip install matplotlib") from error
     figure = Figure(figsize=(7.2, 4), layout="constrained")
     axes = figure.subplots()
-    for model in found:
-        points = sorted(model.points, key=lambda point: point.bytes)
-        lost = [100 * (point.perplexity - 1) for point in points]
-        label = f"{Path(model.model).name} ({model.share:.0%} of the FFN)"
-        axes.plot([point.bytes for point in points], lost, marker="o", label=label)
-    axes.axvline(1, color="#333", linewidth=1)
-    axes.axhline(0, color="#333", linewidth=1)
-    axes.set(xlabel="bytes of the feed-forwards ÷ exact mode", ylabel="perplexity lost, %")
-    axes.set_yscale("symlog", linthresh=0.1)
+    pareto(axes, [{"name": Path(one.model).name, "predictor": asdict(one)} for one in found])
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(frameon=False)
     with new_file(path) as work:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from turbosparse.analysis.figures import Drawn, draw
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath, check_free, local_path, new_folder, write_json
 from turbosparse.packed.stats import FILE, Stats
+from turbosparse.predictor import read_scores
 
 PAGE = Path(__file__).parent / "analysis" / "report.html.jinja"
 
@@ -52,7 +53,7 @@ def report(models: Sequence[AnyPath], *, out: AnyPath = "report") -> Report:
     check_free(folder)
     files = [_file(local_path(model)) for model in models]
     names = _names(files)
-    known = [facts(Stats.load(file), name) for file, name in zip(files, names, strict=True)]
+    known = [_known(file, name) for file, name in zip(files, names, strict=True)]
     figures = draw(known)
     with new_folder(folder) as work:
         (work / "figures").mkdir()
@@ -69,6 +70,11 @@ def _file(path: Path) -> Path:
     if not file.is_file():
         raise TurboSparseError(f"there is no {file}; run `turbosparse analyse {path}` first")
     return file
+
+
+def _known(file: Path, name: str) -> dict[str, Any]:
+    scores = read_scores(file.parent)
+    return facts(Stats.load(file), name) | {"predictor": scores and asdict(scores)}
 
 
 def _names(files: list[Path]) -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from io import BytesIO
+from itertools import cycle
+from operator import itemgetter
 from typing import Any, NamedTuple
 
 from turbosparse.base.errors import TurboSparseError
@@ -187,6 +189,27 @@ def _signs(axes: Any, models: Sequence[Facts]) -> bool:
     return True
 
 
+def pareto(axes: Any, models: Sequence[Facts]) -> bool:
+    """Perplexity lost against bytes, a line for each model whose predictor was scored."""
+    known = [(c, m) for c, m in zip(cycle(COLOURS), models, strict=False) if m["predictor"]]
+    for colour, model in known:
+        points = sorted(model["predictor"]["points"], key=itemgetter("bytes"))
+        axes.plot(
+            [point["bytes"] for point in points],
+            [100 * (point["perplexity"] - 1) for point in points],
+            color=colour,
+            label=f"{model['name']} ({model['predictor']['share']:.0%} of the FFN)",
+            marker="o",
+            ms=4,
+        )
+    axes.axvline(1, color=INK, lw=1)
+    axes.axhline(0, color=INK, lw=1)
+    axes.set(xlabel="bytes, ÷ exact mode", ylabel="perplexity lost, %")
+    axes.set_yscale("symlog", linthresh=0.1)
+    axes.yaxis.set_major_formatter("{x:g}")
+    return bool(known)
+
+
 def _grid(key: str, words: str) -> Callable[[Any, Facts], bool]:
     def draw(axes: Any, model: Facts) -> bool:
         rows = [_percent(row) for row in model[key]]
@@ -212,6 +235,11 @@ _OF_ALL: dict[str, tuple[str, str, Callable[[Any, Sequence[Facts]], bool]]] = {
         "Perplexity against kept neurons",
         "A token keeps only its largest neurons. The dot: CETT has cost its percent of perplexity.",
         _kept,
+    ),
+    "predictor": (
+        "What the predictor saves and costs",
+        "Bytes of the feed-forwards at several thresholds; left of the line less than exact mode.",
+        pareto,
     ),
     "hot": (
         "Hot and cold neurons",
@@ -316,6 +344,7 @@ def _percent(shares: Any) -> list[float]:
 def _bytes(figure: Any, name: str) -> tuple[str, bytes]:
     svg, png = BytesIO(), BytesIO()
     figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
+    figure.set_layout_engine("none")  # it is laid out, which takes as long as drawing
     figure.savefig(png, format="png", dpi=150)
     text = svg.getvalue().decode()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
