@@ -57,6 +57,7 @@ void Decoder::mix_values(int layer) {
     float* out = &mixed_[int64_t{item} * group * shape_.head];
     for (int i = 0; i < group * shape_.head; ++i)
       out[i] = taken.values[i] / taken.sum[i / shape_.head];
+    worked(group * shape_.head);
   };
   if (items >= kItemsPerThread * threads_) {
     parallel_for(threads_, items, [&](int64_t item) {
@@ -96,6 +97,7 @@ Decoder::Taken Decoder::take_span(int layer, int token, int kv_head, int span) c
 
   const Kernels& kernels = kernels_of(QUANT_F16);
   const Prepared queries(kernels, &q_[at], group, size);
+  worked(int64_t{2} * group * seen * size);
   std::vector<float> scores(int64_t{group} * seen);
   // keys and values lie together as long as they are of one page
   const auto each_run = [&](int part, auto&& work) {

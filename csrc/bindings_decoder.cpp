@@ -1,11 +1,13 @@
 // Python's view of the decoder: checks what comes in, releases the GIL, calls.
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/unique_ptr.h>
 #include <nanobind/stl/vector.h>
 
 #include <atomic>
 #include <optional>
 #include <thread>
+#include <tuple>
 
 #include "bandwidth.h"
 #include "bindings.h"
@@ -192,6 +194,17 @@ void bind_decoder(nb::module_& m) {
         }
       },
       "count"_a, "threads"_a, "Parallel sections without work, in each of which all threads meet.");
+  m.def(
+      "count_work",
+      [](const nb::callable& call) {
+        const Counting counting;
+        call();
+        const Counting::Work work = counting.work();
+        return std::tuple(work.sections, work.alone, work.longest);
+      },
+      "call"_a,
+      "Sections in which threads meet in a call, the numbers and weights that its own thread goes "
+      "through outside of them, and those of the thread that has most in them.");
   nb::exception<Cancelled>(m, "Cancelled", PyExc_RuntimeError);
   nb::class_<Cancel>(m, "Cancel", "Ends a step from another thread.")
       .def(nb::init<>())

@@ -31,8 +31,10 @@ class Prepared {
   Prepared(const Kernels& kernels, const float* x, int64_t tokens, int cols, int threads = 1)
       : stride_(kernels.prepared_bytes(cols) / static_cast<int64_t>(sizeof(float))),
         data_(tokens * stride_) {
-    parallel_for(threads, tokens,
-                 [&](int64_t t) { kernels.prepare(x + t * cols, cols, data_ + t * stride_); });
+    parallel_for(threads, tokens, [&](int64_t t) {
+      kernels.prepare(x + t * cols, cols, data_ + t * stride_);
+      worked(cols);
+    });
   }
   const void* operator[](int64_t token) const { return data_ + token * stride_; }
 

@@ -16,6 +16,7 @@ double sum_of_squares(const float* x, int count, double mean) {
   constexpr int kLanes = 8;
   double sums[kLanes] = {};
   for (int i = 0; i < count; ++i) sums[i % kLanes] += (x[i] - mean) * (x[i] - mean);
+  worked(count);
   return std::accumulate(sums, sums + kLanes, 0.0);
 }
 
@@ -198,6 +199,7 @@ void Decoder::normalise(const Norm& norm) {
     const float scale = 1 / std::sqrt(square + shape_.norm_eps), shift = static_cast<float>(mean);
     for (int i = 0; i < hidden; ++i) out[i] = (x[i] - shift) * scale * norm.weight[i];
     for (int i = 0; norm.bias && i < hidden; ++i) out[i] += norm.bias[i];
+    worked(hidden);
   });
 }
 
@@ -214,6 +216,7 @@ void Decoder::attend(int index) {
   mix_values(index);
   project({{&layer.o, &y_}}, mixed_);
   for (size_t i = 0; i < x_.size(); ++i) x_[i] += y_[i];
+  worked(x_.size());
 }
 
 // Each out = projection(in).
@@ -247,6 +250,7 @@ void Decoder::rotate(std::vector<float>& x, int heads) const {
         right[i] = b * cosine[i] + a * sine[i];
       }
     }
+    worked(heads * shape_.head);
   });
 }
 
@@ -260,6 +264,7 @@ void Decoder::append_kv(int layer, int64_t token, int kv_head) {
     key[i] = float_to_half(k_[from + i]);
     value[i] = float_to_half(v_[from + i]);
   }
+  worked(2 * shape_.head);
 }
 
 void Decoder::softmax(float* scores, int count) {
@@ -279,6 +284,7 @@ void Decoder::feed_forward(const Layer& layer, Mode mode, int32_t* counts) {
     layer.ffns[0].forward(normed_.data(), x_.data(), y_.data(), counts, tokens_, mode, threads_);
   }
   for (size_t i = 0; i < x_.size(); ++i) x_[i] += y_[i];
+  worked(x_.size());
 }
 
 // y = Σ weight · expert(normed), over the experts that the router likes best: softmax over all, the

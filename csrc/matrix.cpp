@@ -153,6 +153,7 @@ class NeuronShare {
     compact(2, [](float combined) { return combined != 0; });
     const Kernels& kernels = pass_.kernels(Neurons::kDown);
     for_lists(Neurons::kDown, [&](const Rows& down, int64_t t, int64_t tokens) {
+      worked(down.count * tokens * pass_.ffn.hidden);
       kernels.axpys(&down, &values_[t * width_], width_, tokens, pass_.ffn.hidden,
                     sums_ + t * sum_floats_);
     });
@@ -164,6 +165,7 @@ class NeuronShare {
     const Prepared& x = *pass_.parts[part].x;
     out.resize(pass_.tokens * width_);
     for_lists(part, [&](const Rows& rows, int64_t t, int64_t tokens) {
+      worked(rows.count * tokens * pass_.ffn.hidden);
       kernels.dots(&rows, x[t], tokens, pass_.ffn.hidden, &out[t * width_], width_);
     });
   }
@@ -224,6 +226,7 @@ void add_up(const Shares& shares, const Kernels& kernels, int64_t t, int c, int 
     const float* sum = shares[s]->sum(t, c);
     for (int64_t i = 0; i < floats; ++i) total[i] += sum[i];
   }
+  worked(floats * shares.size());
   std::fill_n(out, cols, 0.0f);
   kernels.add_sum(total, cols, out);
 }
@@ -264,6 +267,7 @@ int64_t row_stride(Quant quant, int cols) {
 
 void Matrix::row(int64_t index, float* out) const {
   kernels_of(quant).dequantise_row(data + index * row_stride(quant, cols), out, cols);
+  worked(cols);
 }
 
 void multiply(const std::vector<Product>& products, const float* x, int64_t tokens, int threads) {
@@ -305,6 +309,7 @@ void Product::run(int64_t from, int64_t end, const void* prepared, int64_t token
         rows_at(first, stride, indices ? indices + r : nullptr, std::min(step, end - r));
     kernels_of(matrix->quant).dots(&rows, prepared, tokens, matrix->cols, out + r, count());
   }
+  worked((end - from) * matrix->cols * tokens);
 }
 
 int64_t Neurons::up_stride() const { return gated() ? row_stride(quants[kUp], hidden) : 0; }

@@ -28,6 +28,7 @@ class LowRankPrediction : public Prediction {
     std::vector<float> logits(neurons.size());
     const Rows rows = rows_at(fc2_.data, row_stride(fc2_.quant, fc2_.cols), neurons.data(),
                               static_cast<int64_t>(neurons.size()));
+    worked(rows.count * fc2_.cols);
     kernels_of(fc2_.quant).dots(&rows, features_[t], 1, fc2_.cols, logits.data(), 0);
     // a NaN is a candidate, so that a broken input shows in the output
     compact(neurons, [&](size_t i) { return !(logits[i] < threshold_); });
@@ -66,6 +67,7 @@ class SignPrediction : public Prediction {
     std::vector<int32_t> agree(neurons.size());
     const Rows rows = rows_at(bits_ + part * stride, parts_ * stride, neurons.data(),
                               static_cast<int64_t>(neurons.size()));
+    worked(rows.count * hidden_);
     agreements()(&rows, &x_bits_[t * words_], words_, agree.data());
     const int padding = 64 * words_ - hidden_;  // which always agrees
     compact(neurons,
@@ -86,6 +88,7 @@ std::unique_ptr<Prediction> LowRank::begin(const float* x, const float* residual
                                            int threads) const {
   std::vector<float> features(tokens * fc1_.rows);
   multiply({{&fc1_, features.data()}}, pre_norm_ ? residual : x, tokens, threads);
+  worked(features.size());
   for (float& feature : features) feature = feature < 0 ? 0 : feature;
   return std::make_unique<LowRankPrediction>(fc2_, threshold_, features, tokens);
 }

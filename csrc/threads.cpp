@@ -2,6 +2,7 @@
 
 #include <pthread.h>
 
+#include <algorithm>
 #include <atomic>
 #include <condition_variable>
 #include <cstdint>
@@ -22,6 +23,32 @@ constexpr int kYields = 500;
 constexpr int kMaxShares = 0xffff;
 
 thread_local bool in_section = false;
+
+thread_local int64_t gone_through = 0;  // see `worked`
+std::atomic<bool> counting{false};      // the sections
+Counting::Work counted_work;            // of whoever has the turn
+
+// A section whose shares are counted.
+struct CountedSection {
+  detail::Job job;
+  const void* context;
+  std::vector<int64_t> numbers;  // of each share
+
+  static void run(const void* section, int share) {
+    auto& self = *static_cast<CountedSection*>(const_cast<void*>(section));
+    const int64_t before = gone_through;
+    self.job(self.context, share);
+    self.numbers[share] = gone_through - before;
+    gone_through = before;
+  }
+
+  void add_to(Counting::Work& work, int threads) const {
+    std::vector<int64_t> of_threads(threads);
+    for (int64_t share : numbers) *std::min_element(of_threads.begin(), of_threads.end()) += share;
+    work.longest += *std::max_element(of_threads.begin(), of_threads.end());
+    ++work.sections;
+  }
+};
 
 void pause() {
 #if defined(__x86_64__) || defined(__i386__)
@@ -188,5 +215,23 @@ void detail::run(int threads, int shares, Job job, const void* context) {
   Process& process = Process::get();
   const std::lock_guard<std::mutex> turn(process.turn);
   if (!process.pool) process.pool = new Pool;
-  process.pool->run(threads, shares, job, context);
+  if (!counting) return process.pool->run(threads, shares, job, context);
+  CountedSection counted{job, context, std::vector<int64_t>(shares)};
+  process.pool->run(threads, shares, CountedSection::run, &counted);
+  counted.add_to(counted_work, threads);
+}
+
+void worked(int64_t numbers) { gone_through += numbers; }
+
+Counting::Counting() : before_(gone_through) {
+  counted_work = {};
+  counting = true;
+}
+
+Counting::~Counting() { counting = false; }
+
+Counting::Work Counting::work() const {
+  Work work = counted_work;
+  work.alone = gone_through - before_;
+  return work;
 }

@@ -23,6 +23,27 @@ using Job = void (*)(const void* context, int share);
 void run(int threads, int shares, Job job, const void* context);
 }  // namespace detail
 
+// Says that the calling thread goes through so many numbers or weights, for `Counting`.
+void worked(int64_t numbers);
+
+// What is gone through while it lives, as its own thread and the sections that it calls say. One at
+// a time in a process.
+class Counting {
+ public:
+  struct Work {
+    int64_t sections = 0;  // in which threads meet
+    int64_t alone = 0;     // outside of them
+    int64_t longest = 0;   // in them, by the thread that has most, if the first that is free takes
+                           // the next share and all are equally fast
+  };
+  Counting();
+  ~Counting();
+  Work work() const;
+
+ private:
+  int64_t before_;
+};
+
 // Calls work(0) ... work(shares - 1) on at most `threads` threads, which claim one share after the
 // other, and returns when all are done; then throws what a call threw first. Callers take turns:
 // one section runs at a time in a process. Throws std::logic_error for more than 65,535 shares, and

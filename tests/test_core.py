@@ -149,6 +149,18 @@ def test_no_rows_and_no_tokens() -> None:
 # -- whose memory --------------------------------------------------------------------------------
 
 
+def test_work_is_counted_where_it_is_done() -> None:
+    rows, cols = 4096, 64  # some shares of 64 KiB
+    large, x = matrix(rows, cols), np.ones((1, cols), np.float32)
+
+    def multiply(threads: int) -> tuple[int, int, int]:
+        out = np.empty((1, rows), np.float32)
+        return _core.count_work(lambda: large.matmul(x, out, threads))
+
+    assert multiply(1) == (0, cols + rows * cols, 0)  # the input is prepared, and met by all rows
+    assert multiply(2) == (1, cols, rows * cols / 2)
+
+
 def low_rank(rows: np.ndarray[Any, Any]) -> _core.LowRank:
     """Both matrices are these rows."""
     return _core.LowRank(*[_core.Matrix(rows, 32, "q8")] * 2, 0.0, False)
