@@ -4,12 +4,17 @@ Speed depends on shapes, quantisation and sparsity, not on what the weights say.
 about the sparsity is faked, the hidden state carries a constant direction (the first block of 32
 features) that gate and up rows lean against: their pre-activations are normal with the mean that
 makes the asked share positive, and every token computes its own active neurons.
+
+Embeddings walk: token i + n has a correlation of `NEAR` ** n with token i. So a text that takes
+every n-th token has as much in common from token to token as is asked, in neurons and in experts,
+and one of random tokens has nothing.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from statistics import NormalDist
 from typing import Any
@@ -89,6 +94,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 SPREAD = 0.02  # standard deviation of a weight
 CONSTANT = 4.0  # the constant features of an embedding, in standard deviations of the others
 LOW_RANK_MARGIN, SIGN_MARGIN = 0.01, 0.02  # more candidates than active neurons, of all
+NEAR = 0.99  # correlation of the embeddings of a token and the next, by number
 QUIET = 1e-3  # o and down projections are this much smaller, so that the direction lasts
 
 
@@ -327,6 +333,7 @@ class _Weights:
             return self._rows(rows, heads, stride, QUIET)
         matrix = self._rows(rows, hidden, stride)
         if last == "embedding":
+            self._walk(matrix, hidden)
             self._first_block(matrix, hidden, CONSTANT * SPREAD)
         return matrix
 
@@ -337,6 +344,14 @@ class _Weights:
             share = (1 - self.wanted.sparsity) ** (1 / self.wanted.deciding)
             self._first_block(rows, hidden, lean(share, hidden) * SPREAD)
         return rows
+
+    def _walk(self, rows: NDArray[np.uint8], cols: int) -> None:
+        """Give each row the features of the one before but for some, at random."""
+        values = rows[:, : value_bytes(self.quant, cols)]
+        values = values.view("<u2") if self.quant == "f16" else values
+        for last, row in pairwise(values):
+            kept = self.random.random(len(row), dtype=np.float32) < NEAR
+            row[kept] = last[kept]
 
     def _small(self, spec: Spec) -> NDArray[np.float32]:
         if spec.role in ("attention_norm", "ffn_norm", "norm"):
