@@ -4,6 +4,7 @@
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/tuple.h>
+#include <nanobind/stl/variant.h>
 #include <nanobind/stl/vector.h>
 
 #include <optional>
@@ -78,8 +79,31 @@ void row(const OwningMatrix& self, int64_t index, Array<float, 1> out) {
   self.row(index, out.data());
 }
 
-void init_neurons(OwningNeurons* self, Bytes gates, Bytes pairs, int hidden,
-                  const std::vector<std::string>& quants, const char* activation_name,
+// What kernels see of rows: where they or the places of their store begin, and how many there are.
+struct View {
+  const uint8_t* data;
+  int64_t rows, row_bytes;
+  Stored stored;
+};
+
+View view_of(const AnyRows& any) {
+  if (const OwningRows* rows = std::get_if<OwningRows>(&any)) {
+    return {rows->store->data(), rows->rows, rows->store->row_bytes(), *rows};
+  }
+  const Bytes& bytes = std::get<Bytes>(any);
+  const auto rows = static_cast<int64_t>(bytes.shape(0));
+  return {bytes.data(), rows, static_cast<int64_t>(bytes.shape(1)), {}};
+}
+
+void check_rows(const char* what, const View& view, int64_t rows, int64_t row_bytes) {
+  if (view.rows == rows && view.row_bytes == row_bytes) return;
+  fail(std::string(what) + " has shape (" + std::to_string(view.rows) + ", " +
+       std::to_string(view.row_bytes) + "), expected (" + std::to_string(rows) + ", " +
+       std::to_string(row_bytes) + ")");
+}
+
+void init_neurons(OwningNeurons* self, const AnyRows& any_gates, const AnyRows& any_pairs,
+                  int hidden, const std::vector<std::string>& quants, const char* activation_name,
                   const Predictor* predictor, float threshold) {
   const auto activation = parse<Activation>("activation", activation_name, kActivations);
   std::vector<Quant> parsed;
@@ -90,22 +114,24 @@ void init_neurons(OwningNeurons* self, Bytes gates, Bytes pairs, int hidden,
   if (!(threshold >= 0)) {
     fail("threshold is " + std::to_string(threshold) + ", expected at least 0");
   }
-  const int64_t neurons = gates.shape(0);
-  Neurons ffn{gates.data(), pairs.data(), neurons, hidden, {}, activation, threshold, predictor};
+  const View gates = view_of(any_gates), pairs = view_of(any_pairs);
+  const int64_t neurons = gates.rows;
+  Neurons ffn{gates.data, pairs.data, neurons,   hidden,       {},
+              activation, threshold,  predictor, gates.stored, pairs.stored};
   if (parsed.size() != (ffn.gated() ? 3 : 2)) {
     fail("quants must be those of " + std::string(ffn.gated() ? "gate, up" : "up") + " and down");
   }
   ffn.quants[Neurons::kGate] = parsed.front();
   ffn.quants[Neurons::kUp] = *(parsed.end() - 2);
   ffn.quants[Neurons::kDown] = parsed.back();
-  check_shape("gates", gates, neurons, row_stride(parsed.front(), hidden));
-  check_shape("pairs", pairs, neurons, ffn.up_stride() + row_stride(parsed.back(), hidden));
+  check_rows("gates", gates, neurons, row_stride(parsed.front(), hidden));
+  check_rows("pairs", pairs, neurons, ffn.up_stride() + row_stride(parsed.back(), hidden));
   if (predictor && (predictor->neurons != neurons || predictor->hidden != hidden)) {
     fail("the predictor is of " + std::to_string(predictor->neurons) + " neurons and hidden " +
          std::to_string(predictor->hidden) + ", expected " + std::to_string(neurons) + " and " +
          std::to_string(hidden));
   }
-  new (self) OwningNeurons{ffn, gates, pairs, nb::find(predictor)};
+  new (self) OwningNeurons{ffn, any_gates, any_pairs, nb::find(predictor)};
 }
 
 void forward(const OwningNeurons& self, Input x, Input residual, Output out, Counts counts,
@@ -161,6 +187,7 @@ NB_MODULE(_core, m) {
            "out[T, rows] = x[T, cols] · Wᵀ, of all rows or of some by number")
       .def("row", &row, "index"_a, "out"_a.noconvert(), "out[cols] = W[index]");
 
+  bind_store(m);
   bind_predictors(m);
   nb::class_<OwningNeurons>(m, "Neurons",
                             "An FFN: gate rows, and for each neuron its up row and down column.")

@@ -6,6 +6,7 @@
 
 #include <stdexcept>
 #include <string>
+#include <variant>
 
 #include "matrix.h"
 
@@ -17,8 +18,14 @@ using Bytes = Array<const uint8_t, 2>;
 struct OwningMatrix : Matrix {
   Bytes owner;
 };
+// A tensor of rows that a store reads, with the store.
+struct OwningRows : Stored {
+  int64_t rows;
+  nanobind::object owner;
+};
+using AnyRows = std::variant<Bytes, OwningRows>;
 struct OwningNeurons : Neurons {
-  Bytes gates_owner, pairs_owner;
+  AnyRows gates_owner, pairs_owner;
   nanobind::object predictor_owner;
 };
 
@@ -62,5 +69,6 @@ void check_shape(const char* what, const AnyArray& array, Sizes... expected) {
 
 void check_threads(int threads);
 void check_mode(Mode mode, const Neurons& neurons);
+void bind_store(nanobind::module_& m);
 void bind_predictors(nanobind::module_& m);
 void bind_decoder(nanobind::module_& m);

@@ -5,6 +5,7 @@
 #include <map>
 #include <memory>
 #include <optional>
+#include <stdexcept>
 #include <vector>
 
 #include "buffer.h"
@@ -74,6 +75,7 @@ struct PartRows {
   const uint8_t* data;
   const int64_t stride;
   const Prepared* x;  // null for downs, which no x meets
+  const Stored& stored;
 };
 
 // One call of Neurons::forward.
@@ -85,6 +87,7 @@ struct Pass {
   const Mode mode;
   const Prediction* prediction;  // null: all neurons are candidates
   const int64_t threads;
+  const int64_t held;  // neurons whose rows a share may hold; 0: all are in memory
 
   const Kernels& kernels(Neurons::Part part) const { return parts[part].kernels; }
 
@@ -119,8 +122,12 @@ class NeuronShare {
     const std::vector<int32_t> share = pass_.share_of(thread);
     const int64_t all = share.size();
     const int64_t alone = pass_.mode == Mode::kDense ? kDenseStep : all;
-    const int64_t step =
+    int64_t step =
         pass_.tokens == 1 ? alone : std::max(kChunk, 3 * kResidentBytes / pass_.neuron_bytes);
+    if (pass_.held) {
+      step = std::min(step, pass_.held);
+      if (pass_.prediction) read_ahead(share);
+    }
     for (int64_t from = 0; from < all; from += step) {
       run_stages(share.data() + from, std::min(step, all - from));
     }
@@ -136,14 +143,24 @@ class NeuronShare {
     width_ = count;
     together_ = !pass_.prediction;
     for (int64_t t = 0; t < pass_.tokens; ++t) {
-      lists_[t].assign(neurons, neurons + count);
-      if (pass_.prediction) pass_.prediction->keep_candidates(t, lists_[t]);
+      if (!candidates_.empty()) {
+        const auto from = candidates_[t].begin(), end = candidates_[t].end();
+        lists_[t].assign(std::lower_bound(from, end, neurons[0]),
+                         std::upper_bound(from, end, neurons[count - 1]));
+      } else {
+        lists_[t].assign(neurons, neurons + count);
+        if (pass_.prediction) pass_.prediction->keep_candidates(t, lists_[t]);
+      }
       counts_[3 * t] += lists_[t].size();
     }
-    project(Neurons::kGate, values_);
+    {
+      const Held held(pass_.parts[Neurons::kGate].stored, lists_);
+      project(Neurons::kGate, values_);
+    }
     const float threshold = pass_.ffn.threshold;
     compact(1, [=](float gate) { return !(gate <= threshold); });  // a NaN is kept, so it shows
     const bool gated = pass_.ffn.gated();
+    const Held held(pass_.parts[Neurons::kDown].stored, lists_);
     if (gated) project(Neurons::kUp, ups_);
     const std::vector<float>& ups = gated ? ups_ : values_;
     for (int64_t t = 0; t < pass_.tokens; ++t) {
@@ -157,6 +174,17 @@ class NeuronShare {
       kernels.axpys(&down, &values_[t * width_], width_, tokens, pass_.ffn.hidden,
                     sums_ + t * sum_floats_);
     });
+  }
+
+  // Finds the candidates of the whole share and begins to read what of them is on disk.
+  void read_ahead(const std::vector<int32_t>& share) {
+    candidates_.assign(pass_.tokens, share);
+    for (int64_t t = 0; t < pass_.tokens; ++t) {
+      pass_.prediction->keep_candidates(t, candidates_[t]);
+    }
+    for (const Neurons::Part part : {Neurons::kGate, Neurons::kDown}) {
+      pass_.parts[part].stored.ahead(candidates_, pass_.threads);
+    }
   }
 
   // out[t, i] = row of the part of neuron lists_[t][i] · x of token t
@@ -175,7 +203,12 @@ class NeuronShare {
   void for_lists(Neurons::Part part, Work work) {
     const int64_t tokens = together_ ? pass_.tokens : 1;
     for (int64_t t = 0; t < pass_.tokens; t += tokens) {
-      work(pass_.rows(part, lists_[t].data(), lists_[t].size()), t, tokens);
+      const int32_t* indices = lists_[t].data();
+      if (const Stored& stored = pass_.parts[part].stored; stored.store) {
+        stored.find(lists_[t], places_);
+        indices = places_.data();
+      }
+      work(pass_.rows(part, indices, lists_[t].size()), t, tokens);
     }
   }
 
@@ -205,8 +238,10 @@ class NeuronShare {
 
   const Pass& pass_;
   const int64_t sum_floats_;
-  std::vector<std::vector<int32_t>> lists_;  // neurons that each token needs
-  bool together_;                            // the lists are the same
+  std::vector<std::vector<int32_t>> lists_;       // neurons that each token needs
+  std::vector<std::vector<int32_t>> candidates_;  // of the whole share, if rows are on disk
+  std::vector<int32_t> places_;
+  bool together_;  // the lists are the same
   int64_t width_;
   std::vector<float> values_, ups_;  // [tokens, width]: gate, later Combined; up
   Buffer sums_;
@@ -312,6 +347,23 @@ void Product::run(int64_t from, int64_t end, const void* prepared, int64_t token
   worked((end - from) * matrix->cols * tokens);
 }
 
+// How many neurons of a share can have all their rows in the stores while the others hold theirs.
+int64_t Neurons::most_held(int threads) const {
+  int64_t neurons = 0;
+  for (const Stored* stored : {&stored_gates, &stored_pairs}) {
+    if (!stored->store) continue;
+    const int64_t chunk_units = std::max<int64_t>(1, kChunk / stored->store->unit());
+    const int64_t chunks = stored->store->units() / threads / chunk_units;
+    if (chunks < 1) {
+      throw std::invalid_argument("a store of " + std::to_string(stored->store->units()) +
+                                  " units is too small for " + std::to_string(threads) +
+                                  " threads");
+    }
+    neurons = std::min(neurons ? neurons : INT64_MAX, chunks * kChunk);
+  }
+  return neurons;
+}
+
 int64_t Neurons::up_stride() const { return gated() ? row_stride(quants[kUp], hidden) : 0; }
 
 void Neurons::forward(const float* x, const float* residual, float* out, int32_t* counts,
@@ -320,8 +372,11 @@ void Neurons::forward(const float* x, const float* residual, float* out, int32_t
   const int64_t up = up_stride();
   const int64_t pair = up + row_stride(quants[kDown], hidden);
   const Kernels &of_gate = kernels_of(quants[kGate]), &of_up = kernels_of(quants[kUp]);
-  for (int64_t t = 0; t < tokens; t += kTokenBlock) {
-    const int64_t block = std::min(kTokenBlock, tokens - t), at = t * hidden;
+  const int64_t held = most_held(threads);
+  // from disk, more memory for the sums is cheaper than reading the rows again
+  const int64_t most = held ? tokens : kTokenBlock;
+  for (int64_t t = 0; t < tokens; t += most) {
+    const int64_t block = std::min(most, tokens - t), at = t * hidden;
     std::unique_ptr<Prediction> prediction;
     if (mode == Mode::kPredicted) {
       prediction = predictor->begin(x + at, residual + at, block, threads);
@@ -332,14 +387,15 @@ void Neurons::forward(const float* x, const float* residual, float* out, int32_t
     std::optional<Prepared> for_ups;
     if (of_up.prepare != of_gate.prepare) for_ups.emplace(of_up, x + at, block, hidden, some);
     const Pass pass{*this,
-                    {{of_gate, gates, gate, &for_gates},
-                     {of_up, pairs, pair, for_ups ? &*for_ups : &for_gates},
-                     {kernels_of(quants[kDown]), pairs + up, pair, nullptr}},
+                    {{of_gate, gates, gate, &for_gates, stored_gates},
+                     {of_up, pairs, pair, for_ups ? &*for_ups : &for_gates, stored_pairs},
+                     {kernels_of(quants[kDown]), pairs + up, pair, nullptr, stored_pairs}},
                     gate + pair,
                     block,
                     mode,
                     prediction.get(),
-                    some};
+                    some,
+                    held};
     run_shares(pass, out + at, counts + 3 * t);
   }
 }

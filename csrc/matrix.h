@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "kernels.h"
+#include "store.h"
 
 // The instruction sets of this machine, the best one first; the one in use, which TURBOSPARSE_ISA
 // overrides; another one for the calls to come. A name that the machine does not have throws
@@ -63,23 +64,26 @@ struct Neurons {
   enum Part { kGate, kUp, kDown };
 
   // Ungated, up is its own gate: the up rows are the gates, and pairs hold the down columns alone.
-  const uint8_t* gates;  // [neurons, gate row]
-  const uint8_t* pairs;  // [neurons, up row and down column]
+  const uint8_t* gates;  // [neurons, gate row]; of a store its places
+  const uint8_t* pairs;  // [neurons, up row and down column]; the same
   int64_t neurons;
   int hidden;
   Quant quants[3];  // of each part
   Activation activation;
   float threshold;             // a gate at most this large is inactive: FATReLU
   const Predictor* predictor;  // null: there is none
+  Stored stored_gates, stored_pairs;
 
   bool gated() const { return activation != Activation::kRelu && activation != Activation::kRelu2; }
   int64_t up_stride() const;  // bytes of the up row of a pair
+  int64_t most_held(int threads) const;
 
   // out[T, H] = Combined · Wdown, with Combined[T, neurons] = activation(x · Wgateᵀ, x · Wupᵀ).
   // counts[T, 3] = candidates (outside predicted mode all neurons), of these those with a gate
   // above the threshold, and those whose Combined is not zero. residual[T, H], which x is the norm
   // of, is for the predictor. Outside dense mode the activation must have exact zeros. The same
-  // number of threads gives the same bits.
+  // number of threads gives the same bits, wherever the rows lie. Throws ReadError where they are
+  // on disk.
   void forward(const float* x, const float* residual, float* out, int32_t* counts, int64_t tokens,
                Mode mode, int threads) const;
 };

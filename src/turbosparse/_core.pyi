@@ -37,11 +37,23 @@ class LowRank(Predictor):
 class Signs(Predictor):
     def __init__(self, bits: NDArray[np.uint8], hidden: int, threshold: float) -> None: ...
 
+class ReadError(OSError): ...
+
+class StoredRows:
+    def fetch(self, rows: NDArray[np.int32]) -> None: ...
+
+class Store:
+    def __init__(self, bytes: int, row_bytes: int, unit: int, readers: int) -> None: ...
+    def add(self, file: int, offset: int, rows: int, alignment: int) -> StoredRows: ...
+    @property
+    def units(self) -> int: ...
+    def take_counts(self) -> tuple[int, int, int, int, float]: ...
+
 class Neurons:
     def __init__(
         self,
-        gates: NDArray[np.uint8],
-        pairs: NDArray[np.uint8],
+        gates: NDArray[np.uint8] | StoredRows,
+        pairs: NDArray[np.uint8] | StoredRows,
         hidden: int,
         quants: Sequence[str],
         activation: str,

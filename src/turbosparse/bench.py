@@ -11,6 +11,7 @@ bandwidth are interleaved; figures are medians.
 
 from __future__ import annotations
 
+import math
 import os
 import statistics
 import tempfile
@@ -37,7 +38,7 @@ from turbosparse.engine.engine import Engine, Mode
 from turbosparse.hf.count import experts_in_use
 from turbosparse.ops.rows import Quant
 from turbosparse.packed.format import Packed
-from turbosparse.packed.synthetic import Wanted, make_synthetic
+from turbosparse.packed.synthetic import NEAR, Wanted, make_synthetic
 
 Result = TypeVar("Result")
 
@@ -61,6 +62,7 @@ class Benchmark:
     activation_sparsity: float
     bytes: dict[str, float]
     bandwidth: Spread  # GB/s
+    stored: dict[str, float] | None  # with --memory: where it went, and what was read from disk
     tokens_per_second: Spread  # of all sequences together
     ceiling: float  # tokens/s
     share_of_ceiling: Spread  # round by round: the bandwidth of shared machines wanders
@@ -87,6 +89,8 @@ class Benchmark:
         for part, size in self.bytes.items():
             table.add_row(f"MB per step: {part}", f"{size / 1e6:.1f}")
         table.add_row("MB per step: all", f"{sum(self.bytes.values()) / 1e6:.1f}")
+        for part, value in (self.stored or {}).items():
+            table.add_row(part, f"{value:,.2f}")
         table.add_row("read bandwidth, GB/s", str(self.bandwidth))
         table.add_row("ceiling, tokens/s", f"{self.ceiling:.2f}")
         table.add_row("decode, tokens/s", f"{self.tokens_per_second}")
@@ -121,6 +125,8 @@ def bench(
     rounds: int = 5,
     peer: Literal["llama.cpp"] | None = None,
     folder: AnyPath | None = None,
+    memory: str | None = None,
+    locality: float = 0.0,
 ) -> Benchmark:
     """Measure decoding speed against the machine's bandwidth, and against a peer in the same run.
 
@@ -163,6 +169,12 @@ def bench(
         llama-cpp-python).
     folder
         Keep the synthetic model here and use it again; by default it is removed after the run.
+    memory
+        What the process may take of the memory, like 8GiB; a larger model runs from disk. Rounds
+        begin when the cache was filled once.
+    locality
+        Correlation of the synthetic model's hidden states from a token to the next. 0 takes random
+        tokens, which have the least in common.
     """
     if (model is None) == (shape is None):
         raise TurboSparseError("give either a packed folder or a --shape")
@@ -182,7 +194,10 @@ def bench(
         "predictor": predictor,
         "predictor-quant": predictor_quant,
         "folder": folder,
+        "locality": locality or None,
     }
+    if not 0 <= locality < 1:
+        raise TurboSparseError(f"--locality {locality:g} must be 0 or more and less than 1")
     if model:
         _refuse_idle(model, synthetic)
     if predictor_quant and not (predictor or "").startswith("rank="):
@@ -200,8 +215,8 @@ def bench(
     )
     kept = local_path(folder) if folder else None
     with nullcontext(model) if model else _synthetic(kept, quant or "q4", wanted) as path:
-        engine = Engine(path, mode=mode, threads=threads)
-        ours = _Ours(engine, batch, prompt)
+        engine = Engine(path, mode=mode, threads=threads, memory=memory)
+        ours = _Ours(engine, batch, prompt, locality)
         with _peer(peer, engine.packed, threads, prompt) as other:
             decode, prefills, bandwidths = _rounds(ours, other, rounds, tokens, prefill, threads)
         return _card(engine, ours, decode, prefills, bandwidths, batch, threads, load, peer)
@@ -243,28 +258,70 @@ def _peer(name: str | None, packed: Packed, threads: int, prompt: int) -> Iterat
 
 
 class _Ours:
-    """The engine under measurement: random tokens, so that no two steps use the same neurons."""
+    """The engine under measurement: random tokens, so that no two steps use the same neurons.
 
-    def __init__(self, engine: Engine, batch: int, prompt: int):
+    With a `locality` each sequence walks through the vocabulary of a synthetic model instead.
+    """
+
+    def __init__(self, engine: Engine, batch: int, prompt: int, locality: float = 0.0):
         if not isinstance(engine.decoder, native.Decoder):
             raise TurboSparseError("bench measures the cpu backend")
         self.engine, self.decoder, self.batch, self.prompt = engine, engine.decoder, batch, prompt
         self.random = np.random.default_rng(0)
         self.mode = engine.mode
         self.counts: list[NDArray[np.int32]] = []
+        self.stride = round(math.log(locality) / math.log(NEAR)) if locality else 0
+        self.at, self.read = 0, np.zeros(5)
 
     def _tokens(self, count: int) -> list[int]:
-        return [int(t) for t in self.random.integers(0, self.decoder.vocabulary, count)]
+        vocabulary = self.decoder.vocabulary
+        if not self.stride:
+            return [int(t) for t in self.random.integers(0, vocabulary, count)]
+        self.at += count
+        return [step * self.stride % vocabulary for step in range(self.at - count, self.at)]
+
+    def fill(self) -> None:
+        """Decode until the store was filled once, then forget what was counted."""
+        stores = self.engine.stores
+        before = -1.0
+        while stores and before < self.read[3] < stores.placement.cache:
+            before = self.read[3]
+            self.decode(4)
+        self.counts.clear()
+        self.read[:] = 0
+
+    def stored(self) -> dict[str, float] | None:
+        """What was read from disk since `fill`, for each token."""
+        if (stores := self.engine.stores) is None:
+            return None
+        found, missed, reads, size, waited = self.read / (len(self.counts) * self.batch)
+        place = stores.placement
+        return {
+            "GB of memory": place.memory / 1e9,
+            "GB of weights that stay": place.resident / 1e9,
+            "GB of cache": place.cache / 1e9,
+            "GB on disk": place.stored / 1e9,
+            "% of units found in the cache": 100 * found / max(1.0, found + missed),
+            "reads per token": reads,
+            "MB from disk per token": size / 1e6,
+            "ms of threads waiting per token": 1e3 * waited,
+        }
 
     def decode(self, tokens: int) -> float:
         """Tokens/s of all sequences together."""
         caches = [self.decoder.new_cache(self.engine.context) for _ in range(self.batch)]
         self.decoder.step([self._tokens(self.prompt) for _ in caches], caches, mode=self.mode)
+        stores = self.engine.stores
+        if stores:
+            stores.take_counts()  # those of the prompt
         began = time.perf_counter()
         for _ in range(tokens):
             _, counts = self.decoder.step([self._tokens(1) for _ in caches], caches, mode=self.mode)
             self.counts.append(counts)
-        return self.batch * tokens / (time.perf_counter() - began)
+        seconds = time.perf_counter() - began
+        if stores:
+            self.read += stores.take_counts()
+        return self.batch * tokens / seconds
 
     def recall(self, tokens: int = 32) -> float | None:
         """Active neurons in predicted mode ÷ in exact mode, same tokens after the same cache."""
@@ -297,7 +354,7 @@ def _rounds(
     bandwidths = []
     ours.decode(2)  # the first pass maps the weights
     alive = other and _try(partial(other.decode, 2))
-    ours.counts.clear()
+    ours.fill()
     for _ in range(rounds):
         around = [memory.read_speed()]
         decode[0].append(ours.decode(tokens))
@@ -338,6 +395,7 @@ def _card(
     load: float,
     peer: str | None,
 ) -> Benchmark:
+    stored = ours.stored()
     counts = np.stack(ours.counts)  # [steps, layers, batch, 3]
     used = engine.config.intermediate_size * experts_in_use(engine.config)
     candidates, gate, active = (counts.mean((0, 1, 2)) / used).tolist()
@@ -366,6 +424,7 @@ def _card(
         activation_sparsity=1 - active,
         bytes=sizes,
         bandwidth=bandwidth,
+        stored=stored,
         tokens_per_second=speed,
         ceiling=ceiling,
         share_of_ceiling=Spread.of(shares),

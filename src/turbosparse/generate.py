@@ -69,6 +69,7 @@ def generate(
     backend: Backend = "auto",
     threads: int | None = None,
     kv_bytes: int | None = None,
+    memory: str | None = None,
     draft: str = "auto",
     show: Annotated[Callable[[str], Any] | None, Parameter(parse=False)] = None,
 ) -> Generated:
@@ -113,6 +114,9 @@ def generate(
         Threads of the C++ core; by default all processors of this process.
     kv_bytes
         Memory for keys and values, at most; by default half of what is available.
+    memory
+        What the process may take of the memory, like 8GiB. A model that is larger runs from disk,
+        with the rows in use in a cache.
     draft
         Who guesses tokens ahead, so that one pass can check several. The text is the same, and
         guessing rests where it does not pay. "auto" (or "ngram") looks up what followed the last
@@ -131,7 +135,9 @@ def generate(
         seed,
     )
     check_packed(local_path(model), "generate")
-    engine = Engine(model, backend=backend, mode=mode, threads=threads, kv_bytes=kv_bytes)
+    engine = Engine(
+        model, backend=backend, mode=mode, threads=threads, kv_bytes=kv_bytes, memory=memory
+    )
     tokenizer = Tokenizer(model)
     text = _read(prompt)
     ids = tokenizer.chat([{"role": "user", "content": text}]) if chat else tokenizer.encode(text)

@@ -9,6 +9,7 @@ import os
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath
+from turbosparse.base.machine import size_in_bytes
 from turbosparse.base.progress import note
 from turbosparse.engine.engine import Mode
 
@@ -24,7 +25,7 @@ def serve(
     queue: int = 64,
     timeout: float = 600.0,
     grace: float = 10.0,
-    memory: int | None = None,
+    memory: str | None = None,
     kv_bytes: int | None = None,
     mode: Mode = "auto",
     threads: int | None = None,
@@ -55,8 +56,9 @@ def serve(
     grace
         Seconds that requests have to end when the server is stopped.
     memory
-        Bytes that the weights of open models may take together; the least recently used is closed
-        first. By default all stay open.
+        What the weights of open models may take together, like 8GiB; the least recently used is
+        closed first. A model that is larger runs from disk, within as much. By default all stay
+        open.
     kv_bytes
         Bytes for keys and values of each model; by default half of what is available.
     mode
@@ -81,7 +83,12 @@ def serve(
         ) from error
     key = api_key or os.environ.get("TURBOSPARSE_API_KEY") or None
     offered = models.Models(
-        packed, memory, draft=draft, mode=mode, threads=threads, kv_bytes=kv_bytes
+        packed,
+        size_in_bytes(memory, "--memory") if memory else None,
+        draft=draft,
+        mode=mode,
+        threads=threads,
+        kv_bytes=kv_bytes,
     )
     with offered.using(None) as first:
         note(first.engine.describe())

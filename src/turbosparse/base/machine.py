@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 from pathlib import Path
 
 from turbosparse.base.errors import TurboSparseError
@@ -92,3 +93,31 @@ def memory_available(root: Path = Path("/")) -> int:
             continue
         free = min(free, max(0, left))
     return free
+
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 1 << 10, "mi": 1 << 20, "gi": 1 << 30}
+
+
+def size_in_bytes(text: str | int, flag: str) -> int:
+    """A number of bytes, or one with a unit: 8GiB, 500 MB, 2g.
+
+    Raises:
+        TurboSparseError: it is none; the message names the flag.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmg]i?|)b?\s*", str(text).lower(), re.ASCII)
+    if not found or (size := int(float(found[1]) * _UNITS[found[2]])) < 1:
+        raise TurboSparseError(f"{flag} {text} is no size; give one like 8GiB, 500MB or 8000000000")
+    return size
+
+
+def size_text(size: float) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 1 << 30 else f"{size / 2**20:.1f} MiB"
+
+
+def memory_in_use() -> int:
+    """Bytes of this process that stand in memory; 0 where the system does not tell."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:
+        return 0
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -11,6 +11,8 @@ from turbosparse.hf import families
 from turbosparse.hf.count import Use, experts_in_use
 from turbosparse.ops.cost import bytes_of, needed
 
+CHUNK = 512  # tokens of a sequence that one pass reads
+
 if TYPE_CHECKING:
     from turbosparse.engine.engine import Engine
 

@@ -14,10 +14,12 @@ from numpy.typing import NDArray
 
 from turbosparse import ops
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.machine import memory_available, threads_to_use
+from turbosparse.base.machine import memory_available, size_in_bytes, threads_to_use
 from turbosparse.engine import native
+from turbosparse.engine.cost import CHUNK
 from turbosparse.engine.sampling import Sampler
 from turbosparse.engine.sequence import Budget, Cancelled, Sequence
+from turbosparse.engine.streaming import Stores, place
 from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.hf.count import experts_in_use
 from turbosparse.packed.format import Packed
@@ -26,7 +28,6 @@ Backend = Literal["auto", "torch", "cpu"]
 Mode = Literal["auto", "dense", "exact", "predicted"]
 Logits = NDArray[np.float32]
 
-CHUNK = 512  # tokens of a sequence that one pass reads
 _SMALLEST_BUDGET = 64 << 20
 
 
@@ -70,6 +71,8 @@ class Engine:
         threads: of the C++ core; by default the processors that this process may use.
         kv_bytes: budget of the key-value caches of all sequences; by default half of the memory
             that is available beside the weights.
+        memory: bytes, or a text like ``8GiB``, that the process may take with all this. A model
+            that is larger runs from disk: see `streaming`.
 
     Raises:
         TurboSparseError: damaged folder, or a mode that the model does not have.
@@ -83,6 +86,7 @@ class Engine:
         mode: Mode = "auto",
         threads: int | None = None,
         kv_bytes: int | None = None,
+        memory: int | str | None = None,
     ):
         if mode not in get_args(Mode):
             raise TurboSparseError(f"mode {mode!r} is unknown; use {', '.join(get_args(Mode))}")
@@ -97,9 +101,12 @@ class Engine:
         self.threads = threads_to_use(threads)
         self.config = self.packed.config
         self.context = int(self.config.context)
+        self.stores: Stores | None = None
+        if memory is not None:
+            kv_bytes = self._limit(size_in_bytes(memory, "--memory"), kv_bytes)
         self.decoder: Any
         if self.backend == "cpu":
-            self.decoder = native.Decoder(self.packed, threads=self.threads)
+            self.decoder = native.Decoder(self.packed, threads=self.threads, stores=self.stores)
             self.runs_on = f"cpu ({self.decoder.isa})"
         else:
             from turbosparse.engine import model
@@ -109,12 +116,23 @@ class Engine:
         self.budget = Budget(kv_bytes or _default_budget(self.packed))
         self._turn = threading.Lock()
 
+    def _limit(self, memory: int, kv_bytes: int | None) -> int | None:
+        """Keep the weights that do not fit on disk; returns the budget of the caches."""
+        if self.backend != "cpu":
+            raise TurboSparseError(f"--memory needs the cpu backend, not {self.backend}")
+        placement = place(self.packed, memory, self.mode, self.threads, kv_bytes)
+        if placement is None:
+            return kv_bytes
+        self.stores = Stores(self.packed, placement)
+        return placement.keys_values
+
     def describe(self) -> str:
+        stored = f", {self.stores}" if self.stores else ""
         return (
             f"{self.packed.folder.name}: {self.packed.activation} {self.packed.quant}, "
             f"backend {self.runs_on}, mode {self.mode}{self._predictor()}, "
             f"{self.threads} thread{'s' * (self.threads != 1)}, "
-            f"key-value cache at most {self.budget.limit / 1e9:.2g} GB"
+            f"key-value cache at most {self.budget.limit / 1e9:.2g} GB{stored}"
         )
 
     def _predictor(self) -> str:
@@ -256,6 +274,8 @@ class Engine:
                     every=every,
                     cancel=flag,
                 )
+                if self.stores:  # what was read during the pass is from the files as they were
+                    self.packed.check_unchanged()
             finally:
                 for sequence in sequences:
                     sequence.cancel_step = None

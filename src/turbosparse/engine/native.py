@@ -12,6 +12,7 @@ from turbosparse import _core
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.engine.positions import rope, sliding_window
 from turbosparse.engine.sequence import Cancelled
+from turbosparse.engine.streaming import Stores
 from turbosparse.hf import families
 from turbosparse.hf.count import experts_in_use
 from turbosparse.ops import Mode, fetching
@@ -27,11 +28,12 @@ class Decoder:
             not have, or a TURBOSPARSE_FETCH that is not understood.
     """
 
-    def __init__(self, packed: Packed, *, threads: int):
+    def __init__(self, packed: Packed, *, threads: int, stores: Stores | None = None):
         try:
             self.isa = _core.isa()
         except ValueError as error:
             raise TurboSparseError(str(error)) from error
+        self.folder, self.stores = packed.folder, stores
         weights = sum(tensor.nbytes for tensor in packed.tensors.values())
         self.fetching = fetching.choose(threads, weights)
         config = packed.config
@@ -48,7 +50,7 @@ class Decoder:
             embedding,
             head,
             norm,
-            [_layer(packed, index) for index in range(config.num_hidden_layers)],
+            [_layer(packed, index, stores) for index in range(config.num_hidden_layers)],
             frequencies,
             scale,
             config.num_attention_heads,
@@ -114,6 +116,11 @@ class Decoder:
             )
         except _core.Cancelled as error:
             raise Cancelled(str(error)) from error
+        except _core.ReadError as error:
+            raise TurboSparseError(
+                f"{self.folder}: {error}: the disk failed, or the file was changed; "
+                "see `turbosparse validate`"
+            ) from error
         except MemoryError as error:
             ends = [cache.length + len(new) for new, cache in zip(tokens, caches, strict=True)]
             size = sum(self.cache_bytes(end, 0) for end in ends)
@@ -131,7 +138,7 @@ def _matrix(packed: Packed, name: str) -> _core.Matrix:
     return _core.Matrix(packed.tensors[name], spec.cols, spec.quant)
 
 
-def _layer(packed: Packed, index: int) -> _core.Layer:
+def _layer(packed: Packed, index: int, stores: Stores | None) -> _core.Layer:
     config, tensors = packed.config, packed.tensors
     parts = families.layer_tensors(config, index)
     vectors = {role: tensors.get(tensor.name) for role, tensor in parts.items()}
@@ -150,6 +157,7 @@ def _layer(packed: Packed, index: int) -> _core.Layer:
                 packed.activation,
                 packed.predictor(ffn),
                 packed.header.ffn.threshold,
+                (stores.rows.get(f"{ffn}gate"), stores.rows[f"{ffn}pairs"]) if stores else None,
             )
             for ffn in (ffn_prefix(index, expert) for expert in experts)
         ],

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.progress import track
-from turbosparse.engine.engine import CHUNK, Engine, Logits
+from turbosparse.engine.cost import CHUNK
+from turbosparse.engine.engine import Engine, Logits
 from turbosparse.engine.sequence import Sequence as Kept
 
 Item = TypeVar("Item")

@@ -12,11 +12,19 @@ def neurons(
     activation: str,
     predictor: PackedPredictor | None = None,
     threshold: float = 0.0,
+    stored: tuple[_core.StoredRows | None, _core.StoredRows] | None = None,
 ) -> _core.Neurons:
-    """The core's view of one feed-forward."""
+    """The core's view of one feed-forward; of `stored` gates and pairs take the place of those."""
     view = predictor and _predictor(predictor, rows.hidden)
+    gates, pairs = stored or (None, None)
     return _core.Neurons(
-        rows.gates, rows.pairs, rows.hidden, rows.quants, activation, view, threshold
+        gates or rows.gates,
+        pairs or rows.pairs,
+        rows.hidden,
+        rows.quants,
+        activation,
+        view,
+        threshold,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -132,21 +133,53 @@ class WeightFile:
             raise FormatError(folder, Fault.HEADER, detail)
         if not (folder / name).is_file():
             raise FormatError(folder, Fault.FILE_MISSING, name)
-        self._descriptor = os.open(folder / name, os.O_RDONLY)
-        weakref.finalize(self, os.close, self._descriptor)
+        self.descriptor = os.open(folder / name, os.O_RDONLY)
+        weakref.finalize(self, os.close, self.descriptor)
         self._opened = self._state()
         if (size := self._opened[0]) != file.bytes or size < PAGE:
             raise FormatError(folder, Fault.FILE_SIZE, f"{name}: {size} bytes, not {file.bytes}")
-        self.data = np.frombuffer(mmap(self._descriptor, 0, access=ACCESS_READ), np.uint8)
+        self.data = np.frombuffer(mmap(self.descriptor, 0, access=ACCESS_READ), np.uint8)
 
     def _state(self) -> tuple[int, int]:
-        about = os.fstat(self._descriptor)
+        about = os.fstat(self.descriptor)
         return about.st_size, about.st_mtime_ns
 
     def check_unchanged(self) -> None:
         """Raise FormatError if another program wrote into the file, or cut it."""
         if self._state() != self._opened:
             raise FormatError(self.folder, Fault.FILE_CHANGED, self.name)
+
+    def open_direct(self) -> int:
+        """Let reads of the descriptor go past the page cache; returns what they must be aligned to.
+
+        1 where the file system or the system cannot.
+        """
+        flag = getattr(os, "O_DIRECT", 0)
+        for alignment in (512, PAGE) if flag else ():
+            try:
+                flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL)
+                fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags | flag)
+                os.preadv(self.descriptor, [memoryview(mmap(-1, PAGE))[:alignment]], alignment)
+            except OSError:
+                fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags)
+                continue
+            return alignment
+        return 1
+
+    def load(self, offset: int, size: int) -> NDArray[np.uint8]:
+        """Bytes of the file, read into memory.
+
+        Raises:
+            FormatError: the file ends early.
+        """
+        memory, done = mmap(-1, -(-size // PAGE) * PAGE), 0
+        while done < size:
+            part = memoryview(memory)[done : done + (1 << 30)]
+            got = os.preadv(self.descriptor, [part], offset + done)
+            if got == 0 or (got % PAGE and done + got < size):
+                raise FormatError(self.folder, Fault.FILE_CHANGED, self.name)
+            done += got
+        return np.frombuffer(memory, np.uint8)[:size]
 
 
 def named_tensors(

@@ -133,6 +133,14 @@ class Packed:
             return weight, None
         return weight + np.float32(1), self.tensors[name(bias, layer)]
 
+    def place(self, name: str) -> tuple[WeightFile, int]:
+        """The file of a tensor that was not replaced, and its first byte there."""
+        at = self.tensors[name].ctypes.data
+        for file in self.files:
+            if 0 <= (offset := at - file.data.ctypes.data) < file.data.nbytes:
+                return file, offset
+        raise AssertionError(f"{name} is not in a file")
+
     def predictor(self, prefix: str) -> PackedPredictor | None:
         """That of the feed-forward with this `ffn_prefix`; None if the folder holds none."""
         about = self.header.ffn.predictor

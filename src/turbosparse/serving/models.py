@@ -59,7 +59,8 @@ class Models:
     Args:
         folders: packed folders; the first is the default.
         memory: bytes that the weights of open models may take together. The least recently used
-            that nobody uses is closed before another opens.
+            that nobody uses is closed before another opens. A model that is larger runs from disk:
+            then all that its engine takes is within as much.
         draft: who guesses ahead for a text that is served alone; see `drafting.open_draft`.
         settings: of `engine.Engine`.
 
@@ -79,6 +80,7 @@ class Models:
         self._lock = threading.Lock()
         self.folders: dict[str, Path] = {}
         self._bytes: dict[str, int] = {}
+        self._streams: dict[str, bool] = {}
         self._open: dict[str, Served] = {}
         for folder in (local_path(folder).resolve() for folder in folders):
             if folder.name in self.folders:
@@ -87,9 +89,9 @@ class Models:
                 )
             files = Packed(folder).header.files.values()
             self.folders[folder.name] = folder
-            self._bytes[folder.name] = sum(file.bytes for file in files)
-        if memory is not None and (most := max(self._bytes.values())) > memory:
-            raise TurboSparseError(f"--memory {memory} holds no model of {most} bytes")
+            size = sum(file.bytes for file in files)
+            self._bytes[folder.name] = size if memory is None else min(size, memory)
+            self._streams[folder.name] = memory is not None and size > memory
         self.created = int(time.time())
 
     @property
@@ -116,7 +118,9 @@ class Models:
         with self._lock:
             if name not in self._open:
                 self._make_room(name)
-                self._open[name] = Served(name, self.folders[name], self._settings, self._draft)
+                limit = {"memory": self._memory} if self._streams[name] else {}
+                settings = self._settings | limit
+                self._open[name] = Served(name, self.folders[name], settings, self._draft)
             served = self._open[name]
             served.users += 1
             return served

@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.engine.engine import CHUNK, Step
+from turbosparse.engine.cost import CHUNK
+from turbosparse.engine.engine import Step
 from turbosparse.engine.generation import Ends, Text, Token
 from turbosparse.engine.sampling import Logits, Sampler
 from turbosparse.serving.errors import ApiError
