@@ -37,7 +37,7 @@ def test_a_second_run_keeps_what_is_made(made: Path, tmp_path: Path) -> None:
     demo(out=again, quick=True)
     assert {path: path.stat().st_mtime_ns for path in again.rglob("*.safetensors")} == before
     assert not list(again.glob("*.training")), "no half-finished run is left"
-    assert (again / "demo.log").read_text().count(" done in ") == 18, "nine stages, of two runs"
+    assert (again / "demo.log").read_text().count(" done in ") == 20, "ten stages, of two runs"
 
 
 def test_a_folder_of_other_sizes_is_refused(made: Path) -> None:
@@ -47,7 +47,7 @@ def test_a_folder_of_other_sizes_is_refused(made: Path) -> None:
 
 def test_stages_and_the_verdict_are_told(made: Path) -> None:
     log = (made / "demo.log").read_text()
-    assert log.count(" done in ") == 9, "nine stages"
+    assert log.count(" done in ") == 10, "ten stages"
     for verb in ("generate", "chat", "serve"):
         assert f"turbosparse {verb} {made}/sparse-q8 " in log
     result = json.loads((made / "result.json").read_text())
@@ -56,6 +56,8 @@ def test_stages_and_the_verdict_are_told(made: Path) -> None:
     side = "above" if more > 1 else "below"
     assert f"perplexity is {abs(more - 1):.1%} {side} its dense control's" in result["verdict"]
     assert "noise" in result["verdict"]
+    assert Path(result["report"]) == made / "report/report.html"
+    assert "<h1>Inside sparse, surgery, control</h1>" in Path(result["report"]).read_text()
 
 
 @pytest.mark.parametrize("name", ["config.json", "thesis.txt"])

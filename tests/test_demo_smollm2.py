@@ -46,6 +46,7 @@ def test_the_table_compares_the_published_model_with_the_sparse_one(made: Any) -
     assert all(row.tokens_per_second > 0 and len(row.answers) == 3 for row in result.rows)
     assert json.loads((out / "result.json").read_text())["rows"][0]["model"] == "dense"
     assert "</svg>" in (out / "picture.svg").read_text()
+    assert "<h1>Inside dense, surgery, sparse</h1>" in Path(result.report).read_text()
     log = (out / "demo.log").read_text()
     assert all(question in log for question in smollm2.ASKED)
 

