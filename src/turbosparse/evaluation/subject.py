@@ -20,6 +20,7 @@ from turbosparse.hf.load import activation_of, load_model, load_tokenizer
 from turbosparse.packed.format import is_packed
 
 BATCH = 8  # of transformers
+FEWSHOT_SEED = 1234  # as in `lm_eval.simple_evaluate`, which besides asks pip what is installed
 Measured = dict[tuple[str, str], Items]  # by task and metric
 
 
@@ -49,9 +50,12 @@ class Subject:
         if not names:
             return {}
         manager, specs = open_tasks(names, shots)
-        found = lm_eval.simple_evaluate(
-            self.lm, tasks=specs, task_manager=manager, limit=limit, bootstrap_iters=0
-        )
+        loaded = manager.load(specs)
+        for task in loaded["tasks"].values():
+            if task.get_config("num_fewshot") is None:
+                task.set_config("num_fewshot", 0)
+            task.set_fewshot_seed(FEWSHOT_SEED)
+        found = lm_eval.evaluate(self.lm, loaded, limit=limit, bootstrap_iters=0)
         measured: dict[tuple[str, str], list[float]] = {}
         for task, samples in found["samples"].items():
             for sample in sorted(samples, key=lambda one: (one["filter"], one["doc_id"])):
