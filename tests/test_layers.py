@@ -16,7 +16,7 @@ ALLOWED = {
     "hf": {"base"},
     "ops": {"base", "hf"},
     "packed": {"base", "hf", "ops"},
-    "predictors": {"base", "hf", "ops"},
+    "predictors": {"base", "hf", "ops", "training"},
     "engine": {"base", "hf", "ops", "packed"},
     "serving": {"base", "hf", "packed", "engine"},
     "training": {"base", "hf"},

@@ -133,6 +133,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
     from turbosparse.hf.checkpoint import carry_predictor
     from turbosparse.hf.hub import model_folder
     from turbosparse.hf.load import activation_of, quiet, save_model
+    from turbosparse.predictors.loop import in_the_loop
     from turbosparse.training import chatml
     from turbosparse.training.checkpoints import newest_whole, step_of
     from turbosparse.training.prepared import found_mixture, training_data
@@ -147,6 +148,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
     stream = training_data(recipe, tokenizer, root=root, skips=skips)
     model = _load(recipe, tokenizer)
     arguments = training_arguments(recipe, work)
+    predictor = in_the_loop(recipe, model, arguments.device)
     atexit.register(_leave_processes)
     adapted = model
     if recipe.lora:
@@ -158,7 +160,8 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
         args=arguments,
         train_dataset=stream,
         log_file=work / "log.jsonl",
-        penalty=penalty_of(recipe),
+        penalties=[part for part in (predictor, penalty_of(recipe)) if part],
+        predictor=predictor,
     )
     with quiet(), named_disk_errors(work), training_config(model, recipe, arguments):
         if trainer.is_world_process_zero():
@@ -190,7 +193,8 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
         with new_folder(out) as folder:
             save_model(model, tokenizer, folder, weights=weights)
             if isinstance(recipe.model, str) and trained.activation not in WITHOUT_ZEROS:
-                carry_predictor(model_folder(recipe.model), folder)
+                tuned = predictor.tensors() if predictor else None
+                carry_predictor(model_folder(recipe.model), folder, tuned)
             write_json(folder / "recipe.json", recipe.model_dump(mode="json"))
             shutil.copyfile(work / "log.jsonl", folder / "training_log.jsonl")
         shutil.rmtree(work)

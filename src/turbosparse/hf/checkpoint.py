@@ -198,13 +198,17 @@ def add_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> None
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": homes})
 
 
-def carry_predictor(source: Path, out: Path) -> None:
+def carry_predictor(
+    source: Path, out: Path, tensors: dict[str, torch.Tensor] | None = None
+) -> None:
     """Give the folder of a model that was trained on the predictor of its source.
 
-    What was measured of it is left behind: the weights are others now.
+    What was measured of it is left behind: the weights are others now. `tensors` stand in for those
+    of the source.
     """
     checkpoint = Checkpoint(source)
-    if tensors := {name: checkpoint[name] for name in checkpoint if ".predictor." in name}:
+    own = {name: checkpoint[name] for name in checkpoint if ".predictor." in name}
+    if tensors := tensors or own:
         add_shard(out, PREDICTOR, tensors)
     raw = read_config(out)
     block = raw.pop("predictor", None) or own_fields(source).get("predictor")

@@ -286,22 +286,31 @@ def force_sparsity(model: Any, share: float) -> Any:
 Pick = Callable[[int, int | None, torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-@contextmanager
-def mask_combined(model: Any, pick: Pick) -> Iterator[None]:
+# (Combined [N, I], layer, expert, what the FFN reads, the residual) → what is read instead
+ChangeSeeing = Callable[[torch.Tensor, int, int | None, torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def mask_combined(model: Any, pick: Pick) -> Any:
     """Within it the neurons that `pick` leaves out count as inactive, as in predicted mode."""
+    return change_seeing(model, lambda active, *place: active * pick(*place))
+
+
+@contextmanager
+def change_seeing(model: Any, change: ChangeSeeing) -> Iterator[None]:
+    """As `change_each`, with what the feed-forward reads."""
     seen: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def change(
+    def change_one(
         where: tuple[int, int | None], active: torch.Tensor, rows: torch.Tensor
     ) -> torch.Tensor:
-        return active * pick(*where, *(part[rows] for part in seen[where[0]]))
+        return change(active, *where, *(part[rows] for part in seen[where[0]]))
 
     norms = [
         block.post_attention_layernorm.register_forward_hook(_keep_both(seen, layer))
         for layer, block in enumerate(model.model.layers)
     ]
     try:
-        with change_each(model, change):
+        with change_each(model, change_one):
             yield
     finally:
         for norm in norms:

@@ -6,6 +6,7 @@ A logit is ``fc2 · relu(fc1 · h)``. Shapes: N tokens, H hidden, I neurons, R r
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,11 +56,7 @@ def by_svd(feed: Feed, rank: int) -> tuple[Tensor, Tensor]:
 def train(
     feed: Feed, labels: Labels, first: tuple[Tensor, Tensor], *, epochs: int, seed: int
 ) -> tuple[Tensor, Tensor]:
-    """fc1 and fc2 trained from `first` on, to tell the neurons of `labels` from the others.
-
-    The loss is that of Deja Vu (arXiv 2310.17157): cross-entropy of each neuron, those to be
-    missed weighted by the share of the others, so that both kinds count about the same.
-    """
+    """fc1 and fc2 trained from `first` on, to tell the neurons of `labels` from the others."""
     if not len(feed):
         return first
     size = _sizes(feed)
@@ -73,14 +70,20 @@ def train(
             h = feed.rows(rows)[1] / size
             wanted = labels.of(rows).to(h.device)
             logits = linear(relu(linear(h, fc1)), fc2)
-            loss = binary_cross_entropy_with_logits(
-                logits, wanted.float(), weight=torch.where(wanted, 1.0, labels.share + _MISSES)
-            )
+            loss = loss_of(logits, wanted, labels.share).mean()
             optimiser.zero_grad()
             loss.backward()
             optimiser.step()
             schedule.step()
     return fc1.detach() / size, fc2.detach()
+
+
+def loss_of(logits: Tensor, wanted: Tensor, share: Any) -> Tensor:
+    """The loss of Deja Vu (arXiv 2310.17157) of each entry: cross-entropy, where those that are not
+    wanted are weighted by the share of those that are, so that both kinds count about the same.
+    """
+    weight = torch.where(wanted, 1.0, share + _MISSES)
+    return binary_cross_entropy_with_logits(logits, wanted.float(), weight=weight, reduction="none")
 
 
 def _sizes(feed: Feed) -> Tensor:

@@ -54,8 +54,11 @@ class Scorer(NamedTuple):
 
     def pick(self, x: Tensor, residual: Tensor) -> Tensor:
         """The candidates, bool ``[N, I]``, of what the feed-forward reads and the residual."""
-        h = residual if self.reads == "pre_norm" else x
-        return ~(self.scores(h) < self.threshold)  # a NaN is one
+        return ~(self.scores(self.reading(x, residual)) < self.threshold)  # a NaN is one
+
+    def reading(self, x: Tensor, residual: Tensor) -> Tensor:
+        """The one of the two that it reads."""
+        return residual if self.reads == "pre_norm" else x
 
 
 def scorers(checkpoint: Checkpoint, config: Any, about: Predictor, layer: int) -> list[Scorer]:

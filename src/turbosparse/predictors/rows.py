@@ -60,9 +60,8 @@ class Feed:
         return gate > threshold, combined(gate, up, activation_of(config), threshold)
 
     def shares(self, active: Tensor) -> Tensor:
-        """Of each neuron in what a token's neurons add to the output: squares, summing up to 1."""
-        added: Tensor = (active * self.ffn.down.float().norm(dim=0)).square()
-        return added / added.sum(-1, keepdim=True).clamp(min=1e-30)
+        """See `shares_of`."""
+        return shares_of(active, self.ffn.down)
 
     def labels(self, carry: float) -> Labels:
         """The neurons to predict: the fewest that carry this share of a token's output; 1: all."""
@@ -98,6 +97,17 @@ class Labels(NamedTuple):
         return torch.from_numpy(
             np.unpackbits(self.bits[rows.numpy()], axis=-1, count=self.neurons).astype(bool)
         )
+
+
+def shares_of(active: Tensor, down: Tensor) -> Tensor:
+    """Of each neuron in what a token's neurons add to the output: squares, summing up to 1.
+
+    Args:
+        active: Combined, ``[N, I]``.
+        down: ``[H, I]``.
+    """
+    added: Tensor = (active * down.float().norm(dim=0)).square()
+    return added / added.sum(-1, keepdim=True).clamp(min=1e-30)
 
 
 def carrying(shares: Tensor, carry: float) -> Tensor:

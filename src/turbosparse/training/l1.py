@@ -1,13 +1,14 @@
-"""More zeros than the data asks for: Combined is pressed towards zero, more and more (ProSparse).
+"""What `SparseTrainer` adds to the loss of the tokens.
 
-Off unless a recipe has `l1`; `SparseTrainer` adds it to the loss.
+`L1Penalty` asks for more zeros than the data does: Combined is pressed towards zero, more and more
+(ProSparse). Off unless a recipe has `l1`. The other is `predictors.loop`.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
@@ -23,40 +24,34 @@ def ramp(step: int, warmup_steps: int) -> float:
     return (1 - math.cos(math.pi * step / warmup_steps)) / 2
 
 
-class L1Penalty:
-    """`weight` × mean |Combined| over all its entries, and the sum of it for the log."""
+Sums = list[tuple[Tensor, int]]  # one over some entries, and how many these are
 
-    def __init__(self, weight: float, warmup_steps: int):
+
+class Penalty:
+    """`weight` × the mean of what `watch` finds in a batch, and the sum of it for the log."""
+
+    name: str
+
+    def __init__(self, weight: float, warmup_steps: int = 0):
         self.weight, self.warmup_steps = weight, warmup_steps
         self._sum: Any = 0.0  # a tensor: a number would wait for the device
         self._steps: set[int] = set()
 
-    @contextmanager
-    def watch(self, model: Any) -> Iterator[list[tuple[Tensor, int]]]:
-        """Gather the ‖Combined‖₁ of each FFN and its number of entries in the passes inside."""
-        norms: list[tuple[Tensor, int]] = []
+    def watch(self, model: Any, step: int) -> AbstractContextManager[Sums]:
+        """Gather sums in the forward passes inside, of the step after so many."""
+        raise NotImplementedError
 
-        def gather(combined: Tensor) -> Tensor:
-            if combined.requires_grad:  # else the sparsity meter is looking
-                norms.append((combined.abs().sum(dtype=torch.float32), combined.numel()))
-            return combined
-
-        with change_combined(model, gather):
-            yield norms
-
-    def of(
-        self, norms: list[tuple[Tensor, int]], labels: Tensor, *, step: int, items: Any
-    ) -> Tensor:
+    def of(self, sums: Sums, labels: Tensor, *, step: int, items: Any) -> Tensor:
         """What a micro-batch adds to the loss, as its share of the batch's mean.
 
         Args:
-            norms: what `watch` gave.
+            sums: what `watch` gave.
             labels: ``[B, T]``; a position predicts the next label, unless that is −100.
             step: optimiser steps done.
             items: predicted tokens in the whole batch, of which this may be a part.
         """
-        entries = sum(count for _, count in norms)
-        mean = torch.stack([norm for norm, _ in norms]).sum() / entries
+        entries = sum(count for _, count in sums)
+        mean = torch.stack([part for part, _ in sums]).sum() / entries
         here = (labels[:, 1:] != -100).sum() / items
         added: Tensor = self.weight * ramp(step, self.warmup_steps) * mean * here
         self._steps.add(step)
@@ -67,4 +62,23 @@ class L1Penalty:
         """Its mean over the steps since it was last asked; ``loss`` includes it."""
         mean = float(self._sum) / max(1, len(self._steps))
         self._sum, self._steps = 0.0, set()
-        return {"loss/l1": mean}
+        return {f"loss/{self.name}": mean}
+
+
+class L1Penalty(Penalty):
+    """`weight` × mean |Combined| over all its entries."""
+
+    name = "l1"
+
+    @contextmanager
+    def watch(self, model: Any, _step: int) -> Iterator[Sums]:
+        """Gather the ‖Combined‖₁ of each FFN."""
+        norms: Sums = []
+
+        def gather(combined: Tensor) -> Tensor:
+            if combined.requires_grad:  # else the sparsity meter is looking
+                norms.append((combined.abs().sum(dtype=torch.float32), combined.numel()))
+            return combined
+
+        with change_combined(model, gather):
+            yield norms

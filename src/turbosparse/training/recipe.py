@@ -36,6 +36,20 @@ class L1(BaseModel):
     warmup_steps: int = Field(0, ge=0, description="in which the weight grows from 0")
 
 
+class InTheLoop(BaseModel):
+    """Train the predictor of the model's folder beside it, at last with its mask applied."""
+
+    model_config = _STRICT
+
+    weight: float = Field(1.0, gt=0, description="of the loss of its scores")
+    share: float = Field(
+        0.5, ge=0, le=1, description="of the steps, the last ones, with the mask; 0: none"
+    )
+    carry: float = Field(
+        0.99, gt=0, le=1, description="it learns to find the neurons with this share of the output"
+    )
+
+
 class Recipe(BaseModel):
     """Everything that a training run is made of; it is written into the model folder."""
 
@@ -76,6 +90,7 @@ class Recipe(BaseModel):
     checkpoint_every: int = Field(200, gt=0, description="steps")
     report_to: list[str] = Field(default_factory=list, description="trackers, such as tensorboard")
     l1: L1 | None = None
+    predictor: InTheLoop | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Recipe:
@@ -90,7 +105,21 @@ class Recipe(BaseModel):
                 f"min_learning_rate {self.min_learning_rate:g} is above learning_rate "
                 f"{self.learning_rate:g}"
             )
+        if self.predictor:
+            self._can_predict()
         return self
+
+    def _can_predict(self) -> None:
+        if not isinstance(self.model, str):
+            raise ValueError("predictor is that of a model folder: a new model has none")
+        others = {
+            "gradient_checkpointing": self.gradient_checkpointing,
+            "shard: full": self.shard == "full",
+            "deepspeed": self.deepspeed is not None,
+            "lora": self.lora is not None,
+        }
+        if wrong := [name for name, there in others.items() if there]:
+            raise ValueError(f"predictor and {wrong[0]} do not go together: leave out one of them")
 
     def steps(self) -> int:
         return self.tokens // (self.batch_size * self.data.sequence_length)

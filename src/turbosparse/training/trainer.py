@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
-from contextlib import nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, nullcontext
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -25,14 +26,15 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import new_file
 from turbosparse.base.progress import Lines
 from turbosparse.training.checkpoints import load_weights, seal, step_of
-from turbosparse.training.l1 import L1Penalty
+from turbosparse.training.l1 import Penalty
 from turbosparse.training.meter import Meter
 
 
 class SparseTrainer(Trainer):
     """Measures sparsity in the steps that it logs, and keeps the log as JSON lines.
 
-    `watched` is the bare model where `model` wraps it in adapters; `penalty` is added to the loss.
+    `watched` is the bare model where `model` wraps it in adapters; `penalties` are added to the
+    loss, and `predictor` (`predictors.loop`), which is one of them, is trained beside the model.
     Checkpoints are sealed, a loss that is not finite stops the run, and sharding
     that was asked for happens or is refused.
     """
@@ -41,16 +43,18 @@ class SparseTrainer(Trainer):
         self,
         *,
         log_file: Path,
-        penalty: L1Penalty | None = None,
+        penalties: Sequence[Penalty] = (),
+        predictor: Any = None,
         watched: Any = None,
         **arguments: Any,
     ):
         self.log_callback = _Log(log_file)
         super().__init__(**arguments, callbacks=[self.log_callback])
         self.remove_callback(PrinterCallback)
-        self.meter = Meter(watched or self.model)
+        self.watched = watched or self.model
+        self.meter = Meter(self.watched)
         self._loss_is_finite: Tensor | bool = True
-        self.penalty = penalty
+        self.penalties, self.predictor = penalties, predictor
         self._tokens = 0  # of all processes, since this one began or resumed
 
     def train(self, resume_from_checkpoint: Path | None = None, **kwargs: Any) -> Any:
@@ -72,7 +76,9 @@ class SparseTrainer(Trainer):
         if "loss" in logs:
             counts = self.meter.read(lambda counts: self.accelerator.reduce(counts, "sum"))
             logs["tokens"] = self.log_callback.tokens + self._tokens
-            logs |= counts | (self.penalty.read() if self.penalty else {})
+            logs |= counts
+            for penalty in self.penalties:
+                logs |= penalty.read()
         super().log(logs, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -83,9 +89,21 @@ class SparseTrainer(Trainer):
         self._loss_is_finite = loss.isfinite() & self._loss_is_finite
         return loss
 
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        """The library's, and a group for the predictor, which is no part of the model."""
+        optimiser = super().create_optimizer(*args, **kwargs)
+        if self.predictor:
+            own = self.predictor.parameters()
+            optimiser.add_param_group({"params": own, "weight_decay": 0.0})
+            # the library clears the gradients of the model alone
+            optimiser.register_step_post_hook(lambda *_: self.predictor.clear_gradients())
+        return optimiser
+
     def _clip_grad_norm(self, model: Any) -> Any:
         """Clip, and stop the run before an update that is not finite reaches the weights."""
         norm = super()._clip_grad_norm(model)
+        for part in self.predictor.parameters() if self.predictor else ():
+            part.grad = self.accelerator.reduce(part.grad, "mean")
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
         if not (self._loss_is_finite and isfinite(norm)):
             raise TurboSparseError(
@@ -119,6 +137,8 @@ class SparseTrainer(Trainer):
             super()._load_from_checkpoint(checkpoint, model)
         else:
             load_weights(model or self.model, Path(checkpoint))
+        if self.predictor:
+            self.predictor.load(Path(checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         """Load them, but with the learning rate of the recipe: it may have been lowered."""
@@ -143,6 +163,8 @@ class SparseTrainer(Trainer):
         folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
         try:
             super()._save_checkpoint(*args)
+            if self.predictor and self.args.should_save:
+                self.predictor.save(folder)
             seal(folder, self.accelerator)
         except BaseException as error:
             free = shutil.disk_usage(folder.parent).free
@@ -183,17 +205,19 @@ class SparseTrainer(Trainer):
         return_outputs: bool = False,
         num_items_in_batch: Any = None,
     ) -> Any:
-        """The library's loss, and the penalty."""
-        if self.penalty is None:
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        with self.penalty.watch(self.accelerator.unwrap_model(model)) as norms:
+        """The library's loss, and the penalties."""
+        step = self.state.global_step
+        with ExitStack() as stack:
+            watched = [
+                stack.enter_context(penalty.watch(self.watched, step)) for penalty in self.penalties
+            ]
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        added = self.penalty.of(
-            norms, inputs["labels"], step=self.state.global_step, items=num_items_in_batch
-        )
-        if self.args.average_tokens_across_devices:  # the items are those of all processes
-            added = added * self.accelerator.num_processes
-        return (loss + added, outputs) if return_outputs else loss + added
+        for penalty, sums in zip(self.penalties, watched, strict=True):
+            added = penalty.of(sums, inputs["labels"], step=step, items=num_items_in_batch)
+            if self.args.average_tokens_across_devices:  # the items are those of all processes
+                added = added * self.accelerator.num_processes
+            loss = loss + added
+        return (loss, outputs) if return_outputs else loss
 
 
 def _is_sharded(parameter: Any) -> bool:
