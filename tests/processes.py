@@ -1,12 +1,14 @@
-"""Training on several processes: scripts that torchrun starts, and what their runs leave behind."""
+"""Training on several processes: scripts that are started, and what their runs leave behind."""
 
 from __future__ import annotations
 
+import atexit
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -93,23 +95,64 @@ def recipe_writer(folder: Path, dense: Callable[[str], Path], corpus: Path) -> W
     return write
 
 
-def start(script: Path, *flags: object, **environment: str) -> subprocess.Popen[str]:
+def clean_environment(**more: str) -> dict[str, str]:
     clean = {k: v for k, v in os.environ.items() if not k.startswith("HF_")}
+    return {**clean, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **more}
+
+
+def start(script: Path, *flags: object, **environment: str) -> subprocess.Popen[str]:
+    """Under torchrun."""
     return subprocess.Popen(
         [sys.executable, "-m", "torch.distributed.run", *map(str, flags), str(script)],
-        env={**clean, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", **environment},
+        env=clean_environment(**environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
     )
 
 
-def run(script: Path, processes: int, *, fails: bool = False, **environment: str) -> str:
-    """Run a script under torchrun on one node; returns its standard error."""
-    started = start(script, "--standalone", "--nproc_per_node", processes, **environment)
-    _, error = started.communicate()
-    assert (started.returncode != 0) == fails, error[-3000:]
-    return error
+@cache
+def _forking(environment: tuple[tuple[str, str], ...]) -> subprocess.Popen[str]:
+    """The program of forking.py; it ends with this process."""
+    program = subprocess.Popen(
+        [sys.executable, str(Path(__file__).with_name("forking.py"))],
+        env=clean_environment(**dict(environment)),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    atexit.register(program.communicate)
+    return program
+
+
+def run(
+    script: Path,
+    processes: int,
+    *,
+    fails: bool = False,
+    nodes: int = 1,
+    imports: tuple[tuple[str, str], ...] = (),
+    **environment: str,
+) -> str:
+    """Run a script in processes that torchrun would start on each node; returns their output.
+
+    `imports` is environment, too: what the libraries look at when they are imported.
+    """
+    world = {"WORLD_SIZE": str(processes * nodes), "LOCAL_WORLD_SIZE": str(processes)}
+    world |= {"TORCHELASTIC_RESTART_COUNT": "0", **environment}
+    ranks = [
+        world | {"RANK": f"{node * processes + n}", "LOCAL_RANK": f"{n}", "GROUP_RANK": f"{node}"}
+        for node in range(nodes)
+        for n in range(processes)
+    ]
+    log = script.with_suffix(".log")
+    log.unlink(missing_ok=True)
+    program = _forking(imports)
+    program.stdin.write(json.dumps({"script": str(script), "ranks": ranks, "log": str(log)}) + "\n")
+    program.stdin.flush()
+    failed, output = program.stdout.readline() != "0\n", log.read_text()
+    assert failed == fails, output[-3000:]
+    return output
 
 
 def write_script(path: Path, recipe: Path, out: Path, prefix: str = SHARDED) -> Path:

@@ -30,10 +30,11 @@ from turbosparse.train import train
 
 # accelerate knows DeepSpeed on accelerators only: let it take a CPU for one; STAGE is set before
 DEEPSPEED = """
-import torch, transformers.training_args
+import deepspeed.comm.torch, torch, transformers.training_args
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 import turbosparse.training.arguments as stage
+deepspeed.comm.torch.build_shm_op = lambda: None  # a minute's build of what only inference calls
 stage.has_accelerator = transformers.training_args.is_torch_bf16_gpu_available = lambda: True
 PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_XPU)
 PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
@@ -41,7 +42,7 @@ def is_part(weight):
     return STAGE < 3 or weight.ds_tensor.numel() < weight.ds_numel
 """
 APART = Path(sys.prefix) / "deepspeed"  # see the Makefile
-ZERO = {"DS_ACCELERATOR": "cpu", "PYTHONPATH": str(APART)}
+ZERO = {"imports": (("DS_ACCELERATOR", "cpu"), ("PYTHONPATH", str(APART)))}
 
 
 @pytest.fixture

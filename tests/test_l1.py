@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import processes
 import pytest
 import torch
 import yaml
@@ -127,9 +125,7 @@ def test_two_processes_train_as_one_does(run: Run, tmp_path: Path) -> None:
         "from pathlib import Path\nfrom turbosparse.train import train\n"
         f"train(Path({str(tmp_path / 'one.yaml')!r}), out=Path({str(tmp_path / 'two')!r}))\n"
     )
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run([sys.executable, *torchrun, str(script)], env=environment, check=True)
+    processes.run(script, 2)
     two = log_of(tmp_path / "two")
     for key in ("loss", "grad_norm"):
         assert [row[key] for row in two] == pytest.approx([row[key] for row in one], rel=5e-3), key

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -113,19 +112,7 @@ def test_two_nodes_train_as_one_process_does(recipe: Write, tmp_path: Path) -> N
     train(recipe(**settings), out=tmp_path / "one")
     path = recipe(**settings, shard="full")
     script = write_script(tmp_path / "run.py", path, tmp_path / "two")
-    port = 20000 + os.getpid() % 9000  # below those that the system gives to others meanwhile
-    address = ("--master_addr", "127.0.0.1", "--master_port", port)
-    nodes = [
-        start(script, "--nnodes", 2, "--node_rank", rank, "--nproc_per_node", 1, *address)
-        for rank in (0, 1)
-    ]
-    try:
-        for node in nodes:
-            error = node.communicate(timeout=120)[1]
-            assert node.returncode == 0, error[-3000:]
-    finally:
-        for node in nodes:  # one alone would wait for the other
-            node.kill()
+    run(script, 1, nodes=2)
     assert_same_run(tmp_path / "one", tmp_path / "two")
 
 
