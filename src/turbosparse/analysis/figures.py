@@ -308,6 +308,7 @@ def draw(models: Sequence[Facts]) -> list[Drawn]:
         "font.size": 10,
         "text.color": INK,
         "axes.edgecolor": INK,
+        "axes.facecolor": "none",
         "axes.labelcolor": INK,
         "xtick.color": INK,
         "ytick.color": INK,
@@ -342,10 +343,19 @@ def _percent(shares: Any) -> list[float]:
 
 
 def _bytes(figure: Any, name: str) -> tuple[str, bytes]:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+
+    # not by savefig, which draws twice; what is laid out once stays
     svg, png = BytesIO(), BytesIO()
-    figure.savefig(svg, format="svg", transparent=True, metadata={"Date": None})
-    figure.set_layout_engine("none")  # it is laid out, which takes as long as drawing
-    figure.savefig(png, format="png", dpi=150)
+    figure.patch.set_visible(False)  # the page shows through
+    canvas: Any = FigureCanvasSVG(figure)
+    canvas.print_svg(svg, metadata={"Date": None})
+    figure.set_layout_engine("none")
+    figure.patch.set_visible(True)
+    figure.set_dpi(150)
+    canvas = FigureCanvasAgg(figure)
+    canvas.print_png(png)
     text = svg.getvalue().decode()
     text = text[text.index("<svg") :].replace(INK, "currentColor")
     # several figures stand in one page

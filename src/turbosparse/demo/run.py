@@ -47,7 +47,7 @@ MODELS = {
     "surgery": "after surgery",
     "sparse": "recovered",
 }
-SHOWN = ("sparse", "surgery", "control")  # side by side in the report
+SHOWN = ("sparse", "control")  # side by side in the report
 QUANTS: tuple[Quant, ...] = ("f16", "q8", "q4")
 BACKENDS: tuple[tuple[Backend, Mode], ...] = (
     ("torch", "dense"),
