@@ -20,6 +20,7 @@ from turbosparse.convert import convert
 from turbosparse.hf.conversion import HELD_OUT, convert_layers
 from turbosparse.hf.layerwise import Layerwise
 from turbosparse.hf.load import load_model, load_tokenizer
+from turbosparse.hf.reconstruct import reconstruct
 from turbosparse.hf.surgery import FFN, explained, fit
 from turbosparse.pack import pack
 from turbosparse.packed.format import Packed
@@ -132,6 +133,37 @@ def test_a_few_massive_neurons_do_not_freeze_the_others() -> None:
     assert shares[1] == pytest.approx(shares[0], abs=2e-3)
 
 
+def test_a_feed_forward_learns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One token whose output is 1,000 times as large does not keep it from learning the others."""
+    monkeypatch.setattr("turbosparse.hf.reconstruct.uses_bf16", lambda _: False)
+    old, x, other = FFN(*dense_ffn()), random(4096, HIDDEN, seed=1), random(999, HIDDEN, seed=5)
+    before = fit(old, x, NEURONS)
+    plain = reconstruct(old, before, x, 4)
+    x[7] *= 30
+    for made in (plain, reconstruct(old, before, x, 4)):
+        assert all(weight.dtype == torch.float32 for weight in made)
+        left = [1 - (explained(old, ffn, other) or 0.0) for ffn in (before, made)]
+        assert left[1] < 0.9 * left[0]
+    again = reconstruct(old, before, x, 4)
+    assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
+
+
+def test_what_does_not_help_is_not_kept(
+    dense: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A layer that training made worse stays what the fit made of it."""
+    from turbosparse.hf import conversion
+
+    def bad(_old: FFN, new: FFN, *_: Any) -> FFN:
+        return FFN(*(weight + 1 for weight in new))
+
+    ids = torch.randint(0, 300, (16, 48), generator=torch.Generator().manual_seed(1))
+    model = Layerwise(dense("llama"), activation="drelu", device="cpu", dtype=torch.float32)
+    fitted = convert_layers(model, ids, tmp_path / "fitted", neurons=96)
+    monkeypatch.setattr(conversion, "reconstruct", bad)
+    assert convert_layers(model, ids, tmp_path / "kept", neurons=96, passes=1) == fitted
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
 def test_weights_that_are_not_real_are_an_error_that_names_the_layer(value: float) -> None:
     gate, up, down = dense_ffn()
@@ -207,7 +239,9 @@ def test_a_multiple_of_64_neurons_stays_one(
     ("options", "message"),
     {
         "too wide": ({"widen": 2.5, "data": True}, "--widen 2.5: a neuron has two halves; give a"),
-        "wide without text": ({"widen": 1.5}, "--widen needs --data: text says which halves to"),
+        "wide without text": ({"widen": 1.5}, "--widen needs --data: text says what"),
+        "trained without text": ({"reconstruct": 2}, "--reconstruct needs --data: text says what"),
+        "no passes": ({"reconstruct": -1, "data": True}, "--reconstruct is -1; give 0 or more"),
         "not drelu": ({"activation": "reglu", "data": True}, "leave it out with reglu"),
         "linked": ({"link": True, "data": True}, "--data changes them: leave one out"),
         "no tokens": ({"tokens": 0, "data": True}, "--tokens is 0; give at least 1"),
@@ -291,7 +325,7 @@ def test_a_killed_conversion_resumes_with_what_is_finished(
     from turbosparse.hf import conversion
 
     source = str(dense("mistral"))
-    convert(source, tmp_path / "whole", data=[corpus])
+    convert(source, tmp_path / "whole", data=[corpus], reconstruct=2)
     real, calls = conversion.fit_layer, []
 
     def stop_at_the_second(*given: Any, **named: Any) -> Any:
@@ -302,10 +336,10 @@ def test_a_killed_conversion_resumes_with_what_is_finished(
 
     monkeypatch.setattr(conversion, "fit_layer", stop_at_the_second)
     with pytest.raises(KeyboardInterrupt):
-        convert(source, tmp_path / "out", data=[corpus])
-    with pytest.raises(TurboSparseError, match=r"other settings \(neurons\)"):
+        convert(source, tmp_path / "out", data=[corpus], reconstruct=2)
+    with pytest.raises(TurboSparseError, match=r"other settings \(neurons, passes\)"):
         convert(source, tmp_path / "out", data=[corpus], widen=1.5)
-    convert(source, tmp_path / "out", data=[corpus])
+    convert(source, tmp_path / "out", data=[corpus], reconstruct=2)
     assert "resuming after layer 0" in capsys.readouterr().err
     assert calls == ["layer 0", "layer 1", "layer 1"]
     assert not (tmp_path / "out.converting").exists()

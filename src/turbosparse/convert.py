@@ -85,6 +85,7 @@ def convert(
     separator: str | None = None,
     tokens: int = 65_536,
     widen: float = 1.0,
+    reconstruct: int = 0,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> Converted:
     """Replace the SwiGLU feed-forward of a dense model by dReLU.
@@ -124,6 +125,9 @@ def convert(
     widen
         Multiply the neurons of each FFN by this, from 1 to 2: at 2 none of a dense neuron's two
         halves is lost. A multiple of 64 stays one: it is rounded up. Needs --data.
+    reconstruct
+        Then train each feed-forward alone, towards the dense one's output, in this many passes over
+        the text. Gate, up and down learn; what does not help on the text kept apart is dropped.
     device
         Where the layers run: auto takes a GPU if there is one.
     """
@@ -147,7 +151,9 @@ def convert(
     out, texts = local_path(out), [local_path(path) for path in data or ()]
     wanted: str = activation or "drelu"
     check_activation(wanted)
-    _check_calibration(wanted, link=link, data=texts, tokens=tokens, widen=widen)
+    _check_calibration(
+        wanted, link=link, data=texts, tokens=tokens, widen=widen, passes=reconstruct
+    )
     check_free(out)
     folder = model_folder(source)
     config = _source_config(folder, activation)
@@ -180,7 +186,9 @@ def convert(
         neurons = _wider(config.intermediate_size, widen)
         state = out.with_name(out.name + ".converting")
         with named_disk_errors(state):
-            explained = convert_layers(model, torch.tensor(ids), state, neurons=neurons)
+            explained = convert_layers(
+                model, torch.tensor(ids), state, neurons=neurons, passes=reconstruct
+            )
     with new_folder(out) as work:
         if texts:
             finish(model, state, work)
@@ -232,15 +240,18 @@ def _source_config(folder: Path, asked: Activation | None) -> Any:
 
 
 def _check_calibration(
-    activation: str, *, link: bool, data: list[Path], tokens: int, widen: float
+    activation: str, *, link: bool, data: list[Path], tokens: int, widen: float, passes: int
 ) -> None:
     if not 1 <= widen <= 2:
         raise TurboSparseError(
             f"--widen {widen:g}: a neuron has two halves; give a number from 1 to 2"
         )
+    if passes < 0:
+        raise TurboSparseError(f"--reconstruct is {passes}; give 0 or more")
     if not data:
-        if widen > 1:
-            raise TurboSparseError("--widen needs --data: text says which halves to keep")
+        if widen > 1 or passes:
+            which = "--widen" if widen > 1 else "--reconstruct"
+            raise TurboSparseError(f"{which} needs --data: text says what the neurons do")
         return
     if activation != "drelu":
         raise TurboSparseError(

@@ -11,20 +11,24 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.nn import Parameter
 
 from turbosparse.base.folders import write_json
 from turbosparse.hf import families
 from turbosparse.hf.checkpoint import INDEX
 from turbosparse.hf.layerwise import Layerwise
+from turbosparse.hf.reconstruct import reconstruct
 from turbosparse.hf.steps import Steps, save, shard_name
-from turbosparse.hf.surgery import FFN, fit_layer
+from turbosparse.hf.surgery import FFN, explained, fit, weights_of
 
 HELD_OUT = 8  # every eighth sequence is kept from the fit, to measure it on
 
 Shares = list[list[float | None]]
 
 
-def convert_layers(model: Layerwise, ids: Tensor, work: Path, *, neurons: int) -> Shares:
+def convert_layers(
+    model: Layerwise, ids: Tensor, work: Path, *, neurons: int, passes: int = 0
+) -> Shares:
     """Fit every layer on text and write it into `work`; resume if some are there.
 
     Args:
@@ -32,24 +36,88 @@ def convert_layers(model: Layerwise, ids: Tensor, work: Path, *, neurons: int) -
         ids: token ids of text, ``[N, T]``.
         work: folder of this conversion; see `finish`.
         neurons: of each new feed-forward, at most twice those of the old.
+        passes: over the text in which each is then trained.
 
     Returns:
-        ``[layer][expert]``: see `surgery.fit_layer`.
+        ``[layer][expert]``: see `fit_layer`.
 
     Raises:
         TurboSparseError: `work` holds a conversion with other settings.
     """
-    steps = Steps(work, model, ids, {"neurons": neurons}, "conversion")
+    steps = Steps(work, model, ids, {"neurons": neurons, "passes": passes}, "conversion")
     hidden = steps.hidden()
     held_out = torch.arange(len(ids)) % HELD_OUT == HELD_OUT - 1
     for index in steps.left("converting layers"):
         shell = model.layer(index)
-        new, share = fit_layer(
-            model, shell, hidden, neurons=neurons, held_out=held_out, where=f"layer {index}"
-        )
+        how: Any = {"neurons": neurons, "passes": passes, "held_out": held_out}
+        new, share = fit_layer(model, shell, hidden, **how, where=f"layer {index}")
         del shell
         steps.finish(_layer(model, index, new), hidden, share)
     return steps.about
+
+
+@torch.no_grad()
+def fit_layer(
+    model: Layerwise,
+    shell: Any,
+    hidden: Tensor,
+    *,
+    neurons: int,
+    held_out: Tensor,
+    passes: int = 0,
+    where: str,
+) -> tuple[list[FFN], list[float | None]]:
+    """Change the feed-forward of a layer, or those of its experts, and move the states past it.
+
+    Args:
+        model, shell: the layer, as `Layerwise.layer` gives it; its activation is drelu.
+        hidden: states before the layer, ``[N, T, H]``; overwritten by those after it.
+        neurons: of each new FFN, at most twice those of the old.
+        held_out: which of the N sequences the fit does not see, bool ``[N]``.
+        passes: over the others, in which the new feed-forward is then trained (`reconstruct`).
+        where: what messages call the layer.
+
+    Returns:
+        The new feed-forwards, one for each expert (one if dense), and of each the share of the
+        variance of the dense FFN's output on the held-out text that the new one accounts for: None
+        where that does not vary, as of an expert that no token was sent to.
+    """
+    model.attend(shell, hidden)
+    normed = torch.cat([model.ffn_input(shell, part).cpu() for part in model.chunks(hidden)])
+    mlp = shell.layers[0].mlp
+    new, shares = [], []
+    moe = hasattr(mlp, "experts")
+    chosen = model.routed(shell, hidden) if moe else None
+    for number, old in enumerate(weights_of(mlp)):
+        seen, unseen = normed[~held_out], normed[held_out]
+        if chosen is not None:
+            mine = (chosen == number).any(-1)
+            seen, unseen = normed[mine & ~held_out[:, None]], normed[mine & held_out[:, None]]
+        seen, unseen = (x.reshape(-1, x.shape[-1]).to(model.device) for x in (seen, unseen))
+        at = f"{where}, expert {number}" if moe else where
+        tries = [fit(old, seen, neurons, where=at)]
+        if passes and len(seen):
+            tries.append(reconstruct(old, tries[0], seen, passes))
+        judge = unseen if len(unseen) else seen
+        found = [(made := ffn.to(old.gate.dtype), explained(old, made, judge)) for ffn in tries]
+        made, share = max(found, key=lambda each: each[1] or 0.0)
+        shares.append(share)
+        new.append(made)
+    _put(mlp, new)
+    model.feed_forward(shell, hidden)
+    return new, shares
+
+
+def _put(mlp: Any, new: list[FFN]) -> None:
+    if not hasattr(mlp, "experts"):
+        parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        for part, weight in zip(parts, new[0], strict=True):
+            part.weight = Parameter(weight, requires_grad=False)
+        return
+    gate_up = torch.stack([torch.cat(ffn[:2]) for ffn in new])
+    mlp.experts.gate_up_proj = Parameter(gate_up, requires_grad=False)
+    down = torch.stack([ffn.down for ffn in new])
+    mlp.experts.down_proj = Parameter(down, requires_grad=False)
 
 
 def finish(model: Layerwise, work: Path, out: Path) -> None:

@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import Parameter
 from torch.nn.functional import linear
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.ffn_activation import combined
-from turbosparse.hf.layerwise import Layerwise
 
 _ROWS = 2048  # tokens at a time, for their Combined vectors are wide
 _RIDGE = 0.01  # weight of the old down projection, in mean squares of Combined
@@ -48,51 +46,6 @@ class FFN(NamedTuple):
         return linear(self.combined(x, activation).to(self.down.dtype), self.down).float()
 
 
-@torch.no_grad()
-def fit_layer(
-    model: Layerwise,
-    shell: Any,
-    hidden: Tensor,
-    *,
-    neurons: int,
-    held_out: Tensor,
-    where: str,
-) -> tuple[list[FFN], list[float | None]]:
-    """Change the feed-forward of a layer, or those of its experts, and move the states past it.
-
-    Args:
-        model, shell: the layer, as `Layerwise.layer` gives it; its activation is drelu.
-        hidden: states before the layer, ``[N, T, H]``; overwritten by those after it.
-        neurons: of each new FFN, at most twice those of the old.
-        held_out: which of the N sequences the fit does not see, bool ``[N]``.
-        where: what messages call the layer.
-
-    Returns:
-        The new feed-forwards, one for each expert (one if dense), and of each the share of the
-        variance of the dense FFN's output on the held-out text that the new one accounts for: None
-        where that does not vary, as of an expert that no token was sent to.
-    """
-    model.attend(shell, hidden)
-    normed = torch.cat([model.ffn_input(shell, part).cpu() for part in model.chunks(hidden)])
-    mlp = shell.layers[0].mlp
-    new, shares = [], []
-    moe = hasattr(mlp, "experts")
-    chosen = model.routed(shell, hidden) if moe else None
-    for number, old in enumerate(weights_of(mlp)):
-        seen, unseen = normed[~held_out], normed[held_out]
-        if chosen is not None:
-            mine = (chosen == number).any(-1)
-            seen, unseen = normed[mine & ~held_out[:, None]], normed[mine & held_out[:, None]]
-        seen, unseen = (x.reshape(-1, x.shape[-1]).to(model.device) for x in (seen, unseen))
-        at = f"{where}, expert {number}" if moe else where
-        made = fit(old, seen, neurons, where=at).to(old.gate.dtype)
-        shares.append(explained(old, made, unseen if len(unseen) else seen))
-        new.append(made)
-    _put(mlp, new)
-    model.feed_forward(shell, hidden)
-    return new, shares
-
-
 def weights_of(mlp: Any) -> list[FFN]:
     """Of a layer's feed-forward, or of each of its experts; without a gate, up stands for it."""
     if not hasattr(mlp, "experts"):
@@ -101,18 +54,6 @@ def weights_of(mlp: Any) -> list[FFN]:
     pairs = zip(mlp.experts.gate_up_proj, mlp.experts.down_proj, strict=True)
     halves = ((*gate_up.chunk(2), down) for gate_up, down in pairs)
     return [FFN(gate, up, down) for gate, up, down in halves]
-
-
-def _put(mlp: Any, new: list[FFN]) -> None:
-    if not hasattr(mlp, "experts"):
-        parts = (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
-        for part, weight in zip(parts, new[0], strict=True):
-            part.weight = Parameter(weight, requires_grad=False)
-        return
-    gate_up = torch.stack([torch.cat(ffn[:2]) for ffn in new])
-    mlp.experts.gate_up_proj = Parameter(gate_up, requires_grad=False)
-    down = torch.stack([ffn.down for ffn in new])
-    mlp.experts.down_proj = Parameter(down, requires_grad=False)
 
 
 @torch.no_grad()
