@@ -25,13 +25,15 @@ from turbosparse.base.folders import read_config
 from turbosparse.convert import convert
 from turbosparse.engine.engine import Engine
 from turbosparse.export import export
+from turbosparse.hf.checkpoint import Checkpoint
 from turbosparse.hf.load import load_model
 from turbosparse.hf.published import own_fields
 from turbosparse.pack import pack
-from turbosparse.predictor import Scored, read_scores, score, train
+from turbosparse.predictor import train
 from turbosparse.predictors.mask import predicted
 from turbosparse.predictors.measure import Seen
 from turbosparse.predictors.rows import carrying
+from turbosparse.score import Scored, read_scores, score
 from turbosparse.train import train as train_model
 
 Make = Callable[..., Path]
@@ -190,6 +192,20 @@ def test_a_killed_run_resumes_and_the_same_seed_gives_the_same(
         assert (out / name).read_bytes() == (whole / name).read_bytes()
 
 
+@pytest.mark.parametrize("kind", ["svd", "sign"])
+def test_another_predictor_takes_the_place_of_one(
+    made: Make, sparse: Make, text: Path, tmp_path: Path, kind: str
+) -> None:
+    merged = merge_predictor(sparse("llama"), tmp_path / "merged", threshold=0.0)
+    for number, source in enumerate((made("llama"), merged)):
+        out = tmp_path / str(number)
+        train(str(source), out, data=[text], kind=kind, replace=True, **SMALL)  # type: ignore[arg-type]
+        assert read_config(out) == read_config(made("llama", kind))
+        one, other = ({**Checkpoint(folder)} for folder in (out, made("llama", kind)))
+        assert one.keys() == other.keys()
+        assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+
+
 # --- measured -------------------------------------------------------------------------------------
 
 
@@ -245,7 +261,14 @@ def test_the_cheapest_thresholds_within_the_bound_are_kept_and_packed(
     found = scored(folder, text, bound=-99)
     assert found.chosen is None
     assert read_config(folder)["predictor"]["threshold"] == before["threshold"]
-    found = scored(folder, text, bound=1e6, picture=tmp_path / "bytes.png")
+    found = scored(folder, text, bound=1e6, picture=tmp_path / "bytes.png", rounds=1, threads=1)
+    assert found.speed is not None
+    assert [mode for mode, speed in found.speed.items() if speed.least > 0] == [
+        "dense",
+        "exact",
+        "predicted",
+    ]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["bytes.png", "model"]
     assert found.chosen == 1, "the fewest bytes"
     assert (tmp_path / "bytes.png").read_bytes().startswith(b"\x89PNG")
     assert read_scores(folder) == found
@@ -351,7 +374,7 @@ def plain_model(root: Path) -> Path:
     ("model", "options", "message"),
     [
         ("dense", {}, "swiglu model: it has no zeros to predict"),
-        ("merged", {}, "holds a predictor already; give the model without it"),
+        ("merged", {}, "holds a predictor already; give --replace"),
         ("sparse", {"data": []}, "give --data, a file or folder of text"),
         ("sparse", {"tokens": 200}, "--tokens 200 are 2 sequences of 160; give at least 1280"),
         ("sparse", {"share": 0.01}, "of rank 32, has 27.8% of the weights"),

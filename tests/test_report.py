@@ -17,8 +17,8 @@ from turbosparse.analyse import analyse
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import write_json
 from turbosparse.packed.stats import Stats
-from turbosparse.predictor import SCORES
 from turbosparse.report import report
+from turbosparse.score import SCORES
 
 Make = Callable[..., Path]
 POINT = {"target": 0.9, "recall": 0.9, "norm_recall": 0.9, "density": 0.2, "kl": 0.01}

@@ -72,7 +72,7 @@ DATA_VERBS = {
 PREDICTOR_VERBS = {
     "train": ("turbosparse.predictor:train", "Make predictors for a sparse model."),
     "score": (
-        "turbosparse.predictor:score",
+        "turbosparse.score:score",
         "Measure what predictors cost in quality and save in bytes.",
     ),
 }

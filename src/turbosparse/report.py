@@ -17,7 +17,7 @@ from turbosparse.analysis.figures import Drawn, draw
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath, check_free, local_path, new_folder, write_json
 from turbosparse.packed.stats import FILE, Stats
-from turbosparse.predictor import read_scores
+from turbosparse.score import read_scores
 
 PAGE = Path(__file__).parent / "analysis" / "report.html.jinja"
 

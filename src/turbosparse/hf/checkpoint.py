@@ -7,6 +7,7 @@ shape, and each tensor that is there is read, or known to be harmless, or an err
 from __future__ import annotations
 
 import re
+import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -193,9 +194,30 @@ def add_shard(folder: Path, name: str, tensors: dict[str, torch.Tensor]) -> None
     homes = {tensor: file for tensor, (file, _) in Checkpoint(folder)._home.items()}
     contiguous = {key: tensor.contiguous() for key, tensor in tensors.items()}
     save_file(contiguous, folder / name, metadata={"format": "pt"})
-    homes |= dict.fromkeys(tensors, name)
+    _write_index(folder, homes | dict.fromkeys(tensors, name))
+
+
+def _write_index(folder: Path, homes: dict[str, str]) -> None:
     total = sum((folder / file).stat().st_size for file in set(homes.values()))
     write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": homes})
+
+
+def copy_weights(checkpoint: Checkpoint, out: Path) -> None:
+    """Put the weight files of a model into another folder, without a predictor."""
+    from safetensors.torch import save_file
+
+    homes: dict[str, str] = {}
+    for shard in checkpoint.shards:
+        names = [name for name, (home, _) in checkpoint._home.items() if home == shard.name]
+        kept = [name for name in names if ".predictor." not in name]
+        if kept == names:
+            shutil.copyfile(shard, out / shard.name)
+        elif kept:
+            tensors = {name: checkpoint[name] for name in kept}
+            save_file(tensors, out / shard.name, metadata={"format": "pt"})
+        homes |= dict.fromkeys(kept, shard.name)
+    if (checkpoint.folder / INDEX).is_file():
+        _write_index(out, homes)
 
 
 def carry_predictor(
