@@ -6,7 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import CONTEXT, EVERY, WINDOW, Shared, merge_predictor
-from greedy import CLEAR, greedy
+from greedy import greedy, of_transformers
 
 from turbosparse import _core
 from turbosparse.analyse import analyse
@@ -127,23 +127,14 @@ def fuse_experts(tensors: dict[str, torch.Tensor], config: object) -> dict[str, 
     return out
 
 
-def hf_greedy(model: torch.nn.Module) -> tuple[list[int], list[int]]:
-    return greedy(model, PROMPTS, TOKENS)
-
-
-def reference_greedy(engine: Engine) -> tuple[list[int], list[int]]:
-    """As `hf_greedy`, of an engine."""
-    for prompt in PROMPTS:
-        sequence, tokens = engine.sequence(prompt), []
-        while len(tokens) < TOKENS:
-            best = torch.tensor(engine.step([sequence])[0].logits).topk(2)
-            if best.values[0] - best.values[1] < CLEAR:
-                break
-            tokens.append(int(best.indices[0]))
-            sequence.extend(tokens[-1:])
-        else:
-            return prompt, tokens
-    raise AssertionError("every prompt leads to a near tie")
+@cache
+def hf_greedy(folder: Path) -> tuple[list[int], list[int]]:
+    """A prompt, and the greedy tokens of transformers on the dequantised weights."""
+    engine = Engine(folder)
+    logits = of_transformers(dequantised_hf_model(folder))
+    prompt, truth = greedy(logits, PROMPTS, TOKENS, partial(engine_greedy, engine))
+    assert len(set(truth)) > 5, "a text that repeats one token would prove little"
+    return prompt, truth
 
 
 def engine_greedy(engine: Engine, prompt: list[int], chunk: int = 512) -> list[int]:
@@ -167,33 +158,21 @@ def restored_isa() -> Iterator[None]:
     _core.set_isa(before)
 
 
-@pytest.mark.parametrize("isa", _core.available_isas())
+@pytest.mark.parametrize("road", ["torch", *_core.available_isas()])
 @pytest.mark.parametrize("family", EVERY)
 @pytest.mark.usefixtures("restored_isa")
-def test_every_instruction_set_prints_the_tokens_of_transformers(
-    packed: Make, family: str, isa: str
+def test_every_backend_and_instruction_set_prints_the_tokens_of_transformers(
+    packed: Make, family: str, road: str
 ) -> None:
-    _core.set_isa(isa)
+    backend = "torch" if road == "torch" else "cpu"
+    if backend == "cpu":
+        _core.set_isa(road)
     for quant in ("f16", "q8", "q4"):
-        prompt, truth = hf_greedy(dequantised_hf_model(packed(family, quant)))
-        for mode in ("dense", "exact"):
-            engine = Engine(packed(family, quant), mode=mode)
-            assert engine_greedy(engine, prompt) == truth, (quant, mode)
-            assert engine_greedy(engine, prompt, chunk=1) == truth, (quant, mode)
-
-
-@pytest.mark.parametrize("quant", ["f16", "q8", "q4"])
-@pytest.mark.parametrize("family", EVERY)
-def test_every_backend_and_mode_prints_the_tokens_of_transformers(
-    packed: Make, family: str, quant: str
-) -> None:
-    folder = packed(family, quant)
-    prompt, truth = hf_greedy(dequantised_hf_model(folder))
-    assert len(set(truth)) > 5, "a text that repeats one token would prove little"
-    for backend in BACKENDS:
+        folder = packed(family, quant)
+        prompt, truth = hf_greedy(folder)
         for mode in ("dense", "exact"):
             engine = Engine(folder, backend=backend, mode=mode)
-            assert engine_greedy(engine, prompt) == truth, (backend, mode)
+            assert engine_greedy(engine, prompt) == truth, (quant, mode)
 
 
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "reglu", "relu", "relu2"])
@@ -202,7 +181,7 @@ def test_the_other_activations_print_the_tokens_of_transformers(
     packed: Make, family: str, activation: str
 ) -> None:
     folder = packed(family, "q8", activation)
-    prompt, truth = hf_greedy(dequantised_hf_model(folder))
+    prompt, truth = hf_greedy(folder)
     modes = ("dense",) if activation in WITHOUT_ZEROS else ("dense", "exact")
     for backend in BACKENDS:
         for mode in modes:
@@ -216,9 +195,13 @@ def test_predicted_mode_prints_the_same_tokens_on_every_backend(
     predicted: Make, family: str, kind: str
 ) -> None:
     folder = predicted(family, kind)
-    prompt, truth = reference_greedy(Engine(folder, backend="torch", mode="predicted"))
-    assert len(set(truth)) > 5, "a text that repeats one token would prove little"
+    reference = Engine(folder, backend="torch", mode="predicted")
     engine = Engine(folder, backend="cpu", mode="predicted")
+    prompt, truth = greedy(
+        lambda tokens: every_logit(reference, tokens, "predicted")[0],
+        PROMPTS, TOKENS, partial(engine_greedy, engine),
+    )  # fmt: skip
+    assert len(set(truth)) > 5, "a text that repeats one token would prove little"
     assert engine_greedy(engine, prompt) == truth
     assert engine_greedy(engine, prompt, chunk=7) == truth
     assert engine_greedy(Engine(folder, mode="exact"), prompt) != truth, "it must matter"

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from greedy import greedy
+from greedy import greedy, of_transformers
 from published import (
     ACTIVATION,
     CONFIGS,
@@ -154,18 +155,23 @@ def test_every_road_generates_the_same_tokens(
 ) -> None:
     """The published formula, our class, and what is packed from ours on both backends."""
     tensors = tensors_of(source(kind))
-    prompt, truth = greedy(formula(kind, tensors), PROMPTS, TOKENS)
+    folder = pack_f16(str(ours(kind)), tmp_path / "packed")
+    prompt, truth = greedy(
+        of_transformers(formula(kind, tensors)),
+        PROMPTS, TOKENS, partial(engine_greedy, Engine(folder)),
+    )  # fmt: skip
     assert len(set(truth)) > 5, "a text that repeats one token would prove little"
     model = load_model(ours(kind), dtype=torch.float32).eval()
     model.generation_config.eos_token_id = None
     ids = torch.tensor([prompt])
     made = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=TOKENS)
     assert made[0, len(prompt) :].tolist() == truth
-    folder = pack_f16(str(ours(kind)), tmp_path / "packed")
     for backend in BACKENDS:
         assert engine_greedy(Engine(folder, backend=backend), prompt) == truth
     if kind in READS:
-        prompt, truth = greedy(formula(kind, tensors, rounded), PROMPTS, TOKENS)
+        guess = partial(engine_greedy, Engine(folder, mode="predicted"))
+        logits = of_transformers(formula(kind, tensors, rounded))
+        prompt, truth = greedy(logits, PROMPTS, TOKENS, guess)
         for backend in BACKENDS:
             assert engine_greedy(Engine(folder, backend=backend, mode="predicted"), prompt) == truth
 
