@@ -1,5 +1,6 @@
 // The attention of a step: see decoder.h.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 
 #include "buffer.h"
@@ -38,8 +39,9 @@ struct Decoder::Taken {
   }
 };
 
-// mixed = attention of q_ to the caches. Threads share tokens and key-value heads; if these are
-// few, spans of positions too. The spans and their order are always the same, and so are the bits.
+// mixed = attention of q_ to the caches, which get k_ and v_ first. Threads share tokens and
+// key-value heads; if these are few, spans of positions too. The spans and their order are always
+// the same, and so are the bits.
 void Decoder::mix_values(int layer) {
   mixed_.resize(q_.size());
   const int group = shape_.heads / shape_.kv_heads, items = tokens_ * shape_.kv_heads;
@@ -48,6 +50,12 @@ void Decoder::mix_values(int layer) {
     const int spans = span_of(positions_[item / shape_.kv_heads].place) -
                       span_of(first_seen(layer, item / shape_.kv_heads)) + 1;
     ends.push_back(spans + (item ? ends.back() : 0));
+  }
+  // the keys and values of a token that is alone of its sequence are met by it only
+  if (!apart_) {
+    parallel_for(threads_, items, [&](int64_t item) {
+      append_kv(layer, item / shape_.kv_heads, static_cast<int>(item % shape_.kv_heads));
+    });
   }
   const auto begin_of = [&](int item) { return item ? ends[item - 1] : 0; };
   const auto take = [&](int item, int span) {
@@ -68,15 +76,15 @@ void Decoder::mix_values(int layer) {
     return;
   }
   std::vector<Taken> taken(ends.back());
-  parallel_for(threads_, ends.back(), [&](int64_t span) {
-    const int item = std::upper_bound(ends.begin(), ends.end(), span) - ends.begin();
-    taken[span] = take(item, span);
-  });
-  for (int item = 0; item < items; ++item) {
+  std::vector<std::atomic<int>> ready(items);  // spans
+  parallel_for(threads_, ends.back(), [&](int64_t number) {
+    const int item = std::upper_bound(ends.begin(), ends.end(), number) - ends.begin();
+    taken[number] = take(item, number);
+    if (++ready[item] < ends[item] - begin_of(item)) return;
     Taken& all = taken[begin_of(item)];
     for (int span = begin_of(item) + 1; span < ends[item]; ++span) all.add(taken[span]);
     finish(item, all);
-  }
+  });
 }
 
 int Decoder::first_seen(int layer, int token) const {
@@ -85,7 +93,7 @@ int Decoder::first_seen(int layer, int token) const {
 }
 
 // Of the spans of positions that a token sees, number `span`.
-Decoder::Taken Decoder::take_span(int layer, int token, int kv_head, int span) const {
+Decoder::Taken Decoder::take_span(int layer, int token, int kv_head, int span) {
   const Position& position = positions_[token];
   const int size = shape_.head, group = shape_.heads / shape_.kv_heads;
   const int first = first_seen(layer, token);
@@ -94,9 +102,12 @@ Decoder::Taken Decoder::take_span(int layer, int token, int kv_head, int span) c
   const int seen = end - from;
   const int64_t at = (int64_t{token} * shape_.heads + int64_t{kv_head} * group) * size;
   const float scale = 1 / std::sqrt(static_cast<float>(size));
+  if (apart_ && end == position.place + 1) append_kv(layer, token, kv_head);
 
   const Kernels& kernels = kernels_of(QUANT_F16);
-  const Prepared queries(kernels, &q_[at], group, size);
+  std::vector<float> turned(&q_[at], &q_[at] + group * size);
+  rotate(turned.data(), group, token);
+  const Prepared queries(kernels, turned.data(), group, size);
   worked(int64_t{2} * group * seen * size);
   std::vector<float> scores(int64_t{group} * seen);
   // keys and values lie together as long as they are of one page

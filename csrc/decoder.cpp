@@ -16,7 +16,7 @@ double sum_of_squares(const float* x, int count, double mean) {
   constexpr int kLanes = 8;
   double sums[kLanes] = {};
   for (int i = 0; i < count; ++i) sums[i % kLanes] += (x[i] - mean) * (x[i] - mean);
-  worked(count);
+  worked(2 * count);  // the mean too
   return std::accumulate(sums, sums + kLanes, 0.0);
 }
 
@@ -92,7 +92,8 @@ Decoder::Decoder(const Shape& shape, const Matrix& embedding, const Matrix& head
       norm_(norm),
       layers_(std::move(layers)),
       frequencies_(std::move(frequencies)),
-      rope_scale_(rope_scale) {}
+      rope_scale_(rope_scale),
+      residual_{shape.hidden, {}, {}} {}
 
 Decoder::~Decoder() = default;
 
@@ -153,16 +154,19 @@ void Decoder::run(bool every, const std::vector<Sequence>& sequences, Mode mode,
 void Decoder::begin(const std::vector<Sequence>& sequences, int threads) {
   threads_ = threads;
   positions_.clear();
-  x_.clear();
+  residual_.resize(0);
+  std::vector<float> row(shape_.hidden);
   for (const Sequence& sequence : sequences) {
     sequence.cache->reserve(sequence.cache->length() + sequence.count);
     for (int i = 0; i < sequence.count; ++i) {
+      residual_.resize(positions_.size() + 1);  // zeros
+      embedding_.row(sequence.tokens[i], row.data());
+      residual_.add(positions_.size(), 0, shape_.hidden, row.data());
       positions_.push_back({sequence.cache, sequence.cache->length() + i});
-      x_.resize(positions_.size() * shape_.hidden);
-      embedding_.row(sequence.tokens[i], &x_[x_.size() - shape_.hidden]);
     }
   }
   tokens_ = static_cast<int>(positions_.size());
+  apart_ = positions_.size() == sequences.size();
 
   const size_t half = frequencies_.size();
   cos_.resize(tokens_ * half);
@@ -181,25 +185,32 @@ void Decoder::keep_last(const std::vector<Sequence>& sequences) {
   int last = -1, kept = 0;
   for (const Sequence& sequence : sequences) {
     last += sequence.count;
-    std::copy_n(&x_[int64_t{last} * shape_.hidden], shape_.hidden,
-                &x_[int64_t{kept++} * shape_.hidden]);
+    const auto keep = [&](auto& of_tokens, int64_t size) {
+      std::copy_n(&of_tokens[last * size], size, &of_tokens[kept * size]);
+    };
+    keep(residual_.x, residual_.hidden);
+    keep(residual_.squares, residual_.pieces());
+    ++kept;
   }
   tokens_ = kept;
 }
 
 // normed = norm(x)
 void Decoder::normalise(const Norm& norm) {
-  normed_.resize(x_.size());
-  const int hidden = shape_.hidden;
+  const int hidden = shape_.hidden, pieces = residual_.pieces();
+  normed_.resize(int64_t{tokens_} * hidden);
   parallel_for(threads_, tokens_, [&](int64_t t) {
-    const float* x = &x_[t * hidden];
+    const float* x = &residual_.x[t * hidden];
+    const double* squares = &residual_.squares[t * pieces];
     float* out = &normed_[t * hidden];
     const double mean = norm.bias ? std::accumulate(x, x + hidden, 0.0) / hidden : 0;
-    const float square = static_cast<float>(sum_of_squares(x, hidden, mean) / hidden);
+    const double sum = norm.bias ? sum_of_squares(x, hidden, mean)
+                                 : std::accumulate(squares, squares + pieces, 0.0);
+    const float square = static_cast<float>(sum / hidden);
     const float scale = 1 / std::sqrt(square + shape_.norm_eps), shift = static_cast<float>(mean);
     for (int i = 0; i < hidden; ++i) out[i] = (x[i] - shift) * scale * norm.weight[i];
     for (int i = 0; norm.bias && i < hidden; ++i) out[i] += norm.bias[i];
-    worked(hidden);
+    worked(hidden + pieces);
   });
 }
 
@@ -207,57 +218,38 @@ void Decoder::normalise(const Norm& norm) {
 void Decoder::attend(int index) {
   const Layer& layer = layers_[index];
   normalise(layer.attention_norm);
-  project({{&layer.q, &q_}, {&layer.k, &k_}, {&layer.v, &v_}}, normed_);
-  rotate(q_, shape_.heads);
-  rotate(k_, shape_.kv_heads);
-  parallel_for(threads_, tokens_, [&](int64_t t) {
-    for (int head = 0; head < shape_.kv_heads; ++head) append_kv(index, t, head);
-  });
+  multiply({product(layer.q, q_), product(layer.k, k_), product(layer.v, v_)}, normed_.data(),
+           tokens_, threads_);
   mix_values(index);
-  project({{&layer.o, &y_}}, mixed_);
-  for (size_t i = 0; i < x_.size(); ++i) x_[i] += y_[i];
-  worked(x_.size());
+  Product out = product(layer.o, y_);
+  out.residual = &residual_;
+  multiply({out}, mixed_.data(), tokens_, threads_);
 }
 
-// Each out = projection(in).
-void Decoder::project(const std::vector<std::pair<const Projection*, std::vector<float>*>>& all,
-                      const std::vector<float>& in) {
-  std::vector<Product> products;
-  for (const auto& [projection, out] : all) {
-    out->resize(tokens_ * projection->matrix.rows);
-    products.push_back({&projection->matrix, out->data()});
-  }
-  multiply(products, in.data(), tokens_, threads_);
-  for (const auto& [projection, out] : all) {
-    const int64_t rows = projection->matrix.rows;
-    for (size_t i = 0; projection->bias && i < out->size(); ++i) {
-      (*out)[i] += projection->bias[i % rows];
-    }
-  }
+Product Decoder::product(const Projection& projection, std::vector<float>& out) const {
+  out.resize(tokens_ * projection.matrix.rows);
+  return {&projection.matrix, out.data(), nullptr, 0, projection.bias};
 }
 
-// Turns each head's first pairs (i, i + pairs) by the token's angles.
-void Decoder::rotate(std::vector<float>& x, int heads) const {
+// Turns the first pairs (i, i + pairs) of a token's heads by its angles.
+void Decoder::rotate(float* x, int heads, int64_t token) const {
   const int half = static_cast<int>(frequencies_.size());
-  parallel_for(threads_, tokens_, [&](int64_t t) {
-    const float *cosine = &cos_[t * half], *sine = &sin_[t * half];
-    for (int head = 0; head < heads; ++head) {
-      float* left = &x[(t * heads + head) * shape_.head];
-      float* right = left + half;
-      for (int i = 0; i < half; ++i) {
-        const float a = left[i], b = right[i];
-        left[i] = a * cosine[i] - b * sine[i];
-        right[i] = b * cosine[i] + a * sine[i];
-      }
+  const float *cosine = &cos_[token * half], *sine = &sin_[token * half];
+  for (int head = 0; head < heads; ++head, x += shape_.head) {
+    for (int i = 0; i < half; ++i) {
+      const float a = x[i], b = x[half + i];
+      x[i] = a * cosine[i] - b * sine[i];
+      x[half + i] = b * cosine[i] + a * sine[i];
     }
-    worked(heads * shape_.head);
-  });
+  }
+  worked(heads * shape_.head);
 }
 
-// Puts a token's key and value into its cache.
+// Turns a token's key and puts it and the value into the cache.
 void Decoder::append_kv(int layer, int64_t token, int kv_head) {
   const Position& position = positions_[token];
   const int64_t from = (token * shape_.kv_heads + kv_head) * shape_.head;
+  rotate(&k_[from], 1, token);
   uint16_t* key = position.cache->at(layer, 0, kv_head, position.place);
   uint16_t* value = position.cache->at(layer, 1, kv_head, position.place);
   for (int i = 0; i < shape_.head; ++i) {
@@ -277,18 +269,14 @@ void Decoder::softmax(float* scores, int count) {
 // x += ffn(norm(x))
 void Decoder::feed_forward(const Layer& layer, Mode mode, int32_t* counts) {
   normalise(layer.ffn_norm);
-  y_.resize(x_.size());
-  if (layer.router) {
-    mix_experts(layer, mode, counts);
-  } else {
-    layer.ffns[0].forward(normed_.data(), x_.data(), y_.data(), counts, tokens_, mode, threads_);
-  }
-  for (size_t i = 0; i < x_.size(); ++i) x_[i] += y_[i];
-  worked(x_.size());
+  y_.resize(residual_.x.size());
+  if (layer.router) return mix_experts(layer, mode, counts);
+  layer.ffns[0].forward(normed_.data(), residual_.x.data(), y_.data(), counts, tokens_, mode,
+                        threads_, &residual_);
 }
 
-// y = Σ weight · expert(normed), over the experts that the router likes best: softmax over all, the
-// best few renormalised (Mixtral).
+// x += Σ weight · expert(normed), over the experts that the router likes best: softmax over all,
+// the best few renormalised (Mixtral).
 void Decoder::mix_experts(const Layer& layer, Mode mode, int32_t* counts) {
   const int experts = static_cast<int>(layer.ffns.size()), hidden = shape_.hidden;
   std::vector<std::vector<std::pair<int, float>>> chosen_by(experts);  // token, weight
@@ -305,7 +293,7 @@ void Decoder::mix_experts(const Layer& layer, Mode mode, int32_t* counts) {
     for (size_t i = 0; i < chosen.size(); ++i) {
       const int64_t at = int64_t{chosen[i].first} * hidden;
       std::copy_n(&normed_[at], hidden, &in[i * hidden]);
-      std::copy_n(&x_[at], hidden, &residual[i * hidden]);
+      std::copy_n(&residual_.x[at], hidden, &residual[i * hidden]);
     }
     layer.ffns[e].forward(in.data(), residual.data(), out.data(), used.data(), chosen.size(), mode,
                           threads_);
@@ -315,7 +303,9 @@ void Decoder::mix_experts(const Layer& layer, Mode mode, int32_t* counts) {
       for (int j = 0; j < hidden; ++j) y[j] += weight * out[i * hidden + j];
       for (int j = 0; j < 3; ++j) counts[3 * token + j] += used[3 * i + j];
     }
+    worked(in.size() * 3);
   }
+  parallel_for(threads_, tokens_, [&](int64_t t) { residual_.add(t, 0, hidden, &y_[t * hidden]); });
 }
 
 // The experts of a token, and their weights. NaN scores make every weight NaN: these are kept, so

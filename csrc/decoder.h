@@ -132,13 +132,12 @@ class Decoder {
   void keep_last(const std::vector<Sequence>& sequences);
   void normalise(const Norm& norm);
   void attend(int layer);
-  void project(const std::vector<std::pair<const Projection*, std::vector<float>*>>& all,
-               const std::vector<float>& in);
-  void rotate(std::vector<float>& x, int heads) const;
+  Product product(const Projection& projection, std::vector<float>& out) const;
+  void rotate(float* x, int heads, int64_t token) const;
   void append_kv(int layer, int64_t token, int kv_head);
   void mix_values(int layer);
   int first_seen(int layer, int token) const;
-  Taken take_span(int layer, int token, int kv_head, int span) const;
+  Taken take_span(int layer, int token, int kv_head, int span);
   void feed_forward(const Layer& layer, Mode mode, int32_t* counts);
   void mix_experts(const Layer& layer, Mode mode, int32_t* counts);
   std::vector<std::pair<int, float>> route(const Layer& layer, int token) const;
@@ -155,8 +154,9 @@ class Decoder {
 
   // the step at hand
   int tokens_ = 0, threads_ = 1;
+  bool apart_ = true;                // each token is of another sequence
   std::vector<Position> positions_;  // of each token
-  std::vector<float> x_;             // [T, H], the residual stream
+  Residual residual_;                // of the T tokens
   std::vector<float> normed_, q_, k_, v_, mixed_, y_;
   std::vector<float> cos_, sin_;  // [T, pairs]
 };

@@ -267,8 +267,9 @@ void add_up(const Shares& shares, const Kernels& kernels, int64_t t, int c, int 
 }
 
 // Runs a share on each thread. The order of the threads is the order of the sum: the result does
-// not depend on their timing.
-void run_shares(const Pass& pass, float* out, int32_t* counts) {
+// not depend on their timing. Calls done(token, column, columns) for what is there of `out`.
+template <typename Done>
+void run_shares(const Pass& pass, float* out, int32_t* counts, const Done& done) {
   Shares shares(pass.threads);
   parallel(pass.threads, [&](int thread) {
     shares[thread] = std::make_unique<NeuronShare>(pass);
@@ -280,8 +281,9 @@ void run_shares(const Pass& pass, float* out, int32_t* counts) {
   parallel_for(some, pass.tokens * tiles, [&](int64_t i) {
     const int64_t t = i / tiles;
     const int c = static_cast<int>(i % tiles) * TILE;
-    add_up(shares, pass.kernels(Neurons::kDown), t, c, std::min<int>(TILE, hidden - c),
-           out + t * hidden + c);
+    const int cols = std::min<int>(TILE, hidden - c);
+    add_up(shares, pass.kernels(Neurons::kDown), t, c, cols, out + t * hidden + c);
+    done(t, c, cols);
   });
   std::fill_n(counts, pass.tokens * 3, 0);
   for (int64_t i = 0; i < 3 * pass.tokens; ++i) {
@@ -300,12 +302,32 @@ int64_t row_stride(Quant quant, int cols) {
   return (payload + step - 1) / step * step;
 }
 
+void Residual::resize(int64_t tokens) {
+  x.resize(tokens * hidden);
+  squares.resize(tokens * pieces());
+}
+
+void Residual::add(int64_t t, int64_t from, int64_t count, const float* y) {
+  float* out = &x[t * hidden + from];
+  double* square = &squares[t * pieces() + from / kPiece];
+  for (int64_t at = 0; at < count; at += kPiece, ++square) {
+    const int64_t end = std::min(count, at + kPiece);
+    *square = 0;
+    for (int64_t i = at; i < end; ++i) {
+      out[i] += y[i];
+      *square += double{out[i]} * out[i];
+    }
+  }
+  worked(count);
+}
+
 void Matrix::row(int64_t index, float* out) const {
   kernels_of(quant).dequantise_row(data + index * row_stride(quant, cols), out, cols);
   worked(cols);
 }
 
-void multiply(const std::vector<Product>& products, const float* x, int64_t tokens, int threads) {
+void multiply(const std::vector<Product>& products, const float* x, int64_t tokens, int threads,
+              const std::function<void()>& beside) {
   const int cols = products[0].matrix->cols;
   int64_t bytes = 0, rows = 0;
   for (const Product& product : products) {
@@ -321,8 +343,13 @@ void multiply(const std::vector<Product>& products, const float* x, int64_t toke
     }
   }
   const int shares = threads == 1 ? 1 : threads * kSharesPerThread;
-  parallel(threads, shares, [&](int share) {
-    int64_t from = rows * share / shares, end = rows * (share + 1) / shares;
+  const auto begin_of = [&](int share) {
+    const int64_t row = rows * share / shares;
+    return products[0].residual && share < shares ? row - row % Residual::kPiece : row;
+  };
+  parallel(threads, shares + !!beside, [&](int share) {
+    if (beside && share-- == 0) return beside();
+    int64_t from = begin_of(share), end = begin_of(share + 1);
     for (const Product& product : products) {
       if (from < std::min(end, product.count())) {
         const Kernels& kernels = kernels_of(product.matrix->quant);
@@ -343,6 +370,11 @@ void Product::run(int64_t from, int64_t end, const void* prepared, int64_t token
     const Rows rows =
         rows_at(first, stride, indices ? indices + r : nullptr, std::min(step, end - r));
     kernels_of(matrix->quant).dots(&rows, prepared, tokens, matrix->cols, out + r, count());
+  }
+  for (int64_t t = 0; t < tokens; ++t) {
+    float* of_token = out + t * count() + from;
+    for (int64_t r = from; bias && r < end; ++r) of_token[r - from] += bias[r];
+    if (residual) residual->add(t, from, end - from, of_token);
   }
   worked((end - from) * matrix->cols * tokens);
 }
@@ -367,7 +399,7 @@ int64_t Neurons::most_held(int threads) const {
 int64_t Neurons::up_stride() const { return gated() ? row_stride(quants[kUp], hidden) : 0; }
 
 void Neurons::forward(const float* x, const float* residual, float* out, int32_t* counts,
-                      int64_t tokens, Mode mode, int threads) const {
+                      int64_t tokens, Mode mode, int threads, Residual* sum) const {
   const int64_t gate = row_stride(quants[kGate], hidden);
   const int64_t up = up_stride();
   const int64_t pair = up + row_stride(quants[kDown], hidden);
@@ -377,18 +409,22 @@ void Neurons::forward(const float* x, const float* residual, float* out, int32_t
   const int64_t most = held ? tokens : kTokenBlock;
   for (int64_t t = 0; t < tokens; t += most) {
     const int64_t block = std::min(most, tokens - t), at = t * hidden;
-    std::unique_ptr<Prediction> prediction;
-    if (mode == Mode::kPredicted) {
-      prediction = predictor->begin(x + at, residual + at, block, threads);
-    }
     // as for one token: the order of the sums must not depend on how many there are
     const int some = worthwhile_threads(threads, neurons * (gate + pair), 1);
-    const Prepared for_gates(of_gate, x + at, block, hidden, some);
-    std::optional<Prepared> for_ups;
-    if (of_up.prepare != of_gate.prepare) for_ups.emplace(of_up, x + at, block, hidden, some);
+    std::optional<Prepared> for_gates, for_ups;
+    const auto prepare = [&](int of) {
+      for_gates.emplace(of_gate, x + at, block, hidden, of);
+      if (of_up.prepare != of_gate.prepare) for_ups.emplace(of_up, x + at, block, hidden, of);
+    };
+    std::unique_ptr<Prediction> prediction;
+    if (mode == Mode::kPredicted) {
+      prediction = predictor->begin(x + at, residual + at, block, threads, [&] { prepare(1); });
+    } else {
+      prepare(some);
+    }
     const Pass pass{*this,
-                    {{of_gate, gates, gate, &for_gates, stored_gates},
-                     {of_up, pairs, pair, for_ups ? &*for_ups : &for_gates, stored_pairs},
+                    {{of_gate, gates, gate, &*for_gates, stored_gates},
+                     {of_up, pairs, pair, for_ups ? &*for_ups : &*for_gates, stored_pairs},
                      {kernels_of(quants[kDown]), pairs + up, pair, nullptr, stored_pairs}},
                     gate + pair,
                     block,
@@ -396,6 +432,8 @@ void Neurons::forward(const float* x, const float* residual, float* out, int32_t
                     prediction.get(),
                     some,
                     held};
-    run_shares(pass, out + at, counts + 3 * t);
+    run_shares(pass, out + at, counts + 3 * t, [&](int64_t token, int c, int cols) {
+      if (sum) sum->add(t + token, c, cols, out + at + token * hidden + c);
+    });
   }
 }

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <string>
 #include <vector>
 
@@ -38,19 +39,38 @@ struct Matrix {
   void row(int64_t index, float* out) const;  // out[C]
 };
 
-// out[T, count()] = x[T, C] · Wᵀ, with all rows or with some by number.
+// x[T, H] to which sections add, with the sums of the squares that its next norm needs.
+struct Residual {
+  static constexpr int kPiece = 8;  // columns whose squares are summed by one thread
+
+  int hidden;
+  std::vector<float> x;
+  std::vector<double> squares;  // [T, ceil(H / kPiece)]
+
+  int pieces() const { return (hidden + kPiece - 1) / kPiece; }
+  void resize(int64_t tokens);
+  // x[t, from...] += y[count]. The columns are whole pieces, the last one as far as it goes.
+  void add(int64_t t, int64_t from, int64_t count, const float* y);
+};
+
+// out[T, count()] = x[T, C] · Wᵀ + bias, with all rows or with some by number; it is added to a
+// residual stream, where there is one.
 struct Product {
   const Matrix* matrix;
   float* out;
   const int32_t* indices = nullptr;
   int64_t some = 0;
+  const float* bias = nullptr;
+  Residual* residual = nullptr;
 
   int64_t count() const { return indices ? some : matrix->rows; }
   void run(int64_t from, int64_t end, const void* prepared, int64_t tokens) const;
 };
 
-// Products of the same x with matrices of as many columns, in one section.
-void multiply(const std::vector<Product>& products, const float* x, int64_t tokens, int threads);
+// Products of the same x with matrices of as many columns, in one section, beside which one of the
+// threads does what else there is to do.
+void multiply(const std::vector<Product>& products, const float* x, int64_t tokens, int threads,
+              const std::function<void()>& beside = nullptr);
 
 enum class Activation { kDrelu, kGeglu, kReglu, kRelu, kRelu2, kSwiglu };
 
@@ -82,8 +102,8 @@ struct Neurons {
   // counts[T, 3] = candidates (outside predicted mode all neurons), of these those with a gate
   // above the threshold, and those whose Combined is not zero. residual[T, H], which x is the norm
   // of, is for the predictor. Outside dense mode the activation must have exact zeros. The same
-  // number of threads gives the same bits, wherever the rows lie. Throws ReadError where they are
-  // on disk.
+  // number of threads gives the same bits, wherever the rows lie. out is added to `sum`, where
+  // there is one. Throws ReadError where rows are on disk.
   void forward(const float* x, const float* residual, float* out, int32_t* counts, int64_t tokens,
-               Mode mode, int threads) const;
+               Mode mode, int threads, Residual* sum = nullptr) const;
 };

@@ -85,15 +85,17 @@ class SignPrediction : public Prediction {
 }  // namespace
 
 std::unique_ptr<Prediction> LowRank::begin(const float* x, const float* residual, int64_t tokens,
-                                           int threads) const {
+                                           int threads, const std::function<void()>& beside) const {
   std::vector<float> features(tokens * fc1_.rows);
-  multiply({{&fc1_, features.data()}}, pre_norm_ ? residual : x, tokens, threads);
+  multiply({{&fc1_, features.data()}}, pre_norm_ ? residual : x, tokens, threads, beside);
   worked(features.size());
   for (float& feature : features) feature = feature < 0 ? 0 : feature;
   return std::make_unique<LowRankPrediction>(fc2_, threshold_, features, tokens);
 }
 
-std::unique_ptr<Prediction> Signs::begin(const float* x, const float*, int64_t tokens, int) const {
+std::unique_ptr<Prediction> Signs::begin(const float* x, const float*, int64_t tokens, int,
+                                         const std::function<void()>& beside) const {
+  beside();
   return std::make_unique<SignPrediction>(bits_, hidden, parts_, threshold_, x, tokens);
 }
 

@@ -4,6 +4,7 @@
 #pragma once
 
 #include <cstdint>
+#include <functional>
 #include <memory>
 #include <vector>
 
@@ -25,9 +26,11 @@ class Predictor {
   Predictor(int64_t neurons, int hidden) : neurons(neurons), hidden(hidden) {}
   virtual ~Predictor() = default;
   // What all threads share, of x[T, H], the FFN's input, and residual[T, H], which that is the norm
-  // of. Both are read during this call only.
+  // of. Both are read during this call only, in which `beside` is called once, maybe while other
+  // threads are at work.
   virtual std::unique_ptr<Prediction> begin(const float* x, const float* residual, int64_t tokens,
-                                            int threads) const = 0;
+                                            int threads,
+                                            const std::function<void()>& beside) const = 0;
 };
 
 // Candidates are the neurons whose logit, fc2 · relu(fc1 · h), is at least the threshold.
@@ -41,7 +44,8 @@ class LowRank : public Predictor {
         threshold_(threshold),
         pre_norm_(pre_norm) {}
   std::unique_ptr<Prediction> begin(const float* x, const float* residual, int64_t tokens,
-                                    int threads) const override;
+                                    int threads,
+                                    const std::function<void()>& beside) const override;
 
  private:
   Matrix fc1_, fc2_;
@@ -59,7 +63,8 @@ class Signs : public Predictor {
   Signs(const uint8_t* bits, int64_t neurons, int hidden, int parts, double threshold)
       : Predictor(neurons, hidden), bits_(bits), parts_(parts), threshold_(threshold) {}
   std::unique_ptr<Prediction> begin(const float* x, const float* residual, int64_t tokens,
-                                    int threads) const override;
+                                    int threads,
+                                    const std::function<void()>& beside) const override;
 
   static int64_t bits_stride(int hidden);  // bytes
 
