@@ -14,8 +14,11 @@
 namespace {
 
 // Neighbours that are missing are read together, up to so many bytes: beyond it reads only grow
-// longer, not faster.
+// longer, not faster. What lies between them is read as well and dropped, if it is not more than
+// this: a disk takes about as long for one more read.
 constexpr int64_t kReadBytes = 128 << 10;
+constexpr int64_t kGapBytes = 16 << 10;
+constexpr int32_t kDropped = -1;
 
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kSlack = 64;  // that a kernel may load behind the last row
@@ -30,7 +33,7 @@ Store::Store(int64_t bytes, int64_t row_bytes, int unit, int readers)
                                 std::to_string(count) + " units of " + std::to_string(unit_bytes_) +
                                 " bytes");
   }
-  mapped_ = (count * unit_bytes_ + kSlack + kHugePage - 1) / kHugePage * kHugePage;
+  mapped_ = ((count + 1) * unit_bytes_ + kSlack + kHugePage - 1) / kHugePage * kHugePage;
   void* memory = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) throw std::bad_alloc();
 #ifdef MADV_HUGEPAGE
@@ -100,18 +103,21 @@ void Store::forget(int32_t index) {
   frame.state = State::kEmpty;
 }
 
-// Queues reads of these units, which have frames; those of neighbours are one.
+// Queues reads of these units, which have frames; those that are near each other are one.
 void Store::start(const std::vector<int64_t>& missing) {
-  const size_t most = std::max<int64_t>(1, kReadBytes / unit_bytes_);
+  const int64_t most = std::max<int64_t>(1, kReadBytes / unit_bytes_);
   const Tensor* tensor = nullptr;
-  for (size_t i = 0; i < missing.size(); ++i) {
-    const int64_t unit = missing[i];
-    const bool follows = tensor && unit < tensor->end && unit == missing[i - 1] + 1;
-    if (!follows || queue_.back().frames.size() == most) {
-      if (!follows) tensor = &tensor_of(unit);
+  int64_t next = 0;  // unit behind the last read
+  for (const int64_t unit : missing) {
+    const bool near = tensor && unit < tensor->end && (unit - next) * unit_bytes_ <= kGapBytes;
+    if (!near || unit >= queue_.back().unit + most) {
+      if (!tensor || unit >= tensor->end) tensor = &tensor_of(unit);
       queue_.push_back({tensor, unit, {}});
+      next = unit;
     }
+    queue_.back().frames.resize(queue_.back().frames.size() + (unit - next), kDropped);
     queue_.back().frames.push_back(frame_of_[unit]);
+    next = unit + 1;
   }
   if (!missing.empty()) queued_.notify_all();
 }
@@ -219,7 +225,8 @@ std::string Store::load(const Read& read) const {
   for (const int32_t frame : read.frames) {
     const auto done = static_cast<int64_t>(parts.size()) * unit_bytes_;
     const auto bytes = static_cast<size_t>(std::min(unit_bytes_, size - done));
-    parts.push_back({data_ + frame * unit_bytes_, bytes});
+    const int64_t place = frame == kDropped ? units() : frame;
+    parts.push_back({data_ + place * unit_bytes_, bytes});
   }
   const int64_t at = read.tensor->offset + (read.unit - read.tensor->first) * unit_bytes_;
   const std::string where = std::to_string(size) + " bytes from byte " + std::to_string(at) + " on";
@@ -237,6 +244,7 @@ void Store::finish(const Read& read, const std::string& error) {
   counts_.bytes += size_of(read);
   if (!error.empty()) error_ = error;
   for (const int32_t index : read.frames) {
+    if (index == kDropped) continue;
     Frame& frame = frames_[index];
     frame.state = error.empty() ? State::kReady : State::kFailed;
     for (Waiting* waiting : waiting_[index]) {

@@ -77,7 +77,7 @@ class Store {
   struct Read {
     const Tensor* tensor;
     int64_t unit;
-    std::vector<int32_t> frames;  // of this unit and the next ones
+    std::vector<int32_t> frames;  // of this unit and the next ones, or dropped
   };
 
   const Tensor& tensor_of(int64_t unit) const;

@@ -23,7 +23,7 @@ from turbosparse.ops import Mode
 from turbosparse.packed.format import Packed
 
 UNIT_BYTES = 4 << 10  # the least that one read fetches; those of neighbours are joined
-READERS = 16  # reads under way, for each kind of rows
+READERS = 32  # reads under way, for each kind of rows
 _PASS = 64 << 20  # bytes that a pass takes beside 64 for each of CHUNK tokens and hidden feature
 _TOGETHER = 16  # neurons that a thread takes at a time, kChunk of csrc/matrix.cpp
 _LEAST_PROCESS = 128 << 20
@@ -41,6 +41,11 @@ class Placement:
     gates_stay: bool
     cache: int  # for rows of the feed-forwards
     stored: int  # all rows that come through the cache
+
+    @property
+    def kinds(self) -> list[str]:
+        """Of the rows that come through the cache."""
+        return ["pairs"] if self.gates_stay else ["gate", "pairs"]
 
     def __str__(self) -> str:
         gates = "with gates" if self.gates_stay else "gates on disk"
@@ -67,7 +72,7 @@ def place(
     one_text = kept_bytes(config) * min(4096, config.context)
     keys_values = kv_bytes or max(kept_bytes(config) * 64, min(one_text, memory // 16))
     left = memory - process - keys_values - sizes["rest"]
-    least = sum(_least(packed, kind, threads) for kind in ("gate", "pairs"))
+    least = _least(packed, ["gate", "pairs"], threads)
     if left >= sizes["gate"] + sizes["pairs"]:
         return None
     gates_stay = mode != "predicted" and left - sizes["gate"] >= max(least, sizes["pairs"] // 16)
@@ -91,11 +96,36 @@ def unit_rows(row_bytes: int, alignment: int, least: int) -> int:
     return rows
 
 
-def _least(packed: Packed, kind: str, threads: int) -> int:
-    """Bytes that a cache of these rows needs at least."""
-    row = int(packed.tensors[_names(packed, kind)[0]].shape[1])
-    unit = unit_rows(row, 4096, UNIT_BYTES)
-    return threads * max(1, _TOGETHER // unit) * unit * row
+def cache_of(
+    packed: Packed, placement: Placement, kind: str, alignment: int = 512
+) -> tuple[int, int, int]:
+    """Bytes of a row, rows of a unit, and units that the cache of gates or of pairs holds.
+
+    Both hold about as many units: a neuron that is missed needs one of each.
+    """
+    rows, whole = _units(packed, placement.kinds, alignment)
+    row, unit = rows[kind]
+    return row, unit, placement.cache // whole
+
+
+def _units(
+    packed: Packed, kinds: list[str], alignment: int
+) -> tuple[dict[str, tuple[int, int]], int]:
+    """Of each kind the bytes of a row and the rows of a unit; the bytes of a unit of every kind."""
+    found = {}
+    for kind in kinds:
+        row = int(packed.tensors[_names(packed, kind)[0]].shape[1])
+        found[kind] = row, unit_rows(row, alignment, UNIT_BYTES)
+    return found, sum(row * unit + _FRAME for row, unit in found.values())
+
+
+def _least(packed: Packed, kinds: list[str], threads: int) -> int:
+    """Bytes that a cache needs at least, whatever the disk asks for."""
+    sizes = []
+    for alignment in (1, 512, 4096):
+        rows, whole = _units(packed, kinds, alignment)
+        sizes.append(threads * max(max(1, _TOGETHER // unit) for _, unit in rows.values()) * whole)
+    return max(sizes)
 
 
 def _names(packed: Packed, kind: str) -> list[str]:
@@ -116,23 +146,19 @@ class Stores:
         self.packed, self.placement = packed, placement
         alignments = {file.name: file.open_direct() for file in packed.files}
         self.direct = all(size > 1 for size in alignments.values())
-        kinds = ["pairs"] if placement.gates_stay else ["gate", "pairs"]
-        names = {kind: _names(packed, kind) for kind in kinds}
-        stored = {name for kind in kinds for name in names[kind]}
+        names = {kind: _names(packed, kind) for kind in placement.kinds}
+        stored = {name for kind in names for name in names[kind]}
         orders = set(_names(packed, "neuron_order"))
         for name in track(
             [name for name in packed.plan if name not in stored | orders], "loading weights"
         ):
             packed.tensors[name] = self._load(name)
-        rows = {kind: packed.tensors[names[kind][0]].shape[1] for kind in kinds}
         self.rows: dict[str, Any] = {}
         self._stores: list[_core.Store] = []
-        for kind in kinds:
-            alignment = max(alignments.values())
-            unit = unit_rows(rows[kind], alignment, UNIT_BYTES)
-            share = placement.cache * rows[kind] // sum(rows.values())
-            share = share * unit * rows[kind] // (unit * rows[kind] + _FRAME)
-            store = _core.Store(share, rows[kind], unit, READERS)
+        alignment = max(alignments.values())
+        for kind in names:
+            row, unit, units = cache_of(packed, placement, kind, alignment)
+            store = _core.Store(units * unit * row, row, unit, READERS)
             self._stores.append(store)
             for name in names[kind]:
                 file, offset = packed.place(name)
