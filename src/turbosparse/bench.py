@@ -31,10 +31,13 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath, local_path
 from turbosparse.base.machine import threads_to_use
 from turbosparse.base.progress import note
+from turbosparse.benchmark.disk import disk_of
 from turbosparse.benchmark.harness import Memory, Spread, machine
 from turbosparse.engine import native
 from turbosparse.engine.cost import bytes_per_step
 from turbosparse.engine.engine import Engine, Mode
+from turbosparse.engine.expect import expect, walk
+from turbosparse.hf import families
 from turbosparse.hf.count import experts_in_use
 from turbosparse.ops.rows import Quant
 from turbosparse.packed.format import Packed
@@ -222,6 +225,24 @@ def bench(
         return _card(engine, ours, decode, prefills, bandwidths, batch, threads, load, peer)
 
 
+def _expected(
+    engine: Engine, shares: tuple[float, float, float], locality: float, bandwidth: float
+) -> float:
+    """Tokens/s by the measured speed of memory and disk; see `engine.expect`."""
+    config = engine.config
+    unions = walk(locality, max(1, families.experts(config)), experts_in_use(config))
+    found = expect(
+        engine.packed,
+        engine.stores.placement if engine.stores else None,
+        engine.mode,
+        shares,
+        unions,
+        bandwidth=bandwidth * 1e9,
+        read_seconds=disk_of(engine.packed).seconds,
+    )
+    return found.tokens_per_second
+
+
 def _refuse_idle(model: AnyPath, synthetic: dict[str, object]) -> None:
     given = [f"--{name} {value}" for name, value in synthetic.items() if value is not None]
     if given:
@@ -271,7 +292,7 @@ class _Ours:
         self.mode = engine.mode
         self.counts: list[NDArray[np.int32]] = []
         self.stride = round(math.log(locality) / math.log(NEAR)) if locality else 0
-        self.at, self.read = 0, np.zeros(5)
+        self.locality, self.at, self.read = locality, 0, np.zeros(5)
 
     def _tokens(self, count: int) -> list[int]:
         vocabulary = self.decoder.vocabulary
@@ -401,6 +422,9 @@ def _card(
     candidates, gate, active = (counts.mean((0, 1, 2)) / used).tolist()
     sizes = bytes_per_step(engine, counts, ours.prompt + len(ours.counts) / len(decode[0]) / 2)
     speed, bandwidth = Spread.of(decode[0]), Spread.of(bandwidths)
+    if stored is not None:
+        used_by = candidates, gate, active
+        stored["expected tokens/s"] = _expected(engine, used_by, ours.locality, bandwidth.median)
     total = sum(sizes.values())
     ceiling = batch * bandwidth.median * 1e9 / total
     shares = [

@@ -57,6 +57,10 @@ VERBS = {
         "turbosparse.count:count",
         "Count the parameters, bytes and FLOPs of a token, and the speed that they allow.",
     ),
+    "plan": (
+        "turbosparse.plan:plan",
+        "Say how fast a packed model will be under a memory limit, or which limit a speed needs.",
+    ),
     "bench": (
         "turbosparse.bench:bench",
         "Measure decoding speed against the machine's bandwidth, and against a peer.",

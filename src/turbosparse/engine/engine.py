@@ -292,6 +292,15 @@ def _default_budget(packed: Packed) -> int:
     return max(_SMALLEST_BUDGET, (memory_available() - weights) // 2)
 
 
+def has_modes(packed: Packed, asked: Mode) -> list[ops.Mode]:
+    """The modes that a model has, or the one that is asked for; raises as `Engine`."""
+    if asked != "auto":
+        return [_mode(packed, asked)]
+    sparse: list[ops.Mode] = [] if packed.activation in WITHOUT_ZEROS else ["exact"]
+    predicted: list[ops.Mode] = ["predicted"] if packed.header.ffn.predictor and sparse else []
+    return ["dense", *sparse, *predicted]
+
+
 def _mode(packed: Packed, asked: Mode) -> ops.Mode:
     """The mode to run in.
 

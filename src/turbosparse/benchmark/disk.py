@@ -1,0 +1,88 @@
+"""How fast random reads of a disk are, by their size and how many are under way; kept for the
+machine.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from turbosparse import _core
+from turbosparse.base.folders import new_file
+from turbosparse.base.machine import cache_folder, processor
+from turbosparse.packed.format import Packed
+
+SIZES = (4 << 10, 16 << 10, 64 << 10, 128 << 10)
+DEPTHS = (1, 8, 32)
+SECONDS = 0.25  # of each size and depth
+_BLOCK = 512
+_APART = 128 << 10  # what lies closer may be joined with it
+
+
+@dataclass(frozen=True)
+class Disk:
+    """`reads[depth][i]` are reads of `sizes[i]` bytes in a second."""
+
+    sizes: list[int]
+    reads: dict[int, list[float]]
+
+    def seconds(self, size: float) -> float:
+        """Of one read of so many bytes, with many under way."""
+        rates = self.reads[max(self.reads)]
+        return float(np.interp(size, self.sizes, [1 / rate for rate in rates]))
+
+    def __str__(self) -> str:
+        rates = self.reads[max(self.reads)]
+        return ", ".join(
+            f"{rate / 1e3:.1f} k/s of {size >> 10} KiB ({rate * size / 1e6:.0f} MB/s)"
+            for size, rate in zip(self.sizes, rates, strict=True)
+        )
+
+
+def disk_of(packed: Packed, *, cache: Path | None = None, again: bool = False) -> Disk:
+    """That of a packed folder: measured once, some seconds, for a processor and a file system."""
+    kept = cache or cache_folder() / "disk.json"
+    key = f"{processor()}, device {packed.folder.stat().st_dev}"
+    try:
+        known = dict(json.loads(kept.read_text(encoding="utf-8")))
+        found = {int(depth): [float(x) for x in rates] for depth, rates in known[key].items()}
+        if not again and all(len(rates) == len(SIZES) for rates in found.values()):
+            return Disk(list(SIZES), {depth: found[depth] for depth in DEPTHS})
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        known = {} if not kept.is_file() else known if "known" in locals() else {}
+    disk = measure(packed)
+    try:
+        with new_file(kept) as work:
+            work.write_text(json.dumps(known | {key: disk.reads}, indent=2), encoding="utf-8")
+    except OSError:
+        pass  # the next run measures again
+    return disk
+
+
+def measure(packed: Packed) -> Disk:
+    """Read random places of the largest weight file, past the page cache where that is possible."""
+    file = max(packed.files, key=lambda file: file.data.nbytes)
+    file.open_direct()
+    size = file.data.nbytes - 4096
+    random = np.random.default_rng(os.getpid())
+    reads: dict[int, list[float]] = {}
+    for depth in DEPTHS:
+        rates = []
+        for length in SIZES:
+            store = _core.Store(64 << 20, _BLOCK, length // _BLOCK, depth)
+            rows = store.add(file.descriptor, 4096, size // _BLOCK, _BLOCK)
+            places = np.arange(0, size // _BLOCK - length // _BLOCK, (_APART + length) // _BLOCK)
+            some = min(len(places), 512, store.units)  # as many as a feed-forward asks for
+            done, began = 0, time.perf_counter()
+            while (passed := time.perf_counter() - began) < SECONDS:
+                chosen = np.sort(random.choice(places, some, replace=False))
+                rows.fetch(chosen.astype(np.int32))
+                done += int(store.take_counts()[2])
+            rates.append(max(done, 1) / passed)
+        reads[depth] = rates
+    return Disk(list(SIZES), reads)

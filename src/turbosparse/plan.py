@@ -1,0 +1,199 @@
+"""How fast a packed model will be with so much memory, and how much memory a speed takes.
+
+From the measured speed of the memory and of the disk, the bytes of a token, and how much tokens
+that follow each other have in common. Nothing of the model is run.
+
+    turbosparse plan mixtral-q4 --memory 8GiB
+    turbosparse plan mixtral-q4 --target 2 --stats sparse/stats.turbosparse
+"""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass
+from typing import Any
+
+from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.folders import AnyPath, local_path
+from turbosparse.base.machine import memory_available, size_in_bytes, size_text, threads_to_use
+from turbosparse.benchmark.disk import disk_of
+from turbosparse.benchmark.harness import Memory
+from turbosparse.engine.engine import Mode, has_modes
+from turbosparse.engine.expect import Expected, Unions, expect, measured, shares_of, walk
+from turbosparse.engine.streaming import place
+from turbosparse.hf import families
+from turbosparse.hf.count import experts_in_use
+from turbosparse.packed.format import Packed
+
+ROUNDS = 5  # of measuring the memory
+STEP = 64 << 20  # bytes: how finely memory is searched for
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `plan` found; seconds and bytes are of one token."""
+
+    model: str
+    memory: int
+    placement: str
+    neurons: str  # where it is known from what neighbouring tokens have in common
+    bandwidth: float  # GB/s of the memory
+    disk: str
+    expected: dict[str, float | str]
+    tokens_per_second: float
+    others: dict[str, float]  # tokens/s of the other modes
+
+    def __rich__(self) -> Any:
+        from rich.table import Table
+
+        table = Table("", "", title=f"{self.model} in {size_text(self.memory)}", show_header=False)
+        table.add_row("where it lies", self.placement)
+        table.add_row("memory", f"{self.bandwidth:.1f} GB/s")
+        table.add_row("disk, reads at random places", self.disk)
+        table.add_row("neighbouring tokens", self.neurons)
+        for name, value in self.expected.items():
+            table.add_row(name, value if isinstance(value, str) else f"{value:,.1f}")
+        table.add_row("expected, tokens/s", f"{self.tokens_per_second:.2f}")
+        for mode, speed in self.others.items():
+            table.add_row(f"in {mode} mode", f"{speed:.2f}")
+        return table
+
+
+def plan(
+    model: AnyPath,
+    *,
+    memory: str | None = None,
+    target: float | None = None,
+    mode: Mode = "auto",
+    stats: AnyPath | None = None,
+    sparsity: float | None = None,
+    locality: float | None = None,
+    threads: int | None = None,
+    measure: bool = False,
+) -> Plan:
+    """Say how fast a packed model will be under a memory limit, or which limit a speed needs.
+
+    Parameters
+    ----------
+    model
+        Packed folder.
+    memory
+        What the process may take, like 8GiB; by default all that is available, or with --target the
+        least that reaches it.
+    target
+        Tokens/s that are wanted.
+    mode
+        By default the fastest that the model has.
+    stats
+        stats.turbosparse of analyse: what neighbouring tokens have in common.
+    sparsity
+        Share of inactive neurons, where the folder does not say.
+    locality
+        Correlation of neighbouring tokens of a synthetic model. Without this and without --stats
+        tokens are taken to have nothing in common, which is the worst case.
+    threads
+        By default all processors of this process.
+    measure
+        Measure the disk anew.
+    """
+    packed = Packed(local_path(model))
+    threads = threads_to_use(threads)
+    shares = shares_of(packed, sparsity)
+    if shares is None:
+        raise TurboSparseError(
+            f"the sparsity of {model} is not known: give --sparsity, or pack it with the "
+            "statistics of `turbosparse analyse`"
+        )
+    if target is not None and target <= 0:
+        raise TurboSparseError(f"--target {target:g} must be more than 0 tokens/s")
+    unions, source = _unions(packed, local_path(stats) if stats else None, locality)
+    harness, disk = Memory(threads), disk_of(packed, again=measure)
+    bandwidth = statistics.median(harness.read_speed() for _ in range(ROUNDS))
+    kept: dict[tuple[float, int], Any] = {}
+
+    def remembered(share: float, rows: int) -> Any:
+        if (share, rows) not in kept:
+            kept[share, rows] = unions(share, rows)
+        return kept[share, rows]
+
+    def all_modes(size: int) -> list[tuple[Expected, str]]:
+        found = []
+        for one in has_modes(packed, mode):
+            where = place(packed, size, one, threads)
+            expected = expect(
+                packed,
+                where,
+                one,
+                shares,
+                remembered,
+                bandwidth=bandwidth * 1e9,
+                read_seconds=disk.seconds,
+            )
+            found.append((expected, str(where or "all of it in memory")))
+        return sorted(found, key=lambda pair: -pair[0].tokens_per_second)
+
+    size = size_in_bytes(memory, "--memory") if memory else memory_available()
+    if target is not None:
+        size = _least(all_modes, target, size, limit=memory is not None)
+    (best, where), *others = all_modes(size)
+    return Plan(
+        model=packed.folder.name,
+        memory=size,
+        placement=where,
+        neurons=source,
+        bandwidth=bandwidth,
+        disk=str(disk),
+        expected={
+            "mode": best.mode,
+            "MB from memory": best.memory_bytes / 1e6,
+            "ms for these": 1e3 * best.memory_seconds,
+            "% of units found in the cache": 100 * best.found,
+            "reads from disk": best.reads,
+            "MB from disk": best.disk_bytes / 1e6,
+            "ms for these reads": 1e3 * best.disk_seconds,
+        },
+        tokens_per_second=best.tokens_per_second,
+        others={other.mode: other.tokens_per_second for other, _ in others},
+    )
+
+
+def _unions(packed: Packed, stats: Any, locality: float | None) -> tuple[Unions, str]:
+    config = packed.config
+    experts, used = max(1, families.experts(config)), experts_in_use(config)
+    if locality is not None and not 0 <= locality < 1:
+        raise TurboSparseError(f"--locality {locality:g} must be 0 or more and less than 1")
+    if stats is None:
+        near = f"correlation {locality:g}" if locality else "nothing in common: the worst case"
+        return walk(locality or 0.0, experts, used), near
+    from turbosparse.packed.stats import Stats
+
+    found = Stats.load(stats)
+    found.check(config)
+    windows = found.together("windows")
+    return measured(windows, used / experts), f"as {stats.name} has it"
+
+
+def _least(all_modes: Any, target: float, most: int, *, limit: bool) -> int:
+    """The least memory that gives this speed.
+
+    Raises:
+        TurboSparseError: not even the most does.
+    """
+
+    def speed(size: int) -> float:
+        try:
+            return float(all_modes(size)[0][0].tokens_per_second)
+        except TurboSparseError:  # too little
+            return 0.0
+
+    most = most if limit else 1 << 44
+    if (best := speed(most)) < target:
+        raise TurboSparseError(
+            f"--target {target:g} is more than this machine reaches with {size_text(most)}: "
+            f"{best:.2f} tokens/s"
+        )
+    low, high = 0, -(-most // STEP)
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (low, middle) if speed(middle * STEP) >= target else (middle, high)
+    return high * STEP
