@@ -2,6 +2,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+# most modules are never imported: Python compiles the others when they are
+INSTALL := $(BIN)/pip install -q --no-compile -c constraints.txt
 CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/*.inl)
 CPP_TESTS := $(wildcard tests/*.cpp)
 # the linker would merge a weak function of these with those of other files, flags and all
@@ -19,10 +21,10 @@ setup: $(INSTALLED)
 $(INSTALLED): pyproject.toml constraints.txt CMakeLists.txt
 	@$(PYTHON) .ci/check_setup.py
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install -q -c constraints.txt scikit-build-core nanobind cmake ninja
-	$(BIN)/pip install -q -c constraints.txt --no-build-isolation -Ceditable.rebuild=true -e '.[train,serve,dev]'
+	$(INSTALL) scikit-build-core nanobind cmake ninja
+	$(INSTALL) --no-build-isolation -Ceditable.rebuild=true -e '.[train,serve,dev]'
 	@# apart, where its tests look: inside the environment every other run would load it too
-	$(BIN)/pip install -q -c constraints.txt --no-deps --target .venv/deepspeed deepspeed einops hjson msgpack py-cpuinfo
+	$(INSTALL) --no-deps --target .venv/deepspeed deepspeed einops hjson msgpack py-cpuinfo
 	touch $@
 
 demo: setup
