@@ -6,7 +6,7 @@ Narrow, with letters that are large for their width, so that they can be read on
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import BytesIO
 from itertools import cycle
 from operator import itemgetter
@@ -32,28 +32,27 @@ class Drawn(NamedTuple):
     png: bytes
 
 
-def _layers(axes: Any, models: Sequence[Facts]) -> bool:
+def _styled(models: Sequence[Facts]) -> Iterator[tuple[dict[str, str], Facts]]:
+    """Each model, with the colour and the label of what is drawn of it."""
     for colour, model in zip(COLOURS, models, strict=False):
+        yield {"color": colour, "label": model["name"]}, model
+
+
+def _layers(axes: Any, models: Sequence[Facts]) -> bool:
+    for own, model in _styled(models):
         layers = range(model["layers"])
-        axes.plot(
-            layers,
-            _percent(model["layer_sparsity"]),
-            color=colour,
-            label=model["name"],
-            marker="o",
-            ms=3,
-        )
+        axes.plot(layers, _percent(model["layer_sparsity"]), **own, marker="o", ms=3)
         if model["zeros"] and not model["experts"]:
             values = [layer[0] for layer in model["quantiles"]["values"]]
             low, high = ([100 - 100 * v[at] for v in values] for at in (-1, 0))
-            axes.fill_between(layers, low, high, color=colour, alpha=0.18, lw=0)
+            axes.fill_between(layers, low, high, color=own["color"], alpha=0.18, lw=0)
     axes.set(xlabel="layer", ylabel="zeros in Combined, %", ylim=(0, 101))
     axes.xaxis.get_major_locator().set_params(integer=True)
     return any(model["zeros"] for model in models)
 
 
 def _kept(axes: Any, models: Sequence[Facts]) -> bool:
-    known = [(c, m) for c, m in zip(COLOURS, models, strict=False) if m["curves"]]
+    known = [(own["color"], model) for own, model in _styled(models) if model["curves"]]
     for colour, model in known:
         curves = model["curves"]
         for method, points in curves["methods"].items():
@@ -62,21 +61,15 @@ def _kept(axes: Any, models: Sequence[Facts]) -> bool:
             label = model["name"] if method == "cett" else None
             axes.plot(_percent(x), y, _DASHES[method], color=colour, label=label, lw=1.6)
         if best := curves["cett"]:
-            axes.plot(
-                100 * best["kept"],
-                best["perplexity"] / curves["perplexity"],
-                "o",
-                color=colour,
-                ms=6,
-            )
+            rise = best["perplexity"] / curves["perplexity"]
+            axes.plot(100 * best["kept"], rise, "o", color=colour, ms=6)
     axes.set(xscale="log", ylim=(0.95, 2), xlabel="neurons kept, %")
     axes.set(ylabel="perplexity, × all neurons")
     axes.set_xticks((1, 2, 5, 10, 20, 50, 100), (1, 2, 5, 10, 20, 50, 100))
     axes.set_xticks((), minor=True)
     if known:
-        axes.set_xlim(
-            min(p["kept"] for _, m in known for p in m["curves"]["methods"]["cett"]) * 100
-        )
+        least = min(p["kept"] for _, m in known for p in m["curves"]["methods"]["cett"])
+        axes.set_xlim(100 * least)
     _styles(axes, {METHODS[method]: dash for method, dash in _DASHES.items()})
     return bool(known)
 
@@ -92,34 +85,19 @@ def _styles(axes: Any, styles: dict[str, str]) -> None:
 
 
 def _hot(axes: Any, models: Sequence[Facts]) -> bool:
-    for colour, model in zip(COLOURS, models, strict=False):
-        axes.plot(
-            range(len(model["hot_curve"])),
-            _percent(model["hot_curve"]),
-            color=colour,
-            label=model["name"],
-        )
+    for own, model in _styled(models):
+        axes.plot(range(len(model["hot_curve"])), _percent(model["hot_curve"]), **own)
     axes.axhline(80, color=INK, lw=0.8, alpha=0.4)
-    axes.set(
-        xlabel="hottest neurons, %", ylabel="of the activations, %", xlim=(0, 100), ylim=(0, 101)
-    )
+    axes.set(xlabel="hottest neurons, %", ylabel="of the activations, %")
+    axes.set(xlim=(0, 100), ylim=(0, 101))
     return True
 
 
 def _together(axes: Any, models: Sequence[Facts]) -> bool:
-    for colour, model in zip(COLOURS, models, strict=False):
-        for kind, style in (("windows", "-"), ("batches", ":")):
-            sizes = {int(size): share for size, share in model[kind].items()}
-            label = model["name"] if kind == "windows" else None
-            axes.plot(
-                list(sizes),
-                _percent(sizes.values()),
-                style,
-                color=colour,
-                label=label,
-                marker="o",
-                ms=2.5,
-            )
+    for own, model in _styled(models):
+        for kind, style in (("windows", {"ls": "-"}), ("batches", {"ls": ":", "label": None})):
+            sizes, shares = map(int, model[kind]), _percent(model[kind].values())
+            axes.plot(list(sizes), shares, **own | style, marker="o", ms=2.5)
     _styles(axes, {"neighbours": "-", "far apart": ":"})
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
@@ -128,16 +106,9 @@ def _together(axes: Any, models: Sequence[Facts]) -> bool:
 
 
 def _positions(axes: Any, models: Sequence[Facts]) -> bool:
-    for colour, model in zip(COLOURS, models, strict=False):
-        bins = model["positions"]
-        axes.plot(
-            range(len(bins)),
-            [100 * b["active"] for b in bins],
-            color=colour,
-            label=model["name"],
-            marker="o",
-            ms=3,
-        )
+    for own, model in _styled(models):
+        active = [100 * b["active"] for b in model["positions"]]
+        axes.plot(range(len(active)), active, **own, marker="o", ms=3)
     longest = max((model["positions"] for model in models), key=len)
     axes.set_xticks(range(0, len(longest), 2), [f"{b['from']:g}" for b in longest[::2]])
     axes.set(xlabel="position in the window, from", ylabel="active set, % of neurons")
@@ -149,14 +120,13 @@ def _values(which: str) -> Callable[[Any, Sequence[Facts]], bool]:
     def draw(axes: Any, models: Sequence[Facts]) -> bool:
         edges = models[0]["values"]["edges"]
         zero, highest = edges.index(0.0), 0.0
-        for colour, model in zip(COLOURS, models, strict=False):
+        for own, model in _styled(models):
             shares = _percent(model["values"][which])
-            label = model["name"]
             if shares[zero] > 0.5:
-                label += f" ({shares[zero]:.0f} % zeros)"
+                own["label"] += f" ({shares[zero]:.0f} % zeros)"
             shares[zero] = 0.0  # it would dwarf the others
             highest = max(highest, *shares)
-            axes.stairs(shares, range(len(shares) + 1), color=colour, label=label, lw=1.4)
+            axes.stairs(shares, range(len(shares) + 1), **own, lw=1.4)
         ticks = [(zero + 0.5, "0")]
         for size in (2.0**-4, 4.0):
             at = edges.index(size)
@@ -170,18 +140,12 @@ def _values(which: str) -> Callable[[Any, Sequence[Facts]], bool]:
 
 
 def _signs(axes: Any, models: Sequence[Facts]) -> bool:
-    names = ("gate", "up", "both")
     width = 0.8 / len(models)
-    for number, (colour, model) in enumerate(zip(COLOURS, models, strict=False)):
+    for number, (own, model) in enumerate(_styled(models)):
         positive = model["positive"]
         places = [n + (number + 0.5) * width - 0.4 for n in range(3)]
-        axes.bar(
-            places,
-            _percent(positive[n] for n in names),
-            width * 0.92,
-            color=colour,
-            label=model["name"],
-        )
+        shares = _percent(positive[name] for name in ("gate", "up", "both"))
+        axes.bar(places, shares, width * 0.92, **own)
         chance = 100 * positive["gate"] * positive["up"]
         axes.hlines(chance, places[2] - width / 2, places[2] + width / 2, color=INK, lw=1.5)
     axes.set_xticks(range(3), ["gate > 0", "up > 0", "both"])
