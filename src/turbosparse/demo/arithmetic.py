@@ -1,7 +1,7 @@
 """Generated arithmetic for the demo: word problems with worked steps, right by construction."""
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 
@@ -136,128 +136,86 @@ def _equation_minus(rng: random.Random) -> dict[str, int]:
     return {"a": a, "b": b, "c": a * x - b}
 
 
-_TEMPLATES = (
-    _Template(
-        kind="sum",
-        numbers=_sum,
-        plan="Add the two numbers.",
-        steps=("a + b",),
-        stories=(
-            "{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?",
-            "{name} has {a} {things} and {other} has {b}. How many {things} do they have together?",
-            "A box has {a} {things}. {name} puts in {b} more. How many {things} does it hold?",
-            "{name} found {a} {things} on Monday and {b} on Tuesday. How many {things} in all?",
-        ),
-    ),
-    _Template(
-        kind="difference",
-        numbers=_difference,
-        plan="Take the second number from the first.",
-        steps=("a - b",),
-        stories=(
-            "{name} has {a} {things} and gives {b} to {other}. How many {things} are left?",
-            "There were {a} {things} on the table. {name} took {b}. How many {things} stayed?",
-            "{name} has {a} {things} and {other} has {b}. How many more {things} does {name} have?",
-            "{name} needs {a} {things} and has {b}. How many {things} are missing?",
-        ),
-    ),
-    _Template(
-        kind="product",
-        numbers=_product,
-        plan="Multiply the two numbers.",
-        steps=("a * b",),
-        stories=(
-            "{name} has {a} boxes with {b} {things} in each. How many {things} is that?",
-            "There are {a} rows of {b} {things}. How many {things} did {name} count?",
-            "{name} collects {b} {things} a day. How many {things} is that after {a} days?",
-            "{a} friends of {name} bring {b} {things} each. How many {things} do they bring?",
-        ),
-    ),
-    _Template(
-        kind="quotient",
-        numbers=_quotient,
-        plan="Divide the first number by the second.",
-        steps=("a / b",),
-        stories=(
-            "{name} shares {a} {things} equally among {b} friends. How many does each get?",
-            "{name} puts {a} {things} into bags of {b}. How many bags does {name} fill?",
-            "{b} equal boxes hold {a} {things}. How many {things} are in one box?",
-        ),
-    ),
-    _Template(
-        kind="sum less",
-        numbers=_sum_less,
-        plan="First add, then subtract.",
-        steps=("a + b", "_ - c"),
-        stories=(
-            "{name} has {a} {things}, gets {b} from {other} and loses {c}. How many are left?",
-            "A shop has {a} {things}. It gets {b} more and sells {c}. How many are left?",
-            "{name} found {a} {things} and {other} found {b}. They lost {c}. How many are left?",
-        ),
-    ),
-    _Template(
-        kind="product more",
-        numbers=_product_more,
-        plan="First multiply, then add.",
-        steps=("a * b", "_ + c"),
-        stories=(
-            "{name} has {a} bags with {b} {things} each and {c} more on a shelf. How many is that?",
-            "{name} buys {a} packs of {b} {things}. {other} brings {c} more. How many are there?",
-            "{name} pays {b} dollars for each of {a} tickets, {c} for the bus. How many dollars?",
-        ),
-    ),
-    _Template(
-        kind="product less",
-        numbers=_product_less,
-        plan="First multiply, then subtract.",
-        steps=("a * b", "_ - c"),
-        stories=(
-            "{name} has {a} boxes of {b} {things} and gives {c} to {other}. How many are left?",
-            "{name} picks {b} {things} a day for {a} days and sells {c}. How many remain?",
-            "There are {a} shelves with {b} {things} each. {c} are broken. How many are whole?",
-        ),
-    ),
-    _Template(
-        kind="percentage",
-        numbers=_percentage,
-        plan="Multiply by the percentage, then divide by 100.",
-        steps=("a * p", "_ / 100"),
-        stories=(
-            "What is {p}% of {a}?",
-            "{name} has {a} {things}, and {p}% of them are red. How many {things} are red?",
-            "{p}% of the {a} {things} in the shop belong to {name}. How many {things} is that?",
-        ),
-    ),
-    _Template(
-        kind="discount",
-        numbers=_percentage,
-        plan="Find the part that goes, then take it from the whole.",
-        steps=("a * p", "_ / 100", "a - _"),
-        stories=(
-            "A coat costs {a} dollars. {name} gets {p}% off. How many dollars does {name} pay?",
-            "{name} had {a} {things} and gave away {p}% of them. How many {things} are left?",
-        ),
-    ),
-    _Template(
-        kind="equation plus",
-        numbers=_equation_plus,
-        plan="Subtract the number without x, then divide by the number before x.",
-        steps=("c - b", "_ / a"),
-        stories=(
-            "Solve {a}x + {b} = {c} for x.",
-            "If {a}x + {b} = {c}, what is x?",
-            "{name} multiplies a number by {a}, adds {b} and gets {c}. What is the number?",
-        ),
-    ),
-    _Template(
-        kind="equation minus",
-        numbers=_equation_minus,
-        plan="Add the number without x, then divide by the number before x.",
-        steps=("c + b", "_ / a"),
-        stories=(
-            "Solve {a}x - {b} = {c} for x.",
-            "If {a}x - {b} = {c}, what is x?",
-            "{name} multiplies a number by {a}, subtracts {b} and gets {c}. What is the number?",
-        ),
-    ),
-)
+_NUMBERS = {
+    "sum": _sum,
+    "difference": _difference,
+    "product": _product,
+    "quotient": _quotient,
+    "sum less": _sum_less,
+    "product more": _product_more,
+    "product less": _product_less,
+    "percentage": _percentage,
+    "discount": _percentage,
+    "equation plus": _equation_plus,
+    "equation minus": _equation_minus,
+}
+
+# kind | plan | steps, and below it the stories
+_TEXT = """
+sum | Add the two numbers. | a + b
+{name} has {a} {things} and buys {b} more. How many {things} does {name} have now?
+{name} has {a} {things} and {other} has {b}. How many {things} do they have together?
+A box has {a} {things}. {name} puts in {b} more. How many {things} does it hold?
+{name} found {a} {things} on Monday and {b} on Tuesday. How many {things} in all?
+
+difference | Take the second number from the first. | a - b
+{name} has {a} {things} and gives {b} to {other}. How many {things} are left?
+There were {a} {things} on the table. {name} took {b}. How many {things} stayed?
+{name} has {a} {things} and {other} has {b}. How many more {things} does {name} have?
+{name} needs {a} {things} and has {b}. How many {things} are missing?
+
+product | Multiply the two numbers. | a * b
+{name} has {a} boxes with {b} {things} in each. How many {things} is that?
+There are {a} rows of {b} {things}. How many {things} did {name} count?
+{name} collects {b} {things} a day. How many {things} is that after {a} days?
+{a} friends of {name} bring {b} {things} each. How many {things} do they bring?
+
+quotient | Divide the first number by the second. | a / b
+{name} shares {a} {things} equally among {b} friends. How many does each get?
+{name} puts {a} {things} into bags of {b}. How many bags does {name} fill?
+{b} equal boxes hold {a} {things}. How many {things} are in one box?
+
+sum less | First add, then subtract. | a + b, _ - c
+{name} has {a} {things}, gets {b} from {other} and loses {c}. How many are left?
+A shop has {a} {things}. It gets {b} more and sells {c}. How many are left?
+{name} found {a} {things} and {other} found {b}. They lost {c}. How many are left?
+
+product more | First multiply, then add. | a * b, _ + c
+{name} has {a} bags with {b} {things} each and {c} more on a shelf. How many is that?
+{name} buys {a} packs of {b} {things}. {other} brings {c} more. How many are there?
+{name} pays {b} dollars for each of {a} tickets, {c} for the bus. How many dollars?
+
+product less | First multiply, then subtract. | a * b, _ - c
+{name} has {a} boxes of {b} {things} and gives {c} to {other}. How many are left?
+{name} picks {b} {things} a day for {a} days and sells {c}. How many remain?
+There are {a} shelves with {b} {things} each. {c} are broken. How many are whole?
+
+percentage | Multiply by the percentage, then divide by 100. | a * p, _ / 100
+What is {p}% of {a}?
+{name} has {a} {things}, and {p}% of them are red. How many {things} are red?
+{p}% of the {a} {things} in the shop belong to {name}. How many {things} is that?
+
+discount | Find the part that goes, then take it from the whole. | a * p, _ / 100, a - _
+A coat costs {a} dollars. {name} gets {p}% off. How many dollars does {name} pay?
+{name} had {a} {things} and gave away {p}% of them. How many {things} are left?
+
+equation plus | Subtract the number without x, then divide by the number before x. | c - b, _ / a
+Solve {a}x + {b} = {c} for x.
+If {a}x + {b} = {c}, what is x?
+{name} multiplies a number by {a}, adds {b} and gets {c}. What is the number?
+
+equation minus | Add the number without x, then divide by the number before x. | c + b, _ / a
+Solve {a}x - {b} = {c} for x.
+If {a}x - {b} = {c}, what is x?
+{name} multiplies a number by {a}, subtracts {b} and gets {c}. What is the number?
+"""
+
+
+def _templates() -> Iterator[_Template]:
+    for block in _TEXT.strip().split("\n\n"):
+        head, *stories = block.splitlines()
+        kind, plan, steps = head.split(" | ")
+        yield _Template(kind, _NUMBERS[kind], plan, tuple(steps.split(", ")), tuple(stories))
+
+
+_TEMPLATES = tuple(_templates())
