@@ -259,6 +259,7 @@ def test_rows_shared_by_sequences_count_once(tmp_path: Path) -> None:
         ({"shape": "llama-toy", "predictor_quant": "q8"}, "q8 needs a --predictor rank=N"),
         ({"shape": "llama-toy", "mode": "predicted"}, "holds no predictor"),
         ({"shape": "llama-toy", "rounds": 0}, "--rounds 0 must be 1 or more"),
+        ({"shape": "llama-toy", "quant": "q8", "peer": "openvino"}, "0 experts and drelu in q8"),
         ({"shape": "llama-toy", "sparsity": 0.0, "mode": "exact"}, "no exact zeros to skip"),
         ({"shape": "arcee-toy", "sparsity": 0.0}, "sparsity 0 makes a swiglu model, and arcee-toy"),
     ],
@@ -316,3 +317,10 @@ def test_a_peer_that_dies_does_not_end_the_measurement(
     assert (card.peer, card.ratio) == (None, None)
     assert card.tokens_per_second.median > 0
     assert "; the rest is measured without it" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_openvino_is_a_peer_where_it_is_installed() -> None:
+    pytest.importorskip("openvino", reason="openvino is not installed: the peer is not tested")
+    card = bench(shape="llama-toy", rounds=1, tokens=2, prompt=3, prefill=4, peer="openvino")
+    assert card.peer_tokens_per_second
+    assert card.peer_prefill_tokens_per_second

@@ -126,7 +126,7 @@ def bench(
     prompt: int = 16,
     prefill: int = 0,
     rounds: int = 5,
-    peer: Literal["llama.cpp"] | None = None,
+    peer: Literal["llama.cpp", "openvino"] | None = None,
     folder: AnyPath | None = None,
     memory: str | None = None,
     locality: float = 0.0,
@@ -169,7 +169,8 @@ def bench(
         Rounds; engine, peer and bandwidth take turns.
     peer
         llama.cpp: the dense model of the same shape and quantisation (needs the bench extra and
-        llama-cpp-python).
+        llama-cpp-python). openvino: a dense Llama of the same shape in int4, blocks of 32 (needs
+        openvino); its activations and keys are 8 bits.
     folder
         Keep the synthetic model here and use it again; by default it is removed after the run.
     memory
@@ -272,9 +273,9 @@ def _peer(name: str | None, packed: Packed, threads: int, prompt: int) -> Iterat
     if name is None:
         yield None
         return
-    from turbosparse.benchmark.peers import LlamaCpp
+    from turbosparse.benchmark.peers import PEERS
 
-    with LlamaCpp.like(packed, threads=threads, prompt=prompt) as peer:
+    with PEERS[name].like(packed, threads=threads, prompt=prompt) as peer:
         yield peer
 
 

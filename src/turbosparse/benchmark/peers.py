@@ -9,7 +9,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,9 +19,11 @@ from numpy.typing import NDArray
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.progress import note
 from turbosparse.hf import families
+from turbosparse.hf.activations import ACTIVATIONS
 from turbosparse.hf.config import ModelConfig
 from turbosparse.hf.gguf import gguf_table
 from turbosparse.hf.gguf_writer import write_gguf
+from turbosparse.ops.quant import CODES
 from turbosparse.packed.format import Packed
 
 # of equal bytes; llama.cpp's fastest 4-bit kernels are those of Q4_0
@@ -37,38 +39,21 @@ class PeerDied(TurboSparseError):
     """A peer's process ended; the message is one line."""
 
 
-class LlamaCpp:
-    """llama.cpp through llama-cpp-python, in a process of its own, so that its end is not ours.
+class Peer:
+    """An engine in a process of its own, so that its end is not ours.
 
-    Its builds for some processors die of batches: then prompts go token by token.
+    It answers `[prompt, decode]` with the seconds that each took, a JSON list a line; first it says
+    that it is ready.
 
     Raises:
-        PeerDied: the process ended even so, in a measurement.
+        PeerDied: the process ended, in a measurement.
     """
 
-    def __init__(self, path: Path, *, threads: int, prompt: int, context: int = CONTEXT):
-        self.prompt, self._context = prompt, context
-        self._start = [*PROCESS, str(path), str(threads)]
-        self._batch = BATCH
-        self._process: subprocess.Popen[str] | None = None  # until the first measurement
+    name: str
 
-    @classmethod
-    @contextmanager
-    def like(cls, packed: Packed, *, threads: int, prompt: int) -> Iterator[LlamaCpp]:
-        """The peer on the dense model of a packed model's shape and quantisation."""
-        if importlib.util.find_spec("llama_cpp") is None:
-            raise TurboSparseError(
-                "the peer llama.cpp needs llama-cpp-python: "
-                "CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python"
-            )
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "peer.gguf"
-            write_random_gguf(path, packed.config, packed.header.quant.gate)
-            peer = cls(path, threads=threads, prompt=prompt)
-            try:
-                yield peer
-            finally:
-                peer.close()
+    def __init__(self, command: list[str], prompt: int):
+        self.prompt, self._command = prompt, command
+        self._process: subprocess.Popen[str] | None = None  # until the first measurement
 
     def decode(self, tokens: int) -> float:
         """Tokens/s of one sequence."""
@@ -91,33 +76,104 @@ class LlamaCpp:
         """Seconds of reading a prompt and of decoding behind it."""
         try:
             if self._process is None:
-                self._process = self._begin()
-                _answer(self._process, "opening the model")
+                pipe = subprocess.PIPE
+                self._process = subprocess.Popen(
+                    self._command, stdin=pipe, stdout=pipe, stderr=pipe, text=True
+                )
+                self._answer("opening the model")
             with suppress(BrokenPipeError):  # the answer says why
                 print(json.dumps([prompt, decode]), file=self._process.stdin, flush=True)
-            return list(_answer(self._process, f"a prompt of {prompt} tokens and {decode} more"))
-        except PeerDied as died:
+            return list(self._answer(f"a prompt of {prompt} tokens and {decode} more"))
+        except PeerDied:
             self._process = None
-            if self._batch == 1:
+            raise
+
+    def _answer(self, what: str) -> Any:
+        assert self._process
+        line = self._process.stdout and self._process.stdout.readline()
+        if line:
+            return json.loads(line)
+        _, said = self._process.communicate()
+        code = self._process.returncode
+        last = (said.strip().splitlines() or ["it said nothing"])[-1]
+        how = signal.Signals(-code).name if code < 0 else last
+        raise PeerDied(f"{self.name} died in {what}: {how}")
+
+
+class LlamaCpp(Peer):
+    """llama.cpp through llama-cpp-python.
+
+    Its builds for some processors die of batches: then prompts go token by token.
+    """
+
+    name = "llama.cpp"
+
+    def __init__(self, path: Path, *, threads: int, prompt: int, context: int = CONTEXT):
+        super().__init__([*PROCESS, *map(str, (path, threads, BATCH, context))], prompt)
+
+    @classmethod
+    @contextmanager
+    def like(cls, packed: Packed, *, threads: int, prompt: int) -> Iterator[LlamaCpp]:
+        """The peer on the dense model of a packed model's shape and quantisation."""
+        if importlib.util.find_spec("llama_cpp") is None:
+            raise TurboSparseError(
+                "the peer llama.cpp needs llama-cpp-python: "
+                "CMAKE_ARGS=-DGGML_NATIVE=ON pip install llama-cpp-python"
+            )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "peer.gguf"
+            write_random_gguf(path, packed.config, packed.header.quant.gate)
+            with closing(cls(path, threads=threads, prompt=prompt)) as peer:
+                yield peer
+
+    def _timed(self, prompt: int, decode: int) -> list[float]:
+        try:
+            return super()._timed(prompt, decode)
+        except PeerDied as died:
+            if self._command[-2] == "1":
                 raise
             note(f"{died}; its prompts go token by token from here on")
-            self._batch = 1
-            return self._timed(prompt, decode)
-
-    def _begin(self) -> subprocess.Popen[str]:
-        pipe = subprocess.PIPE
-        command = [*self._start, str(self._batch), str(self._context)]
-        return subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+            self._command[-2] = "1"
+            return super()._timed(prompt, decode)
 
 
-def _answer(process: subprocess.Popen[str], what: str) -> Any:
-    line = process.stdout and process.stdout.readline()
-    if line:
-        return json.loads(line)
-    _, said = process.communicate()
-    code = process.returncode
-    last = (said.strip().splitlines() or ["it said nothing"])[-1]
-    raise PeerDied(f"llama.cpp died in {what}: {signal.Signals(-code).name if code < 0 else last}")
+class OpenVINO(Peer):
+    """OpenVINO's plugin for processors."""
+
+    name = "openvino"
+
+    @classmethod
+    @contextmanager
+    def like(cls, packed: Packed, *, threads: int, prompt: int) -> Iterator[OpenVINO]:
+        """The peer on a dense Llama of a packed model's shape, in int4 in blocks of 32."""
+        config, quant = packed.config, packed.header.quant.gate
+        if (
+            families.experts(config)
+            or quant not in CODES
+            or not ACTIVATIONS[packed.activation].gated
+        ):
+            raise TurboSparseError(
+                f"the peer openvino is measured on gated dense models in q4 or q4_0; this one has "
+                f"{families.experts(config)} experts and {packed.activation} in {quant}"
+            )
+        if importlib.util.find_spec("openvino") is None:
+            raise TurboSparseError("the peer openvino needs it: pip install openvino")
+        sizes = {
+            "hidden": config.hidden_size,
+            "neurons": config.intermediate_size,
+            "layers": config.num_hidden_layers,
+            "heads": config.num_attention_heads,
+            "kv_heads": config.num_key_value_heads,
+            "head": families.config_head_dim(config),
+            "vocab": config.vocab_size,
+        }
+        module = "turbosparse.benchmark.openvino_process"
+        command = [sys.executable, "-m", module, json.dumps(sizes), str(threads)]
+        with closing(cls(command, prompt)) as peer:
+            yield peer
+
+
+PEERS = {peer.name: peer for peer in (LlamaCpp, OpenVINO)}
 
 
 def write_random_gguf(path: Path, config: ModelConfig, quant: str) -> None:
