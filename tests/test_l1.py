@@ -127,7 +127,7 @@ def test_two_processes_train_as_one_does(run: Run, tmp_path: Path) -> None:
     )
     processes.run(script, 2)
     two = log_of(tmp_path / "two")
-    for key in ("loss", "grad_norm"):
+    for key in ("loss", "loss/l1", "grad_norm"):
         assert [row[key] for row in two] == pytest.approx([row[key] for row in one], rel=5e-3), key
 
 

@@ -7,7 +7,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -58,9 +58,12 @@ class Penalty:
         self._sum = self._sum + added.detach()
         return added
 
-    def read(self) -> dict[str, float]:
-        """Its mean over the steps since it was last asked; ``loss`` includes it."""
-        mean = float(self._sum) / max(1, len(self._steps))
+    def read(self, add_up: Callable[[Tensor], Tensor]) -> dict[str, float]:
+        """Its mean over the steps since it was last asked; ``loss`` includes it.
+
+        `add_up` sums a tensor over processes.
+        """
+        mean = float(add_up(torch.as_tensor(self._sum))) / max(1, len(self._steps))
         self._sum, self._steps = 0.0, set()
         return {f"loss/{self.name}": mean}
 

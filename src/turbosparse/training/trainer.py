@@ -6,6 +6,7 @@ import json
 import shutil
 from collections.abc import Sequence
 from contextlib import ExitStack, nullcontext
+from functools import partial
 from math import isfinite
 from pathlib import Path
 from typing import Any
@@ -74,11 +75,12 @@ class SparseTrainer(Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         if "loss" in logs:
-            counts = self.meter.read(lambda counts: self.accelerator.reduce(counts, "sum"))
+            add_up = partial(self.accelerator.reduce, reduction="sum")
+            counts = self.meter.read(add_up)
             logs["tokens"] = self.log_callback.tokens + self._tokens
             logs |= counts
             for penalty in self.penalties:
-                logs |= penalty.read()
+                logs |= penalty.read(add_up)
         super().log(logs, *args, **kwargs)
 
     def training_step(self, model: Any, inputs: Any, *args: Any, **kwargs: Any) -> Any:
