@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from turbosparse.base.folders import (
     new_folder,
     write_json,
 )
-from turbosparse.base.machine import world_size
+from turbosparse.base.machine import has_accelerator, world_size
 from turbosparse.base.progress import note
 from turbosparse.hf.activations import WITHOUT_ZEROS, Activation
 from turbosparse.training.arguments import (
@@ -136,6 +137,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
     from turbosparse.predictors.loop import in_the_loop
     from turbosparse.training import chatml
     from turbosparse.training.checkpoints import newest_whole, step_of
+    from turbosparse.training.loss import chunked_loss
     from turbosparse.training.prepared import found_mixture, training_data
     from turbosparse.training.trainer import SparseTrainer
 
@@ -163,7 +165,12 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
         penalties=[part for part in (predictor, penalty_of(recipe)) if part],
         predictor=predictor,
     )
-    with quiet(), named_disk_errors(work), training_config(model, recipe, arguments):
+    with (
+        quiet(),
+        named_disk_errors(work),
+        training_config(model, recipe, arguments),
+        chunked_loss(model) if _whole_on_cpu(recipe) else nullcontext(),
+    ):
         if trainer.is_world_process_zero():
             with new_file(work / "recipe.json") as file:
                 write_json(file, recipe.model_dump(mode="json"))
@@ -199,6 +206,12 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
             shutil.copyfile(work / "log.jsonl", folder / "training_log.jsonl")
         shutil.rmtree(work)
     return trained
+
+
+def _whole_on_cpu(recipe: Recipe) -> bool:
+    """Whether the head is an ordinary matrix in the memory of this process."""
+    plain = recipe.shard == "none" and recipe.deepspeed is None and recipe.lora is None
+    return plain and not has_accelerator()
 
 
 def _leave_processes() -> None:
