@@ -260,22 +260,31 @@ float to_integers(const float* x, int32_t* integers) {
 // Puts the integers of group g into the tile's halves; returns the sum of each.
 template <bool kWhole>
 void put_integers(const int32_t* integers, int g, Q4Tile* out, int32_t (&sums)[2]) {
-  for (int i = 0; i < GROUP; ++i) {
-    if (kWhole) {
+  if (kWhole) {
+    for (int i = 0; i < GROUP; ++i) {
       out->whole[i % 2][i / 4][2 * g + i % 4 / 2] = static_cast<int16_t>(integers[i]);
       sums[i % 2] += integers[i];
-    } else {
-      const int32_t high = (integers[i] + 128) >> 8, low = integers[i] - 256 * high;
-      out->limbs[0][i / 4][4 * g + i % 4] = static_cast<int8_t>(high);
-      out->limbs[1][i / 4][4 * g + i % 4] = static_cast<int8_t>(low);
-      sums[0] += high;
-      sums[1] += low;
+    }
+    return;
+  }
+  int8_t limbs[2][GROUP];  // apart from where they go: the compiler vectorises this
+  for (int i = 0; i < GROUP; ++i) {
+    const int32_t high = (integers[i] + 128) >> 8, low = integers[i] - 256 * high;
+    limbs[0][i] = static_cast<int8_t>(high);
+    limbs[1][i] = static_cast<int8_t>(low);
+    sums[0] += high;
+    sums[1] += low;
+  }
+  for (int half = 0; half < 2; ++half) {
+    for (int i = 0; i < GROUP; i += 4) {
+      __builtin_memcpy(out->limbs[half][i / 4] + 4 * g, limbs[half] + i, 4);
     }
   }
 }
 
-template <typename Weights>
-void prepare_q4(const float* x, int cols, void* prepared) {
+// Calls also(column, integers) for each group.
+template <typename Weights, typename Also>
+void prepare_q4(const float* x, int cols, void* prepared, const Also& also) {
   Q4Tile* out = static_cast<Q4Tile*>(prepared);
   for (int tile = 0; tile < cols; tile += TILE, ++out) {
     const int groups = smaller((cols - tile) / GROUP, TILE_GROUPS);
@@ -286,8 +295,14 @@ void prepare_q4(const float* x, int cols, void* prepared) {
       put_integers<Weights::kWhole>(integers, g, out, sums);
       for (int half = 0; half < 2; ++half) out->start[half][g] = -Weights::kZero * sums[half];
       if (Weights::kWhole) out->start[0][g] += out->start[1][g];
+      also(tile + g * GROUP, integers);
     }
   }
+}
+
+template <typename Weights>
+void prepare_q4(const float* x, int cols, void* prepared) {
+  prepare_q4<Weights>(x, cols, prepared, [](int, const int32_t*) {});
 }
 
 template <typename Weights>
