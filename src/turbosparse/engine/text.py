@@ -11,7 +11,7 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -259,6 +259,12 @@ class Detokenizer:
         return self._decoder.decode(b"", final=True)
 
 
+def begun(text: str, strings: Collection[str]) -> int:
+    """Length of the longest end of a text that one of the strings begins with."""
+    sizes = range(min(max(map(len, strings), default=0), len(text)), 0, -1)
+    return next((n for n in sizes if any(one.startswith(text[-n:]) for one in strings)), 0)
+
+
 class StopStrings:
     """Holds text back while it may become one of the strings that end it."""
 
@@ -275,17 +281,9 @@ class StopStrings:
         if found:
             self._held = ""
             return text[: min(found)], True
-        longest = max(map(len, self._strings), default=1) - 1
-        keep = next(
-            (
-                size
-                for size in range(min(longest, len(text)), 0, -1)
-                if any(string.startswith(text[-size:]) for string in self._strings)
-            ),
-            0,
-        )
-        self._held = text[len(text) - keep :]
-        return text[: len(text) - keep], False
+        certain = len(text) - begun(text, self._strings)
+        self._held = text[certain:]
+        return text[:certain], False
 
     def finish(self) -> str:
         held, self._held = self._held, ""

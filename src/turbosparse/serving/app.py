@@ -242,11 +242,8 @@ def create_app(
     app.get("/metrics")(server.metrics)
     app.get("/")(_to_page)
     app.mount("/page", StaticFiles(directory=PAGE, html=True))
-    app.add_exception_handler(ApiError, _on_api_error)
-    app.add_exception_handler(RequestValidationError, _on_invalid)
-    app.add_exception_handler(TurboSparseError, _on_mistake)
-    app.add_exception_handler(HTTPException, _on_http_error)
-    app.add_exception_handler(Exception, _on_fault)
+    for kind in _ERRORS:
+        app.add_exception_handler(kind, _on_error)
     app.add_middleware(Guard, key=key, hosts=hosts)
     if origins:
         app.add_middleware(
@@ -310,31 +307,27 @@ def _event(data: Json) -> str:
 # -- errors ----------------------------------------------------------------------------------------
 
 
-async def _on_api_error(_: Request, error: Exception) -> Response:
-    assert isinstance(error, ApiError)
-    return JSONResponse(error.body, error.status, headers=error.headers)
+_ERRORS = (ApiError, RequestValidationError, TurboSparseError, HTTPException, Exception)
 
 
-async def _on_fault(request: Request, _: Exception) -> Response:
-    return await _on_api_error(request, ApiError(500, "an error inside the server; see its log"))
+async def _on_error(_: Request, error: Exception) -> Response:
+    failed = _as_api_error(error)
+    return JSONResponse(failed.body, failed.status, headers=failed.headers)
 
 
-async def _on_mistake(request: Request, error: Exception) -> Response:
-    return await _on_api_error(request, ApiError(400, str(error)))
-
-
-async def _on_invalid(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestValidationError)
+def _as_api_error(error: Exception) -> ApiError:
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, TurboSparseError):
+        return ApiError(400, str(error))
+    if isinstance(error, HTTPException):
+        return ApiError(error.status_code, str(error.detail))
+    if not isinstance(error, RequestValidationError):
+        return ApiError(500, "an error inside the server; see its log")
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        return await _on_api_error(request, ApiError(400, "the body is not valid JSON"))
+        return ApiError(400, "the body is not valid JSON")
     place = [str(part) for part in first["loc"] if part != "body"]
-    name = ".".join(place)
     what = "is not a parameter here" if first["type"] == "extra_forbidden" else first["msg"]
-    message = f"{name or 'the body'}: {what}"
-    return await _on_api_error(request, ApiError(400, message, param=place[0] if place else None))
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    return await _on_api_error(request, ApiError(error.status_code, str(error.detail)))
+    message = f"{'.'.join(place) or 'the body'}: {what}"
+    return ApiError(400, message, param=place[0] if place else None)

@@ -153,20 +153,15 @@ class ChatReply(ChoicesReply):
         )
 
     def begin(self, index: int) -> Json:
-        delta = {"role": "assistant", "content": ""}
-        return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+        return _choice(index, None, None, delta={"role": "assistant", "content": ""})
 
     def step(self, piece: Piece) -> Json:
         text, calls = self._split(piece)
         delta: Json = {"content": text} if text or not calls else {}
         if calls:
             delta["tool_calls"] = [{"index": at} | call for at, call in enumerate(calls)]
-        return {
-            "index": piece.index,
-            "delta": delta,
-            "logprobs": self._scores([piece]),
-            "finish_reason": "tool_calls" if calls else finish(piece),
-        }
+        ended = "tool_calls" if calls else finish(piece)
+        return _choice(piece.index, self._scores([piece]), ended, delta=delta)
 
     def choice(self, index: int, pieces: list[Piece]) -> Json:
         split = [self._split(piece) for piece in pieces]
@@ -174,12 +169,8 @@ class ChatReply(ChoicesReply):
         message: Json = {"role": "assistant", "content": text or (None if calls else "")}
         if calls:
             message["tool_calls"] = calls
-        return {
-            "index": index,
-            "message": message,
-            "logprobs": self._scores(pieces),
-            "finish_reason": "tool_calls" if calls else finish(pieces[-1]),
-        }
+        ended = "tool_calls" if calls else finish(pieces[-1])
+        return _choice(index, self._scores(pieces), ended, message=message)
 
     def _split(self, piece: Piece) -> tuple[str, list[Json]]:
         if not self._tools:
@@ -221,25 +212,15 @@ class CompletionReply(ChoicesReply):
         self._at = [0] * self.texts  # where the next token's text begins
 
     def begin(self, index: int) -> Json:
-        text = self._echo[index // self._each]
-        return {"index": index, "text": text, "logprobs": None, "finish_reason": None}
+        return _choice(index, None, None, text=self._echo[index // self._each])
 
     def step(self, piece: Piece) -> Json:
-        return {
-            "index": piece.index,
-            "text": piece.token.text,
-            "logprobs": self._scores([piece]),
-            "finish_reason": finish(piece),
-        }
+        scores = self._scores([piece])
+        return _choice(piece.index, scores, finish(piece), text=piece.token.text)
 
     def choice(self, index: int, pieces: list[Piece]) -> Json:
-        text = "".join(piece.token.text for piece in pieces)
-        return {
-            "index": index,
-            "text": self._echo[index // self._each] + text,
-            "logprobs": self._scores(pieces),
-            "finish_reason": finish(pieces[-1]),
-        }
+        text = self._echo[index // self._each] + "".join(piece.token.text for piece in pieces)
+        return _choice(index, self._scores(pieces), finish(pieces[-1]), text=text)
 
     def _scores(self, pieces: list[Piece]) -> Json | None:
         if not self._logprobs:
@@ -256,6 +237,10 @@ class CompletionReply(ChoicesReply):
             ],
             "text_offset": starts[:-1],
         }
+
+
+def _choice(index: int, scores: Json | None, finish: str | None, **content: Any) -> Json:
+    return {"index": index, **content, "logprobs": scores, "finish_reason": finish}
 
 
 def finish(piece: Piece) -> str | None:

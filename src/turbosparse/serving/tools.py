@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Mapping
 from typing import Any
 
-from turbosparse.engine.text import CALL_MARKERS, Tokenizer
+from turbosparse.engine.text import CALL_MARKERS, Tokenizer, begun
 
 _OPENERS = ("<tool_call>", "[TOOL_CALLS]", "<|python_tag|>")
 _OPEN = re.compile("|".join(map(re.escape, _OPENERS)))
@@ -58,9 +58,7 @@ class ToolText:
             return 0
         if opened := _OPEN.search(text):
             return opened.start()
-        sizes = range(min(max(map(len, _OPENERS)), len(text)), 0, -1)
-        begun = (n for n in sizes if any(one.startswith(text[-n:]) for one in _OPENERS))
-        return len(text) - next(begun, 0)
+        return len(text) - begun(text, _OPENERS)
 
     def _calls(self) -> tuple[list[dict[str, Any]], int]:
         """The calls in the form of the API, and where the first begins."""
