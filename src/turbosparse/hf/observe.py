@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -40,40 +40,32 @@ def observe_ffn(model: Any, see: See, *, apart: bool = False) -> Iterator[None]:
     anything twice.
     """
     gate = ACTIVATIONS[activation_of(model.config)].parts[0]
-    handles: list[Any] = []
-    for layer, block in enumerate(model.model.layers):
-        mlp = block.mlp
-        if hasattr(mlp, "experts"):
-            act = _act_and_see(layer, gate, mlp.experts, see)
-            watch = _OneByOne(mlp.experts, act) if apart else _watch_experts(mlp.experts, act)
-            handles.append(watch)
-            continue
-        kept: dict[str, torch.Tensor] = {}
-        for part in {gate, "up"}:
-            projection = getattr(mlp, f"{part}_proj")
-            handles.append(projection.register_forward_hook(_keep(kept, part)))
-        watch = _watch_dense(layer, gate, kept, see)
-        handles.append(mlp.down_proj.register_forward_pre_hook(watch))
-    try:
+    with ExitStack() as undo:
+        for layer, block in enumerate(model.model.layers):
+            mlp = block.mlp
+            if hasattr(mlp, "experts"):
+                act = _act_and_see(layer, gate, mlp.experts, see)
+                watch = _OneByOne(mlp.experts, act) if apart else _watch_experts(mlp.experts, act)
+                undo.callback(watch.remove)
+                continue
+            kept: dict[str, torch.Tensor] = {}
+            for part in {gate, "up"}:
+                projection = getattr(mlp, f"{part}_proj")
+                undo.callback(projection.register_forward_hook(_keep(kept, part)).remove)
+            watch = _watch_dense(layer, gate, kept, see)
+            undo.callback(mlp.down_proj.register_forward_pre_hook(watch).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
 def observe_routers(model: Any, see: SeeRouter) -> Iterator[None]:
     """Call `see` for each layer's router in each forward pass inside; dense models have none."""
-    handles = [
-        block.mlp.gate.register_forward_hook(_watch_router(layer, see))
-        for layer, block in enumerate(model.model.layers)
-        if hasattr(block.mlp, "experts")
-    ]
-    try:
+    with ExitStack() as undo:
+        for layer, block in enumerate(model.model.layers):
+            if hasattr(block.mlp, "experts"):
+                watch = _watch_router(layer, see)
+                undo.callback(block.mlp.gate.register_forward_hook(watch).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextmanager
@@ -87,15 +79,11 @@ def observe_inputs(model: Any, see: SeeInput) -> Iterator[None]:
         attention = block.self_attn
         parts = {"qkv": attention.q_proj, "o": attention.o_proj, "ffn": block.mlp}
         places += [(kind, layer, module) for kind, module in parts.items()]
-    handles = [
-        module.register_forward_pre_hook(_watch_input(kind, layer, see))
-        for kind, layer, module in places
-    ]
-    try:
+    with ExitStack() as undo:
+        for kind, layer, module in places:
+            watch = _watch_input(kind, layer, see)
+            undo.callback(module.register_forward_pre_hook(watch).remove)
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _watch_input(kind: str, layer: int, see: SeeInput) -> Callable[..., None]:
@@ -202,17 +190,13 @@ def change_combined(model: Any, change: Change) -> Iterator[None]:
     It is called once for each layer's FFN; of a MoE layer N are the (token, expert) pairs, all at
     once or expert by expert, as the experts implementation has it.
     """
-    undo: list[Callable[[], None]] = []
-    try:
+    with ExitStack() as undo:
         for block in model.model.layers:
             if hasattr(block.mlp, "experts"):
-                undo.append(_change_experts(model.config, block.mlp.experts, change))
+                undo.callback(_change_experts(model.config, block.mlp.experts, change))
             else:
-                undo.append(_change_dense(block.mlp, change))
+                undo.callback(_change_dense(block.mlp, change))
         yield
-    finally:
-        for step in undo:
-            step()
 
 
 def _change_dense(mlp: Any, change: Change) -> Callable[[], None]:
@@ -243,18 +227,14 @@ ChangeOne = Callable[[tuple[int, int | None], torch.Tensor, torch.Tensor], torch
 @contextmanager
 def change_each(model: Any, change: ChangeOne) -> Iterator[None]:
     """As `change_combined`, one FFN or expert at a time, whatever the experts' implementation."""
-    undo: list[Callable[[], None]] = []
-    try:
+    with ExitStack() as undo:
         for layer, block in enumerate(model.model.layers):
             if hasattr(block.mlp, "experts"):
                 act = _act_and_change(layer, block.mlp.experts, change)
-                undo.append(_OneByOne(block.mlp.experts, act).remove)
+                undo.callback(_OneByOne(block.mlp.experts, act).remove)
             else:
-                undo.append(_change_dense(block.mlp, _change_whole(layer, change)))
+                undo.callback(_change_dense(block.mlp, _change_whole(layer, change)))
         yield
-    finally:
-        for step in undo:
-            step()
 
 
 def _act_and_change(layer: int, experts: Any, change: ChangeOne) -> Act:
@@ -305,16 +285,12 @@ def change_seeing(model: Any, change: ChangeSeeing) -> Iterator[None]:
     ) -> torch.Tensor:
         return change(active, *where, *(part[rows] for part in seen[where[0]]))
 
-    norms = [
-        block.post_attention_layernorm.register_forward_hook(_keep_both(seen, layer))
-        for layer, block in enumerate(model.model.layers)
-    ]
-    try:
-        with change_each(model, change_one):
-            yield
-    finally:
-        for norm in norms:
-            norm.remove()
+    with ExitStack() as undo:
+        for layer, block in enumerate(model.model.layers):
+            keep = _keep_both(seen, layer)
+            undo.callback(block.post_attention_layernorm.register_forward_hook(keep).remove)
+        undo.enter_context(change_each(model, change_one))
+        yield
 
 
 def _keep_both(

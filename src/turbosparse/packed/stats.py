@@ -179,13 +179,14 @@ class Stats:
 
     def active_ratio(self) -> Tensor:
         """Share of Combined entries that are not zero, ``[layers, E]`` float64."""
-        return self.active.sum(-1) / (self.tokens.clamp(min=1) * self.active.shape[-1]).double()
+        return self._of_entries(self.active.sum(-1))
 
     def gate_ratio(self) -> Tensor:
         """Share of gate pre-activations above zero, ``[layers, E]`` float64."""
-        return (
-            self.gate_positive.sum(-1) / (self.tokens.clamp(min=1) * self.active.shape[-1]).double()
-        )
+        return self._of_entries(self.gate_positive.sum(-1))
+
+    def _of_entries(self, counts: Tensor) -> Tensor:
+        return counts / (self.tokens.clamp(min=1) * self.active.shape[-1]).double()
 
     def per_layer(self, ratio: Tensor) -> Tensor:
         """Mean over the experts of a layer, each weighted by the tokens it saw, ``[layers]``."""
@@ -237,8 +238,7 @@ class Stats:
 
     def signs_ratio(self) -> Tensor:
         """Share of up above zero, and of gate and up both, ``[2, layers, E]`` float64."""
-        entries = self.tokens.clamp(min=1) * self.active.shape[-1]
-        return self.sums["signs"].movedim(-1, 0) / entries.double()
+        return self._of_entries(self.sums["signs"].movedim(-1, 0))
 
     def router_entropy(self) -> list[float]:
         """Of the router's shares, in nats, of each layer; 0 in a dense model."""
