@@ -57,6 +57,7 @@ CALLS: list[tuple[str, dict[str, Any]]] = [
     ("generate", {"model": "~/packed", "prompt": "The", "max_tokens": 1}),
     ("evaluate", {"model": "~/packed", "data": ["~/text.jsonl"], "max_tokens": 50}),
     ("count", {"model": "~/sparse", "stats": "~/stats.turbosparse", "bandwidth": 1.0}),
+    ("plan", {"model": "~/packed", "stats": "~/stats.turbosparse", "sparsity": 0.5}),
     ("bench", {"model": "~/packed", "rounds": 1, "tokens": 1}),
     ("bench", {"shape": "toy", "folder": "~/new", "rounds": 1, "tokens": 1}),
     ("data prepare", {"recipe": "~/recipe.yaml", "data": "~/", "out": "~/new", "processes": 1}),
@@ -103,6 +104,7 @@ def home(
     monkeypatch.setitem(
         SHAPES, "toy", SHAPES["llama-15m"] | {"vocab_size": 512, "num_hidden_layers": 1}
     )
+    monkeypatch.setattr("turbosparse.benchmark.disk.SECONDS", 0.001)
     monkeypatch.setenv("HOME", str(home))
     monkeypatch.chdir(elsewhere)
     return home
@@ -111,7 +113,7 @@ def home(
 @pytest.mark.parametrize(("verb", "given"), CALLS, ids=[verb for verb, _ in CALLS])
 def test_paths_may_be_strings(home: Path, verb: str, given: dict[str, Any]) -> None:
     if given.get("folder", given.get("model")) == "~/packed":
-        pack(str(home / "dense"), home / "packed")
+        pack(str(home / ("sparse" if verb == "plan" else "dense")), home / "packed")
     if verb == "predictor score":  # it writes into the model
         shutil.copytree(home / "sparse", home / "signs")
         config = json.loads((home / "signs/config.json").read_text())
@@ -119,7 +121,7 @@ def test_paths_may_be_strings(home: Path, verb: str, given: dict[str, Any]) -> N
         (home / "signs/config.json").write_text(json.dumps(config))
     if verb == "evaluate":
         pytest.importorskip("lm_eval")
-    if verb in ("pack", "count", "report") or "add" in given:
+    if verb in ("pack", "count", "report", "plan") or "add" in given:
         analyse(str(home / "sparse"), data=[home / "text.jsonl"], out=home)
     if verb in REFUSED:
         with pytest.raises(TurboSparseError, match=r"^/\S*/(text.jsonl exists|dense\S* is not)"):
