@@ -1,4 +1,4 @@
-"""NEON kernels on emulated ARM against the portable ones, by the program of kernels_check.cpp."""
+"""NEON kernels and rows from disk on emulated ARM, by two programs beside this file."""
 
 import os
 import platform
@@ -25,7 +25,11 @@ MISSING = [
 REQUIRED = os.environ.get("TURBOSPARSE_REQUIRE_NEON") == "1"
 
 
-@pytest.mark.skipif(bool(MISSING) and not REQUIRED, reason=f"needs {' and '.join(MISSING)}")
+pytestmark = pytest.mark.skipif(
+    bool(MISSING) and not REQUIRED, reason=f"needs {' and '.join(MISSING)}"
+)
+
+
 def test_kernels(tmp_path):
     assert not MISSING
     flags = ["-std=c++17", "-O2", "-static", "-march=armv8.2-a+dotprod", f"-I{SOURCES}"]
@@ -34,4 +38,13 @@ def test_kernels(tmp_path):
     subprocess.run([COMPILER, *flags, *files, "-o", tmp_path / "check"], check=True)
     emulator = [] if NATIVE else [EMULATOR, "-cpu", "max"]
     done = subprocess.run([*emulator, tmp_path / "check"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def test_rows_from_disk(tmp_path):
+    flags = ["-std=c++17", "-O1", "-static", "-pthread", f"-I{SOURCES}"]
+    files = [TESTS / "store_check.cpp", SOURCES / "store.cpp"]
+    subprocess.run([COMPILER, *flags, *files, "-o", tmp_path / "check"], check=True)
+    emulator = [] if NATIVE else [EMULATOR]
+    done = subprocess.run([*emulator, tmp_path / "check", tmp_path / "rows"], capture_output=True)
     assert done.returncode == 0, done.stdout + done.stderr
