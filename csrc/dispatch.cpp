@@ -7,10 +7,6 @@
 #ifdef TURBOSPARSE_X86
 #include <cpuid.h>
 #endif
-#ifdef TURBOSPARSE_AMX
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
 
 #if defined(TURBOSPARSE_ARM) && defined(__linux__)
 #include <asm/hwcap.h>
@@ -28,20 +24,6 @@ struct Isa {
 };
 
 #ifdef TURBOSPARSE_X86
-#ifdef TURBOSPARSE_AMX
-// Asks Linux for the tile registers, once for a process; it may refuse.
-bool has_amx() {
-  static const bool granted = [] {
-    constexpr unsigned kTiles = 1u << 24, kInt8 = 1u << 25;  // bits of edx
-    constexpr int kRequest = 0x1023, kTileData = 18;         // ARCH_REQ_XCOMP_PERM
-    unsigned a, b, c, d = 0;
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && d & kTiles && d & kInt8 &&
-           !syscall(SYS_arch_prctl, kRequest, kTileData);
-  }();
-  return granted;
-}
-#endif
-
 bool has_avx512() {
   return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
          __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
@@ -67,10 +49,6 @@ bool has_dot_products() {
 
 constexpr Isa kIsas[] = {
 #ifdef TURBOSPARSE_X86
-#ifdef TURBOSPARSE_AMX
-    {"avx512amx", [] { return has_avx512() && __builtin_cpu_supports("avx512vbmi") && has_amx(); },
-     &avx512amx_kernels},
-#endif
     {"avx512vbmi", [] { return has_avx512() && __builtin_cpu_supports("avx512vbmi"); },
      &avx512vbmi_kernels},
     {"avx512", has_avx512, &avx512_kernels},

@@ -95,9 +95,6 @@ extern const struct KernelSet reference_kernels;
 extern const struct KernelSet avx2_kernels;
 extern const struct KernelSet avx512_kernels;
 extern const struct KernelSet avx512vbmi_kernels;
-#ifdef TURBOSPARSE_AMX
-extern const struct KernelSet avx512amx_kernels;
-#endif
 #endif
 #ifdef TURBOSPARSE_ARM
 extern const struct KernelSet neon_kernels;

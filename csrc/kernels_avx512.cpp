@@ -1,7 +1,6 @@
-// Kernels for AVX-512 with VNNI: the words of kernels_rows.inl. Compiled again with VBMI by
-// kernels_avx512vbmi.cpp, and with AMX beside it by kernels_avx512amx.cpp.
+// Kernels for AVX-512 with VNNI: the words of kernels_rows.inl. Compiled a second time with VBMI,
+// by kernels_avx512vbmi.cpp.
 #include <immintrin.h>
-#include <stddef.h>
 #include <stdint.h>
 
 #include "kernels.h"
@@ -81,20 +80,11 @@ struct Coded : Looked<Q4_CODES> {
 #include "kernels_rows.inl"
 #include "kernels_simd.inl"
 
-#ifdef __AMX_INT8__
-#include "kernels_amx.inl"
-constexpr Kernels kOfQ4 = kernels_tiles<Coded, Q4_CODES>();
-constexpr Kernels kOfQ4_0 = kernels_tiles<Linear, Q4_0_CODES>();
-#define KERNELS avx512amx_kernels
-#else
-constexpr Kernels kOfQ4 = kKernels[QUANT_Q4], kOfQ4_0 = kKernels[QUANT_Q4_0];
+}  // namespace
+
 #ifdef __AVX512VBMI__
 #define KERNELS avx512vbmi_kernels
 #else
 #define KERNELS avx512_kernels
 #endif
-#endif
-
-}  // namespace
-
-extern const KernelSet KERNELS = {{kKernels[0], kKernels[1], kOfQ4, kOfQ4_0}, agreements};
+extern const KernelSet KERNELS = {{kKernels[0], kKernels[1], kKernels[2], kKernels[3]}, agreements};

@@ -282,9 +282,8 @@ void put_integers(const int32_t* integers, int g, Q4Tile* out, int32_t (&sums)[2
   }
 }
 
-// Calls also(column, integers) for each group.
-template <typename Weights, typename Also>
-void prepare_q4(const float* x, int cols, void* prepared, const Also& also) {
+template <typename Weights>
+void prepare_q4(const float* x, int cols, void* prepared) {
   Q4Tile* out = static_cast<Q4Tile*>(prepared);
   for (int tile = 0; tile < cols; tile += TILE, ++out) {
     const int groups = smaller((cols - tile) / GROUP, TILE_GROUPS);
@@ -295,14 +294,8 @@ void prepare_q4(const float* x, int cols, void* prepared, const Also& also) {
       put_integers<Weights::kWhole>(integers, g, out, sums);
       for (int half = 0; half < 2; ++half) out->start[half][g] = -Weights::kZero * sums[half];
       if (Weights::kWhole) out->start[0][g] += out->start[1][g];
-      also(tile + g * GROUP, integers);
     }
   }
-}
-
-template <typename Weights>
-void prepare_q4(const float* x, int cols, void* prepared) {
-  prepare_q4<Weights>(x, cols, prepared, [](int, const int32_t*) {});
 }
 
 template <typename Weights>

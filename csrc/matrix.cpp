@@ -20,13 +20,6 @@ constexpr int64_t kChunk = 16;
 // What several tokens read in turn: half of a common L2 cache. Their sums take another part of it,
 // which limits the tokens that go through a feed-forward together.
 constexpr int64_t kResidentBytes = 512 << 10;
-
-// In turn so many rows, or a multiple: a kernel takes at most this many at once.
-constexpr int64_t kRowBlock = 32;
-
-int64_t resident_rows(int64_t bytes, int64_t row_bytes) {
-  return std::max<int64_t>(1, bytes / row_bytes / kRowBlock) * kRowBlock;
-}
 constexpr int64_t kTokenBlock = 32;
 
 // One token in dense mode: neighbouring rows are read soon after each other, which is 10 % faster
@@ -130,7 +123,7 @@ class NeuronShare {
     const int64_t all = share.size();
     const int64_t alone = pass_.mode == Mode::kDense ? kDenseStep : all;
     int64_t step =
-        pass_.tokens == 1 ? alone : resident_rows(3 * kResidentBytes, pass_.neuron_bytes);
+        pass_.tokens == 1 ? alone : std::max(kChunk, 3 * kResidentBytes / pass_.neuron_bytes);
     if (pass_.held) {
       step = std::min(step, pass_.held);
       if (pass_.prediction) read_ahead(share);
@@ -371,7 +364,7 @@ void multiply(const std::vector<Product>& products, const float* x, int64_t toke
 // Rows from `from` to `end`; those of several tokens stay in the second cache meanwhile.
 void Product::run(int64_t from, int64_t end, const void* prepared, int64_t tokens) const {
   const int64_t stride = matrix->stride();
-  const int64_t step = tokens == 1 ? end - from : resident_rows(kResidentBytes, stride);
+  const int64_t step = tokens == 1 ? end - from : std::max<int64_t>(1, kResidentBytes / stride);
   for (int64_t r = from; r < end; r += step) {
     const uint8_t* first = indices ? matrix->data : matrix->data + r * stride;
     const Rows rows =

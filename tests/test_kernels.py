@@ -59,15 +59,7 @@ HALVES = np.arange(2**16, dtype=np.uint16)
 HALVES = HALVES[np.isfinite(HALVES.view(np.float16))]
 
 
-ISAS: list[object] = list(_core.available_isas())
-if "avx512amx" in ISAS:
-    ISAS.remove("avx512vbmi")  # the same kernels but for many tokens
-else:
-    missing = pytest.mark.skip(reason="no AMX: the machine lacks it or the system refuses it")
-    ISAS.append(pytest.param("avx512amx", marks=missing))
-
-
-@pytest.fixture(autouse=True, params=ISAS)
+@pytest.fixture(autouse=True, params=_core.available_isas())
 def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     before = _core.isa()
     _core.set_isa(request.param)
@@ -119,12 +111,12 @@ def test_matmul(quant: str, cols: int, rows: int) -> None:
 
 
 @pytest.mark.parametrize("quant", QUANTS)
-@pytest.mark.parametrize("cols", [32, 544, 4128])  # the last is more than is unpacked at a time
+@pytest.mark.parametrize("cols", [32, 544, 4128])
 def test_a_product_is_the_same_beside_any_others(quant: str, cols: int) -> None:
     data, _ = packed(71, cols, quant)
-    x = normal(TOKENS + 30, cols, seed=1)
+    x = normal(TOKENS + 14, cols, seed=1)
     alone = torch.cat([matmul(data, quant, token[None]) for token in x])
-    for tokens in (2, 3, 4, 7, 8, 9, 18, len(x)):
+    for tokens in (2, 3, 4, 7, len(x)):
         assert torch.equal(matmul(data, quant, x[:tokens]), alone[:tokens]), tokens
 
 
