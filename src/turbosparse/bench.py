@@ -216,6 +216,7 @@ def bench(
         layers,
         predictor,
         predictor_quant or "q8",
+        walks=locality > 0,
     )
     kept = local_path(folder) if folder else None
     with nullcontext(model) if model else _synthetic(kept, quant or "q4", wanted) as path:

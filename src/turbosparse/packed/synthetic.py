@@ -5,9 +5,9 @@ about the sparsity is faked, the hidden state carries a constant direction (the 
 features) that gate and up rows lean against: their pre-activations are normal with the mean that
 makes the asked share positive, and every token computes its own active neurons.
 
-Embeddings walk: token i + n has a correlation of `NEAR` ** n with token i. So a text that takes
-every n-th token has as much in common from token to token as is asked, in neurons and in experts,
-and one of random tokens has nothing.
+Embeddings may walk: token i + n then has a correlation of `NEAR` ** n with token i. So a text that
+takes every n-th token has as much in common from token to token as is asked, in neurons and in
+experts.
 """
 
 from __future__ import annotations
@@ -111,13 +111,16 @@ class Wanted:
     layers: int | None = None  # fewer than the shape has
     predictor: str | None = None
     predictor_quant: str = "q8"
+    walks: bool = False  # embeddings of neighbouring tokens are alike
 
     def __str__(self) -> str:
         cut = f" with {self.layers} layers" if self.layers else ""
         kind = {None: "", "sign": ", predictor sign"}.get(
             self.predictor, f", predictor {self.predictor} {self.predictor_quant}"
         )
-        return f"synthetic {self.shape}{cut}, sparsity {self.sparsity:g}{kind}"
+        return f"synthetic {self.shape}{cut}, sparsity {self.sparsity:g}{kind}" + (
+            ", walking embeddings" if self.walks else ""
+        )
 
     def check(self) -> None:
         """Raise TurboSparseError for what cannot be made."""
@@ -333,7 +336,8 @@ class _Weights:
             return self._rows(rows, heads, stride, QUIET)
         matrix = self._rows(rows, hidden, stride)
         if last == "embedding":
-            self._walk(matrix, hidden)
+            if self.wanted.walks:
+                self._walk(matrix, hidden)
             self._first_block(matrix, hidden, CONSTANT * SPREAD)
         return matrix
 
