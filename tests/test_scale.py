@@ -212,7 +212,8 @@ def spoil_pass(monkeypatch: pytest.MonkeyPatch, number: int) -> None:
     def compute_loss(self: Any, *args: Any, **kwargs: Any) -> Any:
         nonlocal count
         count += 1
-        return compute(self, *args, **kwargs) * (float("nan") if count == number else 1)
+        loss, outputs = compute(self, *args, **kwargs)
+        return loss * (float("nan") if count == number else 1), outputs
 
     monkeypatch.setattr(Trainer, "compute_loss", compute_loss)
 
@@ -253,7 +254,8 @@ def compute_loss(*given, **named):
     global count
     count += 1
     bad = os.environ["RANK"] == "1" and count == 7
-    return compute(*given, **named) * (float("nan") if bad else 1)
+    loss, outputs = compute(*given, **named)
+    return loss * (float("nan") if bad else 1), outputs
 Trainer.compute_loss = compute_loss
 """
     path = recipe(checkpoint_every=1)
