@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import statistics
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
 
 from turbosparse.base.errors import TurboSparseError
@@ -109,12 +110,6 @@ def plan(
     unions, source = _unions(packed, local_path(stats) if stats else None, locality)
     harness, disk = Memory(threads), disk_of(packed, again=measure)
     bandwidth = statistics.median(harness.read_speed() for _ in range(ROUNDS))
-    kept: dict[tuple[float, int], Any] = {}
-
-    def remembered(share: float, rows: int) -> Any:
-        if (share, rows) not in kept:
-            kept[share, rows] = unions(share, rows)
-        return kept[share, rows]
 
     def all_modes(size: int) -> list[tuple[Expected, str]]:
         found = []
@@ -125,7 +120,7 @@ def plan(
                 where,
                 one,
                 shares,
-                remembered,
+                unions,
                 bandwidth=bandwidth * 1e9,
                 read_seconds=disk.seconds,
             )
@@ -164,13 +159,13 @@ def _unions(packed: Packed, stats: Any, locality: float | None) -> tuple[Unions,
         raise TurboSparseError(f"--locality {locality:g} must be 0 or more and less than 1")
     if stats is None:
         near = f"correlation {locality:g}" if locality else "nothing in common: the worst case"
-        return walk(locality or 0.0, experts, used), near
+        return cache(walk(locality or 0.0, experts, used)), near
     from turbosparse.packed.stats import Stats
 
     found = Stats.load(stats)
     found.check(config)
     windows = found.together("windows")
-    return measured(windows, used / experts), f"as {stats.name} has it"
+    return cache(measured(windows, used / experts)), f"as {stats.name} has it"
 
 
 def _least(all_modes: Any, target: float, most: int, *, limit: bool) -> int:

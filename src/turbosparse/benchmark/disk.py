@@ -1,20 +1,18 @@
-"""How fast random reads of a disk are, by their size and how many are under way; kept for the
-machine.
-"""
+"""How fast a disk reads at random places, by the size of reads and how many are under way."""
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from turbosparse import _core
-from turbosparse.base.folders import new_file
 from turbosparse.base.machine import cache_folder, processor
+from turbosparse.base.remembered import recall, remember
 from turbosparse.packed.format import Packed
 
 SIZES = (4 << 10, 16 << 10, 64 << 10, 128 << 10)
@@ -48,19 +46,15 @@ def disk_of(packed: Packed, *, cache: Path | None = None, again: bool = False) -
     """That of a packed folder: measured once, some seconds, for a processor and a file system."""
     kept = cache or cache_folder() / "disk.json"
     key = f"{processor()}, device {packed.folder.stat().st_dev}"
+    known: Any = recall(kept).get(key)
     try:
-        known = dict(json.loads(kept.read_text(encoding="utf-8")))
-        found = {int(depth): [float(x) for x in rates] for depth, rates in known[key].items()}
-        if not again and all(len(rates) == len(SIZES) for rates in found.values()):
-            return Disk(list(SIZES), {depth: found[depth] for depth in DEPTHS})
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
-        known = {} if not kept.is_file() else known if "known" in locals() else {}
+        reads = {depth: [float(x) for x in known[str(depth)]] for depth in DEPTHS}
+        if not again and all(len(rates) == len(SIZES) for rates in reads.values()):
+            return Disk(list(SIZES), reads)
+    except (ValueError, LookupError, TypeError, AttributeError):
+        pass  # nothing, or not understood
     disk = measure(packed)
-    try:
-        with new_file(kept) as work:
-            work.write_text(json.dumps(known | {key: disk.reads}, indent=2), encoding="utf-8")
-    except OSError:
-        pass  # the next run measures again
+    remember(kept, key, disk.reads)
     return disk
 
 

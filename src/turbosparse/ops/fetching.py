@@ -11,7 +11,6 @@ of each in turn); the cache is 1 or 2; the bytes say how far ahead. An example i
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable
@@ -25,8 +24,8 @@ from numpy.typing import NDArray
 
 from turbosparse import _core
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import new_file
 from turbosparse.base.machine import cache_folder, processor
+from turbosparse.base.remembered import recall, remember
 from turbosparse.ops.rows import row_bytes
 
 VARIABLE = "TURBOSPARSE_FETCH"
@@ -101,32 +100,18 @@ def choose(threads: int, weights: int, cache: Path | None = None) -> Fetching:
     if found is not DEFAULT or weights < WORTHWHILE:
         return found
     found = measure(threads)
-    _keep(file, key, found)
+    remember(file, key, str(found))
     return found
 
 
 def _kept(file: Path, key: str) -> Fetching:
-    """What an earlier trial found; a file that is not ours or damaged counts for nothing."""
+    """What an earlier trial found; what is not understood counts for nothing."""
     try:
-        found = Fetching.parse(json.loads(file.read_text(encoding="utf-8"))[key], "kept")
+        found = Fetching.parse(recall(file)[key], "kept")
         found.use()
-    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+    except (ValueError, LookupError, TypeError, AttributeError):
         return DEFAULT
     return found
-
-
-def _keep(file: Path, key: str, found: Fetching) -> None:
-    """Add it to the file, or begin a new one; without a place for it the next run tries again."""
-    try:
-        known = json.loads(file.read_text(encoding="utf-8"))
-        known = dict(known)
-    except (OSError, ValueError, TypeError):
-        known = {}
-    try:
-        with new_file(file) as work:
-            work.write_text(json.dumps(known | {key: str(found)}, indent=2), encoding="utf-8")
-    except OSError:
-        pass
 
 
 def measure(threads: int) -> Fetching:
@@ -134,8 +119,7 @@ def measure(threads: int) -> Fetching:
     stride = row_bytes("q4", COLS)
     data = np.full((SLICES, ROWS, stride), 44, np.uint8)
     slices = [_core.Matrix(part, COLS, "q4") for part in data]
-    some = np.random.default_rng(0).permutation(ROWS)[: ROWS // 4].astype(np.int32)
-    some.sort()
+    some = np.sort(np.random.default_rng(0).permutation(ROWS)[: ROWS // 4].astype(np.int32))
     x, out = np.ones((1, COLS), np.float32), np.empty((1, ROWS), np.float32)
 
     def read(rows: NDArray[Any] | None) -> None:
