@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+import httpx
 import numpy as np
 import pytest
 from conftest import Shared
+from serving import Running, serving
 
 from turbosparse import _core
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.machine import size_in_bytes
+from turbosparse.benchmark import disk
+from turbosparse.benchmark.harness import Memory
 from turbosparse.engine import streaming
 from turbosparse.engine.engine import Engine
 from turbosparse.engine.streaming import Placement
+from turbosparse.generate import generate
 from turbosparse.pack import pack
 from turbosparse.packed.format import Packed
 from turbosparse.packed.header import FormatError
 from turbosparse.packed.synthetic import SHAPES, Wanted, make_synthetic
+from turbosparse.plan import plan
 
 Folder = Callable[[str], Path]
 PROMPT, TOKENS = list(range(20, 60)), 8
@@ -87,6 +95,62 @@ def test_the_text_is_that_in_memory_to_the_last_bit(
         _, missed, reads, size, _ = engine.stores.take_counts()
         assert missed >= reads > 0
         assert size > 0
+
+
+def test_a_server_answers_from_disk_as_from_memory(
+    with_signs: Folder, a_few_units: Callable[[bool], None]
+) -> None:
+    folder = with_signs("mistral")
+
+    def ask(running: Running, seed: int) -> str:
+        body = {"prompt": "The boats", "max_tokens": 12, "temperature": 1.0, "seed": seed}
+        answer = httpx.post(f"{running.address}/v1/completions", json=body).json()
+        return str(answer["choices"][0]["text"])
+
+    def answers(memory: int | None) -> list[str]:
+        with serving(folder, memory=memory) as running, ThreadPoolExecutor(4) as pool:
+            texts = list(pool.map(partial(ask, running), range(4)))
+            (served,) = running.server.models.open
+            assert bool(served.engine.stores) == bool(memory)
+        return texts
+
+    in_memory = answers(None)
+    a_few_units(False)
+    assert answers(1000) == in_memory
+    assert len(set(in_memory)) > 1
+
+
+def test_what_was_expected_stands_beside_what_was_reached(
+    tmp_path: Path,
+    with_signs: Folder,
+    a_few_units: Callable[[bool], None],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(disk, "SECONDS", 0.001)
+    monkeypatch.setattr(Memory, "read_speed", lambda _: 10.0)
+    folder = tmp_path / "model"
+    shutil.copytree(with_signs("mistral"), folder)
+    config = json.loads((folder / "config.json").read_text())
+    layers = config["num_hidden_layers"]
+    config["turbosparse"]["profile"] = {
+        "tokens": 100,
+        "nats_per_token": 2.0,
+        "active": [[0.1]] * layers,
+        "gate_positive": [[0.3]] * layers,
+        "expert_tokens": [[100]] * layers,
+        "windows": {1: 0.1, 8: 0.3, 256: 0.9},
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    a_few_units(False)
+    unknown = generate(folder, "The", max_tokens=2, threads=1, memory="1MB")
+    assert unknown.expected is None
+    planned = plan(folder, memory="60GiB", threads=1)
+    assert planned.neurons == "as the packed folder has it"
+    known = generate(folder, "The", max_tokens=2, threads=1, memory="1MB")
+    assert known.expected
+    assert f"({known.expected:.2g} expected)" in str(known)
+    assert generate(folder, "The", max_tokens=2, threads=1).expected is None
 
 
 def test_rows_that_were_replaced_stay_as_they_were(

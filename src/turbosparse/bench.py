@@ -32,12 +32,12 @@ from turbosparse.base.folders import AnyPath, local_path
 from turbosparse.base.machine import threads_to_use
 from turbosparse.base.progress import note
 from turbosparse.benchmark.disk import disk_of
+from turbosparse.benchmark.expected import unions_of
 from turbosparse.benchmark.harness import Memory, Spread, machine
 from turbosparse.engine import native
 from turbosparse.engine.cost import bytes_per_step
 from turbosparse.engine.engine import Engine, Mode
-from turbosparse.engine.expect import expect, walk
-from turbosparse.hf import families
+from turbosparse.engine.expect import expect
 from turbosparse.hf.count import experts_in_use
 from turbosparse.ops.rows import Quant
 from turbosparse.packed.format import Packed
@@ -231,8 +231,7 @@ def _expected(
     engine: Engine, shares: tuple[float, float, float], locality: float, bandwidth: float
 ) -> float:
     """Tokens/s by the measured speed of memory and disk; see `engine.expect`."""
-    config = engine.config
-    unions = walk(locality, max(1, families.experts(config)), experts_in_use(config))
+    unions, _ = unions_of(engine.packed, locality=locality)
     found = expect(
         engine.packed,
         engine.stores.placement if engine.stores else None,

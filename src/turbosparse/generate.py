@@ -9,7 +9,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,6 +17,7 @@ from cyclopts import Parameter
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath, local_path
+from turbosparse.benchmark.expected import expected_of
 from turbosparse.engine.drafting import open_draft
 from turbosparse.engine.engine import Backend, Engine, Mode
 from turbosparse.engine.generation import Ends, Token, stream
@@ -37,13 +38,17 @@ class Generated:
     activation_sparsity: float  # of decoding
     predicted_density: float  # share of candidates in decoding; 1 outside predicted mode
     ran: str
+    expected: float | None = (
+        None  # tokens/s, of a model from disk on a machine that `plan` measured
+    )
 
     def __str__(self) -> str:
         density = self.predicted_density
         predicted = f"predicted density {density:.1%}; " if density < 1 else ""
+        expected = f" ({self.expected:.2g} expected)" if self.expected else ""
         return (
             f"[{self.ran}] prompt {self.prompt_tokens} tokens in {self.prompt_seconds:.2f} s; "
-            f"{self.tokens} tokens at {self.tokens_per_second:.1f} tokens/s; "
+            f"{self.tokens} tokens at {self.tokens_per_second:.1f} tokens/s{expected}; "
             f"activation sparsity {self.activation_sparsity:.1%}; {predicted}"
             f"stopped by {self.finish}"
         )
@@ -151,7 +156,7 @@ def generate(
     if show:
         show("\n")
     ran = engine.describe() + (f", {guesses}" if guesses else "")
-    return summarise(tokens, len(ids), ran)
+    return replace(summarise(tokens, len(ids), ran), expected=expected_of(engine))
 
 
 def check_packed(model: Path, verb: str) -> None:

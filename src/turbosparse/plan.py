@@ -4,29 +4,24 @@ From the measured speed of the memory and of the disk, the bytes of a token, and
 that follow each other have in common. Nothing of the model is run.
 
     turbosparse plan mixtral-q4 --memory 8GiB
-    turbosparse plan mixtral-q4 --target 2 --stats sparse/stats.turbosparse
+    turbosparse plan mixtral-q4 --target 2
 """
 
 from __future__ import annotations
 
-import statistics
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath, local_path
 from turbosparse.base.machine import memory_available, size_in_bytes, size_text, threads_to_use
 from turbosparse.benchmark.disk import disk_of
-from turbosparse.benchmark.harness import Memory
+from turbosparse.benchmark.expected import measure_bandwidth, unions_of
 from turbosparse.engine.engine import Mode, has_modes
-from turbosparse.engine.expect import Expected, Unions, expect, measured, shares_of, walk
+from turbosparse.engine.expect import Expected, expect, shares_of
 from turbosparse.engine.streaming import place
-from turbosparse.hf import families
-from turbosparse.hf.count import experts_in_use
 from turbosparse.packed.format import Packed
 
-ROUNDS = 5  # of measuring the memory
 STEP = 64 << 20  # bytes: how finely memory is searched for
 
 
@@ -86,12 +81,13 @@ def plan(
     mode
         By default the fastest that the model has.
     stats
-        stats.turbosparse of analyse: what neighbouring tokens have in common.
+        stats.turbosparse of analyse: what neighbouring tokens have in common, where the folder was
+        packed without it.
     sparsity
         Share of inactive neurons, where the folder does not say.
     locality
-        Correlation of neighbouring tokens of a synthetic model. Without this and without --stats
-        tokens are taken to have nothing in common, which is the worst case.
+        Correlation of neighbouring tokens of a synthetic model. Where nothing is known, tokens are
+        taken to have nothing in common, which is the worst case.
     threads
         By default all processors of this process.
     measure
@@ -107,9 +103,8 @@ def plan(
         )
     if target is not None and target <= 0:
         raise TurboSparseError(f"--target {target:g} must be more than 0 tokens/s")
-    unions, source = _unions(packed, local_path(stats) if stats else None, locality)
-    harness, disk = Memory(threads), disk_of(packed, again=measure)
-    bandwidth = statistics.median(harness.read_speed() for _ in range(ROUNDS))
+    unions, source = unions_of(packed, local_path(stats) if stats else None, locality)
+    disk, bandwidth = disk_of(packed, again=measure), measure_bandwidth(threads)
 
     def all_modes(size: int) -> list[tuple[Expected, str]]:
         found = []
@@ -150,22 +145,6 @@ def plan(
         tokens_per_second=best.tokens_per_second,
         others={other.mode: other.tokens_per_second for other, _ in others},
     )
-
-
-def _unions(packed: Packed, stats: Any, locality: float | None) -> tuple[Unions, str]:
-    config = packed.config
-    experts, used = max(1, families.experts(config)), experts_in_use(config)
-    if locality is not None and not 0 <= locality < 1:
-        raise TurboSparseError(f"--locality {locality:g} must be 0 or more and less than 1")
-    if stats is None:
-        near = f"correlation {locality:g}" if locality else "nothing in common: the worst case"
-        return cache(walk(locality or 0.0, experts, used)), near
-    from turbosparse.packed.stats import Stats
-
-    found = Stats.load(stats)
-    found.check(config)
-    windows = found.together("windows")
-    return cache(measured(windows, used / experts)), f"as {stats.name} has it"
 
 
 def _least(all_modes: Any, target: float, most: int, *, limit: bool) -> int:

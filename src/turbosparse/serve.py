@@ -11,6 +11,7 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath
 from turbosparse.base.machine import size_in_bytes
 from turbosparse.base.progress import note
+from turbosparse.benchmark.expected import expected_of
 from turbosparse.engine.engine import Mode
 
 
@@ -92,6 +93,8 @@ def serve(
     )
     with offered.using(None) as first:
         note(first.engine.describe())
+        if expected := expected_of(first.engine):
+            note(f"one text alone: {expected:.2g} tokens/s expected")
     local = host in guard.LOOPBACK
     if not local and not key:
         note(

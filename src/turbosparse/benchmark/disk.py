@@ -44,18 +44,31 @@ class Disk:
 
 def disk_of(packed: Packed, *, cache: Path | None = None, again: bool = False) -> Disk:
     """That of a packed folder: measured once, some seconds, for a processor and a file system."""
-    kept = cache or cache_folder() / "disk.json"
-    key = f"{processor()}, device {packed.folder.stat().st_dev}"
-    known: Any = recall(kept).get(key)
+    known = None if again else known_disk(packed, cache=cache)
+    if known:
+        return known
+    disk = measure(packed)
+    remember(cache or _kept(), _key(packed), disk.reads)
+    return disk
+
+
+def known_disk(packed: Packed, *, cache: Path | None = None) -> Disk | None:
+    """As it was measured before; None if it was not, or if that is not understood."""
+    known: Any = recall(cache or _kept()).get(_key(packed))
     try:
         reads = {depth: [float(x) for x in known[str(depth)]] for depth in DEPTHS}
-        if not again and all(len(rates) == len(SIZES) for rates in reads.values()):
-            return Disk(list(SIZES), reads)
     except (ValueError, LookupError, TypeError, AttributeError):
-        pass  # nothing, or not understood
-    disk = measure(packed)
-    remember(kept, key, disk.reads)
-    return disk
+        return None
+    whole = all(len(rates) == len(SIZES) for rates in reads.values())
+    return Disk(list(SIZES), reads) if whole else None
+
+
+def _kept() -> Path:
+    return cache_folder() / "disk.json"
+
+
+def _key(packed: Packed) -> str:
+    return f"{processor()}, device {packed.folder.stat().st_dev}"
 
 
 def measure(packed: Packed) -> Disk:

@@ -144,6 +144,8 @@ class Profile(_Record):
     active: list[list[Share]]
     gate_positive: list[list[Share]]
     expert_tokens: list[list[Count]]
+    # of the neurons of a layer, the share that so many neighbouring tokens need together
+    windows: dict[Annotated[int, Field(ge=1, strict=False)], Share] = {}
 
     def fits(self, layers: int, experts: int) -> bool:
         """Whether it is of a model of this many layers with this many feed-forwards in each."""

@@ -355,6 +355,7 @@ class Stats:
             active=self.active_ratio().tolist(),
             gate_positive=self.gate_ratio().tolist(),
             expert_tokens=self.tokens.tolist(),
+            windows=self.together("windows"),
         )
 
     def check(self, config: Any) -> None:
