@@ -47,8 +47,12 @@ void bind_store(nb::module_& m) {
   nb::exception<ReadError>(m, "ReadError", PyExc_OSError);
   nb::class_<OwningRows>(m, "StoredRows", "A tensor of rows that stays on disk.")
       .def("fetch", &fetch, "rows"_a.noconvert(), "Have these rows, ascending, in the store.");
-  nb::class_<Store>(m, "Store", "A cache of bounded size of units of neighbouring rows on disk.")
-      .def("__init__", &init_store, "bytes"_a, "row_bytes"_a, "unit"_a, "readers"_a)
+  nb::class_<Store> store(m, "Store",
+                          "A cache of bounded size of units of neighbouring rows on disk.");
+  store.attr("READ_BYTES") = Store::kReadBytes;
+  store.attr("GAP_BYTES") = Store::kGapBytes;
+  store.attr("TOGETHER") = Neurons::kChunk;
+  store.def("__init__", &init_store, "bytes"_a, "row_bytes"_a, "unit"_a, "readers"_a)
       .def("add", &add, "file"_a, "offset"_a, "rows"_a, "alignment"_a,
            "Rows from a byte of an open file on, which is the caller's to keep open.")
       .def_prop_ro("units", &Store::units)

@@ -14,8 +14,7 @@
 
 namespace {
 
-// Hot neurons come first, so threads take turns at small chunks to share them evenly.
-constexpr int64_t kChunk = 16;
+constexpr int64_t kChunk = Neurons::kChunk;
 
 // What several tokens read in turn: half of a common L2 cache. Their sums take another part of it,
 // which limits the tokens that go through a feed-forward together.

@@ -81,6 +81,9 @@ enum class Mode { kDense, kExact, kPredicted };
 class Predictor;
 
 struct Neurons {
+  // Hot neurons come first, so threads take turns at small chunks to share them evenly.
+  static constexpr int64_t kChunk = 16;
+
   enum Part { kGate, kUp, kDown };
 
   // Ungated, up is its own gate: the up rows are the gates, and pairs hold the down columns alone.

@@ -13,13 +13,7 @@
 
 namespace {
 
-// Neighbours that are missing are read together, up to so many bytes: beyond it reads only grow
-// longer, not faster. What lies between them is read as well and dropped, if it is not more than
-// this: a disk takes about as long for one more read.
-constexpr int64_t kReadBytes = 128 << 10;
-constexpr int64_t kGapBytes = 16 << 10;
 constexpr int32_t kDropped = -1;
-
 constexpr int64_t kHugePage = 2 << 20;
 constexpr int64_t kSlack = 64;  // that a kernel may load behind the last row
 

@@ -21,6 +21,12 @@ struct ReadError : std::runtime_error {
 // least recently gives way: a clock that passes over units used since it last came by.
 class Store {
  public:
+  // Neighbours that are missing are read together, up to so many bytes: beyond it reads only grow
+  // longer, not faster. What lies between them is read as well and dropped, if it is not more than
+  // this: a disk takes about as long for one more read.
+  static constexpr int64_t kReadBytes = 128 << 10;
+  static constexpr int64_t kGapBytes = 16 << 10;
+
   // What happened since the store was made, or last asked.
   struct Counts {
     int64_t hits, misses;  // units that a hold found there or on their way, and others

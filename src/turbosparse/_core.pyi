@@ -43,6 +43,9 @@ class StoredRows:
     def fetch(self, rows: NDArray[np.int32]) -> None: ...
 
 class Store:
+    READ_BYTES: int  # of one read of neighbours, at most
+    GAP_BYTES: int  # between neighbours that are read together, at most
+    TOGETHER: int  # neurons that a thread takes at a time
     def __init__(self, bytes: int, row_bytes: int, unit: int, readers: int) -> None: ...
     def add(self, file: int, offset: int, rows: int, alignment: int) -> StoredRows: ...
     @property

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 
+from turbosparse import _core
 from turbosparse.engine import streaming
 from turbosparse.engine.streaming import Placement
 from turbosparse.hf import families
@@ -22,7 +23,6 @@ from turbosparse.ops import Mode
 from turbosparse.ops.cost import bytes_of, needed
 from turbosparse.packed.format import Packed
 
-JOINED, DROPPED = 128 << 10, 16 << 10  # of one read, and of a gap in it: csrc/store.cpp
 _NEURONS, _WINDOWS = 8192, 200
 
 # unions(share, rows): of units of so many rows, the share that 1, 2, … neighbouring tokens need,
@@ -152,11 +152,11 @@ def _joined(misses: float, among: float, unit: int) -> tuple[float, float]:
     """Reads of so many units, at random places among others, and their bytes."""
     if misses <= 0:
         return 0.0, 0.0
-    density, gap = min(1.0, misses / among), DROPPED // unit
+    density, gap = min(1.0, misses / among), _core.Store.GAP_BYTES // unit
     apart = (1 - density) ** (gap + 1)
     between = sum(n * density * (1 - density) ** n for n in range(1, gap + 1))  # units of a miss
     size = misses * unit * (1 + between)
-    return max(misses * apart, size / JOINED), size
+    return max(misses * apart, size / _core.Store.READ_BYTES), size
 
 
 def shares_of(packed: Packed, sparsity: float | None) -> tuple[float, float, float] | None:

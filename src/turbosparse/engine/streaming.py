@@ -25,7 +25,6 @@ from turbosparse.packed.format import Packed
 UNIT_BYTES = 4 << 10  # the least that one read fetches; those of neighbours are joined
 READERS = 32  # reads under way, for each kind of rows
 _PASS = 64 << 20  # bytes that a pass takes beside 64 for each of CHUNK tokens and hidden feature
-_TOGETHER = 16  # neurons that a thread takes at a time, kChunk of csrc/matrix.cpp
 _LEAST_PROCESS = 128 << 20
 _FRAME = 48  # bytes that the store keeps of a unit in memory
 
@@ -124,7 +123,9 @@ def _least(packed: Packed, kinds: list[str], threads: int) -> int:
     sizes = []
     for alignment in (1, 512, 4096):
         rows, whole = _units(packed, kinds, alignment)
-        sizes.append(threads * max(max(1, _TOGETHER // unit) for _, unit in rows.values()) * whole)
+        sizes.append(
+            threads * max(max(1, _core.Store.TOGETHER // unit) for _, unit in rows.values()) * whole
+        )
     return max(sizes)
 
 
