@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,26 @@ def test_a_curve_is_what_the_model_does_with_so_many_neurons(sparse: Make) -> No
     assert asked == pytest.approx(found, abs=0.05)
 
 
+@pytest.mark.parametrize(("family", "activation"), [("llama", "drelu"), ("mixtral", "reglu")])
+def test_cut_gates_are_the_threshold_of_the_config(
+    sparse: Make, tmp_path: Path, family: str, activation: str
+) -> None:
+    folder = sparse(family, activation)
+    model = load_model(folder).eval()
+    pieces = written_by(model, texts=2)
+    curves = curves_of(model, pieces)
+    point = curves.methods["gate"][2]
+    assert point.kept < curves.kept
+    assert curves_of(model, pieces) == curves, "nothing is left behind"
+    shutil.copytree(folder, tmp_path / "cut")
+    config = json.loads((tmp_path / "cut/config.json").read_text())
+    config |= {"ffn_threshold": point.setting}
+    (tmp_path / "cut/config.json").write_text(json.dumps(config))
+    cut = curves_of(load_model(tmp_path / "cut").eval(), pieces)
+    assert cut.kept == point.kept
+    assert cut.perplexity == pytest.approx(point.perplexity, rel=1e-6)
+
+
 def test_padding_counts_for_nothing(sparse: Make) -> None:
     model = load_model(sparse("mixtral")).eval()
     long, short = written_by(model, texts=2)
@@ -160,7 +182,7 @@ def test_curves_are_kept_in_the_statistics(sparse: Make, corpus: Path, tmp_path:
     stats = Stats.load(tmp_path / "stats.turbosparse")
     assert stats.curves
     assert found.curves == stats.curves.model_dump()
-    assert [len(points) >= 6 for points in stats.curves.methods.values()] == [True] * 3
+    assert [len(points) >= 6 for points in stats.curves.methods.values()] == [True] * 4
 
 
 @pytest.mark.parametrize(

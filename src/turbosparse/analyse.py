@@ -131,8 +131,10 @@ class Analysis:
             return
         yield f"perplexity of {self.curves['tokens']} tokens where only some neurons are kept:"
         for method, points in self.curves["methods"].items():
-            words = ", ".join(f"{p['kept']:.1%}: {p['perplexity']:.2f}" for p in points)
-            yield f"  {method}: {words}"
+            words = [f"{p['kept']:.1%}: {p['perplexity']:.2f}" for p in points]
+            if method == "gate":  # what to write into config.json
+                words = [f"{w} at {p['setting']:.3g}" for w, p in zip(words, points, strict=True)]
+            yield f"  {method}: {', '.join(words)}"
         rise, at = self.curves["rise"], self.curves["cett"]
         yield (
             f"  it rises by {rise:g} % at CETT {at['setting']:.3f}, with {at['kept']:.1%} kept"

@@ -1,10 +1,12 @@
-"""Perplexity against kept neurons: those that add little are dropped, chosen in three ways.
+"""Perplexity against kept neurons: those that add little are dropped, chosen in some ways.
 
 ``top_k``: a token keeps the k entries of Combined that are largest in size, the same k in all
 layers (Turbo Sparse eq. 3). ``threshold``: one number for all layers, on the size of Combined.
 ``cett``: with the neuron outputs n_i = Combined_i · down_i, a layer drops D = {i: ‖n_i‖ < ε}, and
 CETT = ‖Σ_D n_i‖ / ‖Σ n_i‖, mean over tokens; ε is chosen for each layer so that CETT is the same
-in all (ReLU² Wins, arXiv 2402.03804). Of a mixture, the sums are an expert's.
+in all (ReLU² Wins, arXiv 2402.03804). Of a mixture, the sums are an expert's. ``gate``: one number
+for all layers, up to which a gate counts as zero, where the activation has it cut below zero anyway
+(FATReLU: ProSparse, arXiv 2402.13516); of the four only this needs no Combined to choose by.
 """
 
 from __future__ import annotations
@@ -19,7 +21,9 @@ from torch.nn.functional import linear
 
 from turbosparse.analysis.measure import batches, nats_of
 from turbosparse.base.progress import track
-from turbosparse.hf.observe import Seen, change_each, observe_ffn
+from turbosparse.hf.activations import ACTIVATIONS
+from turbosparse.hf.load import activation_of
+from turbosparse.hf.observe import Seen, change_each, cut_gates, observe_ffn
 from turbosparse.packed.stats import Curves, Point
 
 KEPT = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)  # of the neurons that are active
@@ -33,6 +37,10 @@ Where = tuple[int, int | None]  # layer, expert
 Keep = Callable[[Where, Tensor], Tensor]
 
 
+def _active(_: Where, combined: Tensor) -> Tensor:
+    return combined != 0
+
+
 @torch.inference_mode()
 def curves_of(model: Any, pieces: list[list[int]], *, rise: float = 1.0) -> Curves:
     """The curves of `model` on pieces of token ids; it runs them some 30 times.
@@ -41,11 +49,14 @@ def curves_of(model: Any, pieces: list[list[int]], *, rise: float = 1.0) -> Curv
         rise: percent that the perplexity may rise at CETT-PPL-p %.
     """
     runs = _Runs(model.eval(), batches(pieces))
-    base = runs.point(0.0, lambda _, active: active != 0)
+    base = runs.point(0.0, _active)
     choose = _Choices(model, runs.batches[0])
     found: dict[str, list[Point]] = {"top_k": [], "threshold": [], "cett": []}
     settings = [("cett", value) for value in CETTS]
     settings += [(name, part * base.kept) for name in ("top_k", "threshold") for part in KEPT]
+    if ACTIVATIONS[activation_of(model.config)].cuts:
+        found["gate"] = []
+        settings += [("gate", part) for part in KEPT]
     for name, setting in track(settings, "curves", total=len(settings)):
         found[name].append(runs.point(*getattr(choose, name)(setting)))
 
@@ -95,8 +106,11 @@ class _Runs:
     def __init__(self, model: Any, batches: list[Tensor]):
         self.model, self.batches = model, batches
 
-    def point(self, setting: float, keep: Keep) -> Point:
-        """Perplexity, and the share of entries that are kept and not zero; no padding counts."""
+    def point(self, setting: float, keep: Keep, cut: float = 0.0) -> Point:
+        """Perplexity, and the share of entries that are kept and not zero; no padding counts.
+
+        Gates up to `cut` are zero.
+        """
         kept, entries, nats = 0, 0, 0.0
         for ids in self.batches:
             real = (ids[:, 1:] >= 0).flatten().to(self.model.device)
@@ -110,7 +124,7 @@ class _Runs:
                 return changed
 
             inputs = ids[:, :-1].clamp(min=0).to(self.model.device)
-            with change_each(self.model, change):
+            with cut_gates(self.model, cut), change_each(self.model, change):
                 nats += nats_of(self.model(inputs, use_cache=False).logits, ids)
         tokens = sum(int((ids[:, 1:] >= 0).sum()) for ids in self.batches)
         perplexity = math.exp(min(nats / tokens, 700))
@@ -122,9 +136,12 @@ class _Choices:
 
     def __init__(self, model: Any, ids: Tensor):
         seen: dict[Where, list[Tensor]] = {}
+        gates: list[Tensor] = []
 
         def see(one: Seen) -> None:
             step = -(-len(one.combined) // TOKENS)
+            gate = one.gate[::step].float()
+            gates.append(gate[gate > 0])
             seen.setdefault((one.layer, one.expert), []).append(one.combined[::step].float())
 
         short = ids[:1, :-1].clamp(min=0).to(model.device)
@@ -132,6 +149,7 @@ class _Choices:
             model(short, use_cache=False)
         some = {where: torch.cat(parts) for where, parts in seen.items()}
         self._sizes = torch.cat([part.abs().flatten() for part in some.values()]).sort().values
+        self._gates = torch.cat(gates).sort().values
         self._layers = model.model.layers
         self._norms = {w: self._down(w).norm(dim=0) for w in self._places()}
         self._levels = [self._table(layer, some) for layer in range(len(self._layers))]
@@ -172,6 +190,11 @@ class _Choices:
         """One for all layers, above which so many entries are."""
         least = float(self._sizes[-max(1, round(share * len(self._sizes)))])
         return least, lambda _, active: active.abs() >= least
+
+    def gate(self, share: float) -> tuple[float, Keep, float]:
+        """One for all layers, which this share of the positive gates is above."""
+        most = float(self._gates[-max(1, round(share * len(self._gates)))])
+        return most, _active, most
 
     def cett(self, target: float) -> tuple[float, Keep]:
         """A threshold of each layer at which its CETT is `target`, between the nearest levels."""

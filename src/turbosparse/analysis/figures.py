@@ -17,8 +17,8 @@ from turbosparse.base.errors import TurboSparseError
 Facts = dict[str, Any]
 COLOURS = ("#2f7fc1", "#d9662b", "#2a9d6f", "#8b5fbf", "#b8923a", "#c2477f")
 INK = "#10203a"  # becomes the colour of the page's text
-METHODS = {"top_k": "top-k", "threshold": "one threshold", "cett": "CETT"}
-_DASHES = {"top_k": "--", "threshold": ":", "cett": "-"}
+METHODS = {"top_k": "top-k", "threshold": "one threshold", "cett": "CETT", "gate": "gates cut"}
+_DASHES = {"top_k": "--", "threshold": ":", "cett": "-", "gate": "-."}
 _WIDTH, _HEIGHT = 4.6, 3.1
 
 

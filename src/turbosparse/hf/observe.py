@@ -261,6 +261,23 @@ def force_sparsity(model: Any, share: float) -> Any:
     return change_combined(model, change)
 
 
+@contextmanager
+def cut_gates(model: Any, most: float) -> Iterator[None]:
+    """Within it a gate of at most this counts as zero (FATReLU), of a model that cuts its gates."""
+    if not most:
+        yield
+        return
+    ffns = [getattr(block.mlp, "experts", block.mlp) for block in model.model.layers]
+    before = [ffn.threshold for ffn in ffns]
+    try:
+        for ffn in ffns:
+            ffn.threshold = max(most, ffn.threshold)
+        yield
+    finally:
+        for ffn, threshold in zip(ffns, before, strict=True):
+            ffn.threshold = threshold
+
+
 # (layer, expert or None, what the FFN reads [N, H], the residual before its norm [N, H]) → the
 # neurons that may be active, bool [N, I]
 Pick = Callable[[int, int | None, torch.Tensor, torch.Tensor], torch.Tensor]
