@@ -194,7 +194,7 @@ def analyse(
         Run the weights with this FFN activation instead of the folder's own.
     curves
         Also measure perplexity against kept neurons, on about this many tokens (2048 is a start),
-        some 30 times: by top-k, by one threshold, and by CETT.
+        some 30 times: by top-k, by one threshold, by CETT, and by gates that are cut.
     rise
         Percent of perplexity that the CETT looked for may cost.
     device
