@@ -41,17 +41,18 @@ def quality(
 
 
 def compare(old: FFN, seen: Tensor, unseen: Tensor, args: argparse.Namespace) -> dict[str, str]:
-    fitted = fit(old, seen, round(args.widen * len(old.gate)))
+    wanted = old.output(seen, "swiglu")
+    fitted = fit(old, seen, wanted, round(args.widen * len(old.gate)))
     made = {"plain": old, "fitted": fitted}
     for passes in map(int, args.passes.split(",")):
-        made[f"{passes} passes"] = last = reconstruct(old, fitted, seen, passes)
+        made[f"{passes} passes"] = last = reconstruct(fitted, seen, wanted, passes)
     made = {name: ffn.to(seen.dtype) for name, ffn in made.items()}
-    wanted, last = old.output(unseen, "swiglu"), last.to(seen.dtype)
-    rows = {name: quality(wanted, ffn, unseen) for name, ffn in made.items()}
-    mean = (old.output(seen, "swiglu") - made["fitted"].output(seen, "drelu")).mean(0)
-    rows["fitted, a bias"] = quality(wanted, made["fitted"], unseen, added=mean)
+    truth, last = old.output(unseen, "swiglu"), last.to(seen.dtype)
+    rows = {name: quality(truth, ffn, unseen) for name, ffn in made.items()}
+    mean = (wanted - made["fitted"].output(seen, "drelu")).mean(0)
+    rows["fitted, a bias"] = quality(truth, made["fitted"], unseen, added=mean)
     for cut in map(float, args.cuts.split(",")):
-        rows[f"{passes} passes, gates cut at {cut:g}"] = quality(wanted, last, unseen, cut=cut)
+        rows[f"{passes} passes, gates cut at {cut:g}"] = quality(truth, last, unseen, cut=cut)
     return rows
 
 

@@ -17,10 +17,12 @@ from torch.nn.functional import relu, silu
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.convert import convert
+from turbosparse.hf import conversion
 from turbosparse.hf.conversion import HELD_OUT, convert_layers
 from turbosparse.hf.layerwise import Layerwise
 from turbosparse.hf.load import load_model, load_tokenizer
 from turbosparse.hf.reconstruct import reconstruct
+from turbosparse.hf.steps import HIDDEN as STATES
 from turbosparse.hf.surgery import FFN, explained, fit
 from turbosparse.pack import pack
 from turbosparse.packed.format import Packed
@@ -45,6 +47,15 @@ def drelu(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
     return (relu(x @ gate.T) * relu(x @ up.T)) @ down.T
 
 
+def alike(old: FFN, x: Tensor, neurons: int, **more: Any) -> FFN:
+    """Fitted to the output of the dense one."""
+    return fit(old, x, old.output(x, "swiglu"), neurons, **more)
+
+
+def share_of(old: FFN, new: FFN, x: Tensor) -> float | None:
+    return explained(new, x, old.output(x, "swiglu"))
+
+
 # --- one FFN --------------------------------------------------------------------------------------
 
 
@@ -59,8 +70,8 @@ def test_both_halves_of_each_neuron_are_the_whole_of_it() -> None:
     x = random(ROWS, HIDDEN, seed=1)
     truth = swiglu(x, gate, up, down)
     old = FFN(gate, up, down)
-    new = fit(old, x, 2 * NEURONS)
-    assert explained(old, new, x) == pytest.approx(1, abs=1e-4)
+    new = alike(old, x, 2 * NEURONS)
+    assert share_of(old, new, x) == pytest.approx(1, abs=1e-4)
     assert (drelu(x, *new) - truth).norm() < 0.01 * truth.norm()
     assert (drelu(x, gate, up, down) - truth).norm() > 0.5 * truth.norm()
 
@@ -71,10 +82,10 @@ def test_the_half_that_adds_most_is_kept() -> None:
     x, up = random(ROWS, HIDDEN, seed=1).abs(), up.abs()
     up[::2] *= -1
     old = FFN(gate, up, down)
-    new = fit(old, x, NEURONS)
+    new = alike(old, x, NEURONS)
     assert torch.equal(new.up.sort(0).values, up.abs().sort(0).values)
     assert torch.equal(new.gate.sort(0).values, gate.sort(0).values)
-    share = explained(old, new, x)
+    share = share_of(old, new, x)
     assert share is not None
     assert share > 0.95
 
@@ -86,13 +97,13 @@ def test_the_share_that_is_explained_is_that_of_the_new_output() -> None:
     plain = explained_by(drelu(x, *weights), truth)
     found = []
     for neurons in (NEURONS, NEURONS * 3 // 2, NEURONS * 2):
-        new = fit(FFN(*weights), x, neurons)
+        new = alike(FFN(*weights), x, neurons)
         assert [tuple(weight.shape) for weight in new] == [
             (neurons, HIDDEN),
             (neurons, HIDDEN),
             (HIDDEN, neurons),
         ]
-        share = explained(FFN(*weights), new, x)
+        share = share_of(FFN(*weights), new, x)
         assert share == pytest.approx(explained_by(drelu(x, *new), truth), abs=1e-4)
         found.append(share)
     assert plain < found[0] < found[1] < found[2]
@@ -102,7 +113,7 @@ def test_little_text_leaves_the_rest_as_it_was() -> None:
     """One token says something of the neurons that it makes fire; the others keep their columns."""
     gate, up, down = dense_ffn()
     x = random(1, HIDDEN, seed=1)
-    new = fit(FFN(gate, up, down), x, NEURONS)
+    new = alike(FFN(gate, up, down), x, NEURONS)
     silent = (relu(x @ new.gate.T) * relu(x @ new.up.T))[0] == 0
     before = {tuple(column) for column in torch.cat([down, -down], 1).T.tolist()}
     assert 0 < silent.sum() < NEURONS
@@ -113,8 +124,8 @@ def test_little_text_leaves_the_rest_as_it_was() -> None:
 @pytest.mark.parametrize("x", [torch.zeros(0, HIDDEN), torch.zeros(3, HIDDEN)])
 def test_no_text_leaves_everything_as_it_was(x: Tensor) -> None:
     weights = dense_ffn()
-    new = fit(FFN(*weights), x, NEURONS)
-    assert explained(FFN(*weights), new, x) is None
+    new = alike(FFN(*weights), x, NEURONS)
+    assert share_of(FFN(*weights), new, x) is None
     for weight, old in zip(new, weights, strict=True):
         torch.testing.assert_close(weight, old)
 
@@ -129,7 +140,7 @@ def test_a_few_massive_neurons_do_not_freeze_the_others() -> None:
     small = down.clone()
     small[:, :2] /= 1000  # what they add stays the same
     plain, massive = FFN(gate, up, down), FFN(gate, huge, small)
-    shares = [explained(old, fit(old, x, neurons), x) for old in (plain, massive)]
+    shares = [share_of(old, alike(old, x, neurons), x) for old in (plain, massive)]
     assert shares[1] == pytest.approx(shares[0], abs=2e-3)
 
 
@@ -137,14 +148,15 @@ def test_a_feed_forward_learns_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """One token whose output is 1,000 times as large does not keep it from learning the others."""
     monkeypatch.setattr("turbosparse.hf.reconstruct.uses_bf16", lambda _: False)
     old, x, other = FFN(*dense_ffn()), random(4096, HIDDEN, seed=1), random(999, HIDDEN, seed=5)
-    before = fit(old, x, NEURONS)
-    plain = reconstruct(old, before, x, 4)
+    before = alike(old, x, NEURONS)
+    plain = reconstruct(before, x, old.output(x, "swiglu"), 4)
     x[7] *= 30
-    for made in (plain, reconstruct(old, before, x, 4)):
+    wanted = old.output(x, "swiglu")
+    for made in (plain, reconstruct(before, x, wanted, 4)):
         assert all(weight.dtype == torch.float32 for weight in made)
-        left = [1 - (explained(old, ffn, other) or 0.0) for ffn in (before, made)]
+        left = [1 - (share_of(old, ffn, other) or 0.0) for ffn in (before, made)]
         assert left[1] < 0.9 * left[0]
-    again = reconstruct(old, before, x, 4)
+    again = reconstruct(before, x, wanted, 4)
     assert all(torch.equal(a, b) for a, b in zip(made, again, strict=True))
 
 
@@ -152,13 +164,12 @@ def test_what_does_not_help_is_not_kept(
     dense: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A layer that training made worse stays what the fit made of it."""
-    from turbosparse.hf import conversion
 
-    def bad(_old: FFN, new: FFN, *_: Any) -> FFN:
+    def bad(new: FFN, *_: Any) -> FFN:
         return FFN(*(weight + 1 for weight in new))
 
     ids = torch.randint(0, 300, (16, 48), generator=torch.Generator().manual_seed(1))
-    model = Layerwise(dense("llama"), activation="drelu", device="cpu", dtype=torch.float32)
+    model = Layerwise(dense("llama"), device="cpu", dtype=torch.float32)
     fitted = convert_layers(model, ids, tmp_path / "fitted", neurons=96)
     monkeypatch.setattr(conversion, "reconstruct", bad)
     assert convert_layers(model, ids, tmp_path / "kept", neurons=96, passes=1) == fitted
@@ -171,7 +182,7 @@ def test_weights_that_are_not_real_are_an_error_that_names_the_layer(value: floa
     with pytest.raises(
         TurboSparseError, match="layer 7: its outputs on the text are NaN, infinite"
     ):
-        fit(FFN(gate, up, down), random(ROWS, HIDDEN), NEURONS, where="layer 7")
+        alike(FFN(gate, up, down), random(ROWS, HIDDEN), NEURONS, where="layer 7")
 
 
 # --- convert --------------------------------------------------------------------------------------
@@ -270,7 +281,7 @@ def whole_model(folder: Path, ids: Tensor, neurons: int) -> dict[str, Tensor]:
     def dense(mlp: Any, inputs: tuple[Tensor, ...]) -> None:
         parts = [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
         old = FFN(*(part.weight.detach() for part in parts))
-        for part, weight in zip(parts, fit(old, inputs[0].flatten(0, -2), neurons), strict=True):
+        for part, weight in zip(parts, alike(old, inputs[0].flatten(0, -2), neurons), strict=True):
             part.weight = torch.nn.Parameter(weight)
 
     def experts(module: Any, inputs: tuple[Tensor, ...]) -> None:
@@ -280,7 +291,7 @@ def whole_model(folder: Path, ids: Tensor, neurons: int) -> dict[str, Tensor]:
             zip(module.gate_up_proj.detach(), module.down_proj.detach(), strict=True)
         ):
             mine = x[(chosen == expert).any(-1)]
-            new.append(fit(FFN(*gate_up.chunk(2), down), mine, neurons))
+            new.append(alike(FFN(*gate_up.chunk(2), down), mine, neurons))
         module.gate_up_proj = torch.nn.Parameter(torch.stack([torch.cat(f[:2]) for f in new]))
         module.down_proj = torch.nn.Parameter(torch.stack([f.down for f in new]))
 
@@ -296,12 +307,14 @@ def whole_model(folder: Path, ids: Tensor, neurons: int) -> dict[str, Tensor]:
 @pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("neurons", [96, 128])
 def test_layer_by_layer_is_the_same_as_the_whole_model_at_once(
-    dense: Make, tmp_path: Path, family: str, neurons: int
+    dense: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str, neurons: int
 ) -> None:
+    """Where no layer makes up for those before it."""
+    monkeypatch.setattr("turbosparse.hf.conversion._REPAID", 0.0)
     ids = torch.randint(0, 300, (16, 48), generator=torch.Generator().manual_seed(1))
     seen = ids[torch.arange(16) % HELD_OUT != HELD_OUT - 1]
     expected = whole_model(dense(family), seen, neurons)
-    model = Layerwise(dense(family), activation="drelu", device="cpu", dtype=torch.float32)
+    model = Layerwise(dense(family), device="cpu", dtype=torch.float32)
     shares = convert_layers(model, ids, tmp_path / "work", neurons=neurons)
     assert all(share is not None and 0 < share <= 1 for layer in shares for share in layer)
     for index in range(model.config.num_hidden_layers):
@@ -319,17 +332,31 @@ def test_layer_by_layer_is_the_same_as_the_whole_model_at_once(
             torch.testing.assert_close(gate_up, fused, rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_layer_makes_up_for_those_before_it(
+    dense: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, family: str
+) -> None:
+    """Behind the last layer the states are nearer to the dense ones, on text kept apart too."""
+    ids = torch.randint(0, 300, (64, 48), generator=torch.Generator().manual_seed(1))
+    model, far = Layerwise(dense(family), device="cpu", dtype=torch.float32), []
+    for part in (0.0, 0.5):
+        monkeypatch.setattr(conversion, "_REPAID", part)
+        convert_layers(model, ids, tmp_path / f"{part}", neurons=96)
+        changed, truth = load_file(tmp_path / f"{part}" / STATES)["hidden"].chunk(2)
+        apart = torch.arange(len(ids)) % HELD_OUT == HELD_OUT - 1
+        far.append(float((changed - truth)[apart].square().mean()))
+    assert far[1] < far[0]
+
+
 def test_a_killed_conversion_resumes_with_what_is_finished(
     dense: Make, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
 ) -> None:
-    from turbosparse.hf import conversion
-
     source = str(dense("mistral"))
     convert(source, tmp_path / "whole", data=[corpus], reconstruct=2)
     real, calls = conversion.fit_layer, []
 
     def stop_at_the_second(*given: Any, **named: Any) -> Any:
-        calls.append(named["where"])
+        calls.append(given[1])
         if len(calls) == 2:
             raise KeyboardInterrupt
         return real(*given, **named)
@@ -341,7 +368,7 @@ def test_a_killed_conversion_resumes_with_what_is_finished(
         convert(source, tmp_path / "out", data=[corpus], widen=1.5)
     convert(source, tmp_path / "out", data=[corpus], reconstruct=2)
     assert "resuming after layer 0" in capsys.readouterr().err
-    assert calls == ["layer 0", "layer 1", "layer 1"]
+    assert calls == [0, 1, 1]
     assert not (tmp_path / "out.converting").exists()
     for shard in (tmp_path / "whole").glob("*.safetensors"):
         assert (tmp_path / "out" / shard.name).read_bytes() == shard.read_bytes()

@@ -182,7 +182,7 @@ def convert(
         how: dict[str, Any] = {"template": template, "separator": separator}
         how |= {"tokens": tokens, "length": length}
         ids = draw(texts, tokenizer, config.vocab_size, **how)
-        model = Layerwise(folder, activation="drelu", device=device)
+        model = Layerwise(folder, device=device)
         neurons = _wider(config.intermediate_size, widen)
         state = out.with_name(out.name + ".converting")
         with named_disk_errors(state):

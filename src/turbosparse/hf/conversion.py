@@ -22,6 +22,8 @@ from turbosparse.hf.steps import Steps, save, shard_name
 from turbosparse.hf.surgery import FFN, explained, fit, weights_of
 
 HELD_OUT = 8  # every eighth sequence is kept from the fit, to measure it on
+_REPAID = 0.5  # of what the states lack by then: all of it does worse (docs/quality.md)
+_MASSIVE = 20  # times the median mean square of a token's states
 
 Shares = list[list[float | None]]
 
@@ -32,7 +34,7 @@ def convert_layers(
     """Fit every layer on text and write it into `work`; resume if some are there.
 
     Args:
-        model: the dense checkpoint, run as drelu.
+        model: the dense checkpoint.
         ids: token ids of text, ``[N, T]``.
         work: folder of this conversion; see `finish`.
         neurons: of each new feed-forward, at most twice those of the old.
@@ -44,68 +46,85 @@ def convert_layers(
     Raises:
         TurboSparseError: `work` holds a conversion with other settings.
     """
-    steps = Steps(work, model, ids, {"neurons": neurons, "passes": passes}, "conversion")
-    hidden = steps.hidden()
-    held_out = torch.arange(len(ids)) % HELD_OUT == HELD_OUT - 1
+    both = ids.repeat(2, 1)  # through the layers as they become, and through the dense ones
+    steps = Steps(work, model, both, {"neurons": neurons, "passes": passes}, "conversion")
+    states = steps.hidden()
     for index in steps.left("converting layers"):
-        shell = model.layer(index)
-        how: Any = {"neurons": neurons, "passes": passes, "held_out": held_out}
-        new, share = fit_layer(model, shell, hidden, **how, where=f"layer {index}")
-        del shell
-        steps.finish(_layer(model, index, new), hidden, share)
+        new, share = fit_layer(model, index, states, neurons=neurons, passes=passes)
+        steps.finish(_layer(model, index, new), states, share)
     return steps.about
 
 
 @torch.no_grad()
 def fit_layer(
-    model: Layerwise,
-    shell: Any,
-    hidden: Tensor,
-    *,
-    neurons: int,
-    held_out: Tensor,
-    passes: int = 0,
-    where: str,
+    model: Layerwise, index: int, states: Tensor, *, neurons: int, passes: int = 0
 ) -> tuple[list[FFN], list[float | None]]:
     """Change the feed-forward of a layer, or those of its experts, and move the states past it.
 
+    What it shall give is what the dense one makes of the same input, and a part of what the states
+    lack of those of the dense model: so errors of earlier layers do not add up.
+
     Args:
-        model, shell: the layer, as `Layerwise.layer` gives it; its activation is drelu.
-        hidden: states before the layer, ``[N, T, H]``; overwritten by those after it.
+        model: the dense checkpoint.
+        index: of the layer.
+        states: before the layer, ``[2·N, T, H]``: behind the changed layers, then behind the dense
+            ones; overwritten by those after it.
         neurons: of each new FFN, at most twice those of the old.
-        held_out: which of the N sequences the fit does not see, bool ``[N]``.
-        passes: over the others, in which the new feed-forward is then trained (`reconstruct`).
-        where: what messages call the layer.
+        passes: over the text, in which the new feed-forward is then trained (`reconstruct`).
 
     Returns:
         The new feed-forwards, one for each expert (one if dense), and of each the share of the
-        variance of the dense FFN's output on the held-out text that the new one accounts for: None
-        where that does not vary, as of an expert that no token was sent to.
+        variance of what it shall give on the held-out text that it accounts for: None where that
+        does not vary, as of an expert that no token was sent to.
     """
-    model.attend(shell, hidden)
+    shell = model.layer(index)
+    model.attend(shell, states)
+    hidden, dense = states.chunk(2)
     normed = torch.cat([model.ffn_input(shell, part).cpu() for part in model.chunks(hidden)])
-    mlp = shell.layers[0].mlp
+    chosen = model.routed(shell, hidden) if families.experts(model.config) else None
+    lack = _lack(model, shell, hidden, dense)
+    held_out = torch.arange(len(hidden)) % HELD_OUT == HELD_OUT - 1
     new, shares = [], []
-    moe = hasattr(mlp, "experts")
-    chosen = model.routed(shell, hidden) if moe else None
-    for number, old in enumerate(weights_of(mlp)):
-        seen, unseen = normed[~held_out], normed[held_out]
+    for number, old in enumerate(weights_of(shell.layers[0].mlp)):
+        at = f"layer {index}" if chosen is None else f"layer {index}, expert {number}"
+        mine = [~held_out, held_out]
         if chosen is not None:
-            mine = (chosen == number).any(-1)
-            seen, unseen = normed[mine & ~held_out[:, None]], normed[mine & held_out[:, None]]
-        seen, unseen = (x.reshape(-1, x.shape[-1]).to(model.device) for x in (seen, unseen))
-        at = f"{where}, expert {number}" if moe else where
-        tries = [fit(old, seen, neurons, where=at)]
-        if passes and len(seen):
-            tries.append(reconstruct(old, tries[0], seen, passes))
-        judge = unseen if len(unseen) else seen
-        found = [(made := ffn.to(old.gate.dtype), explained(old, made, judge)) for ffn in tries]
+            sent = (chosen == number).any(-1)
+            mine = [sent & part[:, None] for part in mine]
+        seen, unseen = (_task(old, normed[part], lack[part], model.device) for part in mine)
+        tries = [fit(old, *seen, neurons, where=at)]
+        if passes and len(seen[0]):
+            tries.append(reconstruct(tries[0], *seen, passes))
+        judge = unseen if len(unseen[0]) else seen
+        found = [(made := ffn.to(old.gate.dtype), explained(made, *judge)) for ffn in tries]
         made, share = max(found, key=lambda each: each[1] or 0.0)
         shares.append(share)
         new.append(made)
-    _put(mlp, new)
-    model.feed_forward(shell, hidden)
+    folder, device = model.checkpoint.folder, str(model.device)
+    changed = Layerwise(folder, activation="drelu", device=device, dtype=model.dtype)
+    shell = changed.layer(index)
+    _put(shell.layers[0].mlp, new)
+    changed.feed_forward(shell, hidden)
     return new, shares
+
+
+def _lack(model: Layerwise, shell: Any, hidden: Tensor, dense: Tensor) -> Tensor:
+    """What the residuals `hidden` lack of `dense` behind the dense feed-forward, which moves these.
+
+    Nothing where the dense states are massive, as of first tokens: no other would count.
+    """
+    after = hidden.clone()
+    for residual in (after, dense):
+        model.feed_forward(shell, residual)
+    size = dense.float().square().mean(-1, keepdim=True)
+    return after.neg_().add_(dense).mul_(size < _MASSIVE * size.median())
+
+
+def _task(old: FFN, x: Tensor, lack: Tensor, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What a feed-forward reads and shall give, ``[tokens, H]`` each."""
+    x, lack = (part.reshape(-1, part.shape[-1]).to(device) for part in (x, lack))
+    # the weights of a token's experts add up to 1, so that all of them may give the same
+    return x, old.output(x, "swiglu") + _REPAID * lack
 
 
 def _put(mlp: Any, new: list[FFN]) -> None:

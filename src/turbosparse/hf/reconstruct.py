@@ -1,4 +1,4 @@
-"""One feed-forward trained alone: gate, up and down, towards the output of the dense one.
+"""One feed-forward trained alone: gate, up and down, towards the output that is wanted.
 
 No attention, no head and no other layer takes part, so a token costs less than in training the
 model, and all tokens of a layer can be mixed.
@@ -23,24 +23,24 @@ _BETAS = (0.9, 0.95)
 
 
 @torch.enable_grad()
-def reconstruct(old: FFN, new: FFN, x: Tensor, passes: int) -> FFN:
-    """Train a dReLU FFN to give on x what the SwiGLU FFN `old` gives.
+def reconstruct(new: FFN, x: Tensor, wanted: Tensor, passes: int) -> FFN:
+    """Train a dReLU FFN to give what is wanted on x.
 
     The loss is the squared error, of outputs larger than the median relative to their own: the
     massive ones of first tokens would else be all that is learnt. Products are in bfloat16 where
     the machine computes in it, as in `turbosparse train`; weights and moments are float32.
 
     Args:
-        x: what both read, ``[N, H]``.
+        x: what it reads, ``[N, H]``.
+        wanted: what it shall give, ``[N, H]``.
         passes: over x, in another order each time.
 
     Returns:
         The trained FFN, float32.
     """
-    type_ = torch.bfloat16 if uses_bf16("auto") else old.gate.dtype
+    type_ = torch.bfloat16 if uses_bf16("auto") else new.gate.dtype
     with torch.no_grad():
-        x = x.to(type_)
-        wanted = torch.cat([old.output(rows, "swiglu").to(type_) for rows in x.split(4096)])
+        x, wanted = x.to(type_), wanted.to(type_)
         size = wanted.float().square().mean(-1, keepdim=True)
         weight_of = 1 / size.clamp(min=float(size.median()) + 1e-20)
     trained = [weight.detach().float().clone().requires_grad_() for weight in new]

@@ -7,7 +7,8 @@ neurons has 2·I such halves; dReLU by itself keeps the first of each pair, what
 (Turbo Sparse §3.2). Here those are kept that add most to the output on a text, and the down
 projection is fitted again, so that what is kept comes as near the dense output as it can.
 
-The layers are changed in order, each on the hidden states that the changed layers before it give.
+The layers are changed in order, each on the hidden states that the changed layers before it give
+(`conversion`).
 """
 
 from __future__ import annotations
@@ -43,7 +44,9 @@ class FFN(NamedTuple):
         return combined(linear(x, self.gate).float(), linear(x, self.up).float(), activation)
 
     def output(self, x: Tensor, activation: str) -> Tensor:
-        return linear(self.combined(x, activation).to(self.down.dtype), self.down).float()
+        """``[N, H]`` float32, of some rows at a time."""
+        parts = (self.combined(rows, activation).to(self.down.dtype) for rows in x.split(_ROWS))
+        return torch.cat([linear(active, self.down).float() for active in parts])
 
 
 def weights_of(mlp: Any) -> list[FFN]:
@@ -57,12 +60,15 @@ def weights_of(mlp: Any) -> list[FFN]:
 
 
 @torch.no_grad()
-def fit(old: FFN, x: Tensor, neurons: int, *, where: str = "the feed-forward") -> FFN:
-    """The dReLU FFN that comes near a SwiGLU FFN; its down projection is float32.
+def fit(
+    old: FFN, x: Tensor, wanted: Tensor, neurons: int, *, where: str = "the feed-forward"
+) -> FFN:
+    """The dReLU FFN made of a SwiGLU FFN that comes near what is wanted; its down is float32.
 
     Args:
         old: of the SwiGLU FFN.
         x: what the FFN reads, ``[N, H]``.
+        wanted: what it shall give, ``[N, H]``.
         neurons: of the dReLU FFN, at most 2·I.
         where: what messages call it.
 
@@ -76,10 +82,10 @@ def fit(old: FFN, x: Tensor, neurons: int, *, where: str = "the feed-forward") -
         return new
     inner = torch.zeros(neurons, neurons, device=x.device)
     outer = torch.zeros(new.down.shape, device=x.device)
-    for rows in x.split(_ROWS):
+    for rows, y in zip(x.split(_ROWS), wanted.split(_ROWS), strict=True):
         active = new.combined(rows, "drelu")
         inner.addmm_(active.T, active)
-        outer.addmm_(old.output(rows, "swiglu").T, active)
+        outer.addmm_(y.T, active)
     if not _is_sound(inner, outer, len(x)):
         raise TurboSparseError(
             f"{where}: its outputs on the text are NaN, infinite or too large to be real; "
@@ -113,7 +119,7 @@ def _refit(inner: Tensor, outer: Tensor, down: Tensor) -> Tensor:
 
     Args:
         inner: Σ Combined·Combinedᵀ, ``[I, I]``; overwritten.
-        outer: Σ dense output·Combinedᵀ, ``[H, I]``.
+        outer: Σ wanted output·Combinedᵀ, ``[H, I]``.
         down: ``[H, I]``.
 
     The ridge is a share of the mean square of the neurons, but for the few largest: massive
@@ -131,13 +137,8 @@ def _refit(inner: Tensor, outer: Tensor, down: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def explained(old: FFN, new: FFN, x: Tensor) -> float | None:
-    """Share of the variance of a SwiGLU FFN's output on x that a dReLU FFN accounts for."""
-    left, square, mean = torch.zeros(3, len(old.down), device=x.device)
-    for rows in x.split(_ROWS):
-        y = old.output(rows, "swiglu")
-        left += (y - new.output(rows, "drelu")).square().sum(0)
-        square += y.square().sum(0)
-        mean += y.sum(0) / len(x)
-    variance = float((square - len(x) * mean.square()).sum())
-    return 1 - float(left.sum()) / variance if variance > 0 else None
+def explained(new: FFN, x: Tensor, wanted: Tensor) -> float | None:
+    """Share of the variance of what is wanted on x that a dReLU FFN accounts for."""
+    variance = float((wanted - wanted.mean(0)).square().sum())
+    left = float((wanted - new.output(x, "drelu")).square().sum())
+    return 1 - left / variance if variance > 0 else None
