@@ -41,8 +41,8 @@ from turbosparse.convert import convert
 from turbosparse.demo.tokenizer import train_tokenizer
 from turbosparse.hf.activations import ACTIVATIONS as RECORDS
 from turbosparse.hf.activations import WITHOUT_ZEROS, Activation
+from turbosparse.hf.change import force_sparsity
 from turbosparse.hf.load import load_model, load_tokenizer
-from turbosparse.hf.observe import force_sparsity
 from turbosparse.packed.stats import FILE as STATS_FILE
 from turbosparse.packed.stats import Stats
 from turbosparse.train import run_recipe

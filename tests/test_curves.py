@@ -15,8 +15,9 @@ from turbosparse.analyse import analyse
 from turbosparse.analysis.curves import NEAR, _Choices, bisect, cett, curves_of
 from turbosparse.analysis.measure import batches, measure
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.hf.change import change_each, force_sparsity
 from turbosparse.hf.load import load_model, load_tokenizer
-from turbosparse.hf.observe import Seen, change_each, force_sparsity, observe_ffn
+from turbosparse.hf.observe import Seen, observe_ffn
 from turbosparse.packed.stats import Stats
 
 Make = Callable[..., Path]

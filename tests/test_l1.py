@@ -16,8 +16,9 @@ from conftest import drelu_recipe
 
 from turbosparse.analysis.measure import measure
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.hf.change import change_combined, force_sparsity
 from turbosparse.hf.load import load_model, load_tokenizer
-from turbosparse.hf.observe import change_combined, force_sparsity, observe_ffn
+from turbosparse.hf.observe import observe_ffn
 from turbosparse.train import train
 from turbosparse.training.l1 import ramp
 from turbosparse.training.readers import documents

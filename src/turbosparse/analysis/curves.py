@@ -22,8 +22,9 @@ from torch.nn.functional import linear
 from turbosparse.analysis.measure import batches, nats_of
 from turbosparse.base.progress import track
 from turbosparse.hf.activations import ACTIVATIONS
+from turbosparse.hf.change import change_each, cut_gates
 from turbosparse.hf.load import activation_of
-from turbosparse.hf.observe import Seen, change_each, cut_gates, observe_ffn
+from turbosparse.hf.observe import Seen, observe_ffn
 from turbosparse.packed.stats import Curves, Point
 
 KEPT = (0.7, 0.5, 0.35, 0.25, 0.15, 0.1, 0.05)  # of the neurons that are active

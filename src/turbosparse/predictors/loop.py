@@ -19,10 +19,10 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.progress import note
 from turbosparse.hf import families
 from turbosparse.hf.activations import WITHOUT_ZEROS
+from turbosparse.hf.change import change_seeing
 from turbosparse.hf.checkpoint import PREDICTOR, Checkpoint
 from turbosparse.hf.hub import model_folder
 from turbosparse.hf.load import activation_of
-from turbosparse.hf.observe import change_seeing
 from turbosparse.hf.surgery import weights_of
 from turbosparse.predictors.fit import loss_of
 from turbosparse.predictors.mask import Scorer, predictor_of, scorers

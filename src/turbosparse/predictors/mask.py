@@ -18,9 +18,9 @@ from torch.nn.functional import linear, relu
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf import families
 from turbosparse.hf.activations import ACTIVATIONS, WITHOUT_ZEROS
+from turbosparse.hf.change import mask_combined
 from turbosparse.hf.checkpoint import Checkpoint
 from turbosparse.hf.load import activation_of
-from turbosparse.hf.observe import mask_combined
 from turbosparse.hf.published import own_fields
 from turbosparse.ops.predictor import Predictor
 from turbosparse.ops.rows import row_bytes

@@ -19,9 +19,9 @@ from torch.nn.functional import cross_entropy, kl_div
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.progress import track
 from turbosparse.hf import families
+from turbosparse.hf.change import mask_combined
 from turbosparse.hf.count import Use
 from turbosparse.hf.layerwise import Layerwise
-from turbosparse.hf.observe import mask_combined
 from turbosparse.ops import cost
 from turbosparse.ops.predictor import Predictor
 from turbosparse.predictors.mask import Scorer, scorers

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from turbosparse.hf.observe import change_combined
+from turbosparse.hf.change import change_combined
 
 
 def ramp(step: int, warmup_steps: int) -> float:
