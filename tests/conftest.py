@@ -18,6 +18,9 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import torch
 
+if not torch.cuda.is_available():  # before the kernels are imported
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from turbosparse.convert import convert
 from turbosparse.engine.engine import Engine
 from turbosparse.engine.text import Tokenizer

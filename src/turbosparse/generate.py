@@ -114,7 +114,7 @@ def generate(
         exact skips neurons that are exactly zero and loses nothing; predicted also those that the
         folder's predictor does not pick, and may lose some; dense reads all.
     backend
-        cpu is the C++ core; torch the slow reference.
+        cpu is the C++ core; gpu an NVIDIA card; torch the slow reference.
     threads
         Threads of the C++ core; by default all processors of this process.
     kv_bytes

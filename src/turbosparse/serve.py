@@ -12,7 +12,7 @@ from turbosparse.base.folders import AnyPath
 from turbosparse.base.machine import size_in_bytes
 from turbosparse.base.progress import note
 from turbosparse.benchmark.expected import expected_of
-from turbosparse.engine.engine import Mode
+from turbosparse.engine.engine import Backend, Mode
 
 
 def serve(
@@ -29,6 +29,7 @@ def serve(
     memory: str | None = None,
     kv_bytes: int | None = None,
     mode: Mode = "auto",
+    backend: Backend = "auto",
     threads: int | None = None,
     draft: str = "auto",
 ) -> None:
@@ -65,6 +66,8 @@ def serve(
     mode
         exact skips neurons that are exactly zero and loses nothing; predicted also those that the
         folder's predictor does not pick, and may lose some; dense reads all.
+    backend
+        cpu is the C++ core; gpu an NVIDIA card; torch the slow reference.
     threads
         Threads of the C++ core; by default all processors of this process.
     draft
@@ -88,6 +91,7 @@ def serve(
         size_in_bytes(memory, "--memory") if memory else None,
         draft=draft,
         mode=mode,
+        backend=backend,
         threads=threads,
         kv_bytes=kv_bytes,
     )

@@ -24,7 +24,7 @@ from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.hf.count import experts_in_use
 from turbosparse.packed.format import Packed
 
-Backend = Literal["auto", "torch", "cpu"]
+Backend = Literal["auto", "torch", "cpu", "gpu"]
 Mode = Literal["auto", "dense", "exact", "predicted"]
 Logits = NDArray[np.float32]
 
@@ -62,15 +62,15 @@ class Engine:
 
     Args:
         folder: packed folder.
-        backend: ``cpu`` is the C++ core, ``torch`` the reference on dequantised weights; ``auto``
-            takes the core.
+        backend: ``cpu`` is the C++ core, ``torch`` the reference on dequantised weights, ``gpu``
+            Triton kernels on an NVIDIA card; ``auto`` takes the core.
         mode: ``exact`` skips neurons that are exactly zero, ``predicted`` also those that the
             folder's predictor does not pick, ``dense`` reads all; ``auto`` takes predicted where
             the predictor was measured to pay (`Predictor.pays`), else exact where the activation
             has exact zeros.
         threads: of the C++ core; by default the processors that this process may use.
         kv_bytes: budget of the key-value caches of all sequences; by default half of the memory
-            that is available beside the weights.
+            (of the card on ``gpu``) that is available beside the weights.
         memory: bytes, or a text like ``8GiB``, that the process may take with all this. A model
             that is larger runs from disk: see `streaming`.
 
@@ -108,6 +108,12 @@ class Engine:
         if self.backend == "cpu":
             self.decoder = native.Decoder(self.packed, threads=self.threads, stores=self.stores)
             self.runs_on = f"cpu ({self.decoder.isa})"
+        elif self.backend == "gpu":
+            from turbosparse.engine import gpu
+
+            self.decoder = gpu.Decoder(self.packed)
+            self.runs_on = f"gpu ({self.decoder.name})"
+            kv_bytes = kv_bytes or self.decoder.memory_free() // 2
         else:
             from turbosparse.engine import model
 

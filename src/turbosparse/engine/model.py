@@ -2,7 +2,8 @@
 
 Shapes: T tokens of a step, of all its sequences together, S positions in a cache, H hidden, N query
 heads, K key-value heads, D head. All arithmetic is float32, the cache holds halves; the matrices
-and the feed-forwards are those of `ops.reference`. Nothing waits for the device within a step.
+and the feed-forwards are those of `ops.reference`, or of the `kernels` of a subclass. Nothing waits
+for the device within a step.
 """
 
 from __future__ import annotations
@@ -21,8 +22,7 @@ from turbosparse.engine.positions import rope, sliding_window
 from turbosparse.engine.sequence import Cancelled
 from turbosparse.hf import families
 from turbosparse.hf.count import experts_in_use
-from turbosparse.ops import Mode
-from turbosparse.ops.reference import Matrix, Neurons
+from turbosparse.ops import Mode, reference
 from turbosparse.packed.format import Packed, ffn_prefix
 
 
@@ -34,7 +34,9 @@ class Decoder:
         device: where weights and caches lie, and what computes.
     """
 
-    def __init__(self, packed: Packed, *, device: str = "cpu"):
+    kernels: Any = reference
+
+    def __init__(self, packed: Packed, *, device: str | torch.device = "cpu"):
         config = packed.config
         self.config, self.device = config, torch.device(device)
         self._packed, self._tensors = packed, packed.tensors
@@ -75,12 +77,8 @@ class Decoder:
     ) -> tuple[NDArray[np.float32], NDArray[np.int32]]:
         """See `native.Decoder.step`."""
         counts = [len(new) for new in tokens]
-        for count, cache in zip(counts, caches, strict=True):
-            if (end := cache.length + count) > cache.context:
-                raise TurboSparseError(f"{end} tokens do not fit the context of {cache.context}")
         with self.device:
-            starts = [cache.length for cache in caches]
-            turn = Rotation.join([self.rope(*span) for span in zip(starts, counts, strict=True)])
+            turn = self.rope(torch.tensor(positions(counts, caches)))
             x = self.embedding.rows([token for new in tokens for token in new])
             used = []
             for layer in self.layers:
@@ -94,13 +92,16 @@ class Decoder:
             cache.length += count
         return logits.cpu().numpy(), torch.stack(used).cpu().numpy()
 
-    def _matrix(self, name: str) -> Matrix:
+    def _matrix(self, name: str) -> Any:
         spec = self._packed.plan[name]
-        return Matrix(self._tensors[name], spec.cols, spec.quant, threads=1)
+        return self.kernels.Matrix(self._tensors[name], spec.cols, spec.quant, threads=1)
 
-    def _neurons(self, layer: int, expert: int | None) -> Neurons:
+    def _mixture(self, layer: int) -> Any:
+        return Mixture(self, layer)
+
+    def _neurons(self, layer: int, expert: int | None) -> Any:
         prefix = ffn_prefix(layer, expert)
-        return Neurons(
+        return self.kernels.Neurons(
             self._packed.ffn(prefix),
             self._packed.activation,
             threads=1,
@@ -125,7 +126,7 @@ class Layer:
         self.input_norm = decoder._norm("attention_norm", index)
         self.post_norm = decoder._norm("ffn_norm", index)
         if families.experts(decoder.config):
-            self.ffn: Any = Mixture(decoder, index)
+            self.ffn: Any = decoder._mixture(index)
         else:
             self.ffn = decoder._neurons(index, None).forward
 
@@ -188,8 +189,7 @@ class Mixture:
         ]
 
     def __call__(self, x: Tensor, residual: Tensor, *, mode: Mode) -> tuple[Tensor, Tensor]:
-        weights, chosen = (x @ self.router.T).softmax(-1).topk(self.top_k)
-        weights = weights / weights.sum(-1, keepdim=True)
+        weights, chosen = route(x @ self.router.T, self.top_k)
         # every expert reads every token, and counts where it was chosen: no shape depends on values
         out, counts = torch.zeros_like(x), x.new_zeros((len(x), 3), dtype=torch.int32)
         for index, expert in enumerate(self.experts):
@@ -198,6 +198,12 @@ class Mixture:
             out += y * (weights * here).sum(1, keepdim=True)
             counts += used * here.sum(1, keepdim=True)
         return out, counts
+
+
+def route(logits: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Weights and indices ``[T, k]`` of the experts of each token, of router logits ``[T, E]``."""
+    weights, chosen = logits.softmax(-1).topk(top_k)
+    return weights / weights.sum(-1, keepdim=True), chosen
 
 
 class Norm:
@@ -220,8 +226,8 @@ class Rope:
         frequencies, self.scale = rope(config.rope_parameters, families.config_head_dim(config))
         self.frequencies = torch.tensor(frequencies)
 
-    def __call__(self, start: int, count: int) -> Rotation:
-        angles = torch.arange(start, start + count)[:, None] * self.frequencies
+    def __call__(self, positions: Tensor) -> Rotation:
+        angles = positions[:, None] * self.frequencies
         angles = torch.cat((angles, angles), -1)
         return Rotation(angles.cos() * self.scale, angles.sin() * self.scale)
 
@@ -231,10 +237,6 @@ class Rotation:
 
     def __init__(self, cos: Tensor, sin: Tensor):
         self.cos, self.sin = cos, sin
-
-    @staticmethod
-    def join(parts: list[Rotation]) -> Rotation:
-        return Rotation(torch.cat([p.cos for p in parts]), torch.cat([p.sin for p in parts]))
 
     def __call__(self, x: Tensor) -> Tensor:
         """Rotate ``[heads, T, D]``; the pairs are (d, d + R/2), and what is behind R stays."""
@@ -272,6 +274,20 @@ class Cache:
     def free(self) -> None:
         """Give the memory back; the cache is then of no positions."""
         self.store, self.length = self.store.new_empty(*self.store.shape[:3], 0, 0), 0
+
+
+def positions(counts: list[int], caches: list[Cache]) -> list[int]:
+    """Those of the next tokens of each sequence, one after the other.
+
+    Raises:
+        TurboSparseError: a context is full.
+    """
+    found: list[int] = []
+    for count, cache in zip(counts, caches, strict=True):
+        if (end := cache.length + count) > cache.context:
+            raise TurboSparseError(f"{end} tokens do not fit the context of {cache.context}")
+        found += range(cache.length, end)
+    return found
 
 
 def causal_mask(tokens: int, positions: int, window: int | None) -> Tensor:

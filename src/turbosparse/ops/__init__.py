@@ -1,6 +1,7 @@
 """The kernel seam: one module per backend, each with a `Matrix` and a `Neurons` of one interface.
 
-``torch`` is `reference`, pure PyTorch on dequantised weights: the truth. ``cpu`` is the C++ core.
+``torch`` is `reference`, pure PyTorch on dequantised weights: the truth. ``cpu`` is the C++ core,
+``gpu`` Triton kernels.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from typing import Literal
 
 from turbosparse.base.errors import TurboSparseError
 
-BACKENDS = ("torch", "cpu")
+BACKENDS = ("torch", "cpu", "gpu")
 # which rows of a feed-forward are read; see `reference.sparse_ffn`
 Mode = Literal["dense", "exact", "predicted"]
 
@@ -25,4 +26,8 @@ def backend(name: str) -> ModuleType:
         from turbosparse.ops import cpu
 
         return cpu
+    if name == "gpu":
+        from turbosparse.ops import gpu
+
+        return gpu
     raise TurboSparseError(f"backend {name!r} is unknown; use {', '.join(BACKENDS)}")

@@ -97,8 +97,8 @@ def sign_bits(weights: Tensor) -> Tensor:
 
 def negative(bits: Tensor, cols: int) -> Tensor:
     """Unpack `sign_bits`: uint8 ``[rows, sign_bytes(cols)]`` → bool ``[rows, cols]``."""
-    unpacked = np.unpackbits(bits.numpy(), axis=1, count=cols, bitorder="little")
-    return torch.from_numpy(unpacked).bool()
+    bit = torch.arange(8, dtype=torch.uint8, device=bits.device)
+    return ((bits[..., None] >> bit) & 1).flatten(1)[:, :cols].bool()
 
 
 def quantise_ffn(weights: Iterable[Tensor], quants: tuple[str, ...]) -> FFNRows:

@@ -26,7 +26,7 @@ class Served:
 
     def __init__(self, name: str, folder: Path, settings: dict[str, Any], draft: str):
         self.name, self.folder = name, folder
-        self.engine = Engine(folder, backend="cpu", **settings)
+        self.engine = Engine(folder, **settings)
         self.tokenizer = Tokenizer(folder)
         self.draft = open_draft(draft, self.engine, self.tokenizer)
         self.prefixes = Prefixes(self.engine)
