@@ -13,7 +13,7 @@ LINES_CPP := 4500
 # each of the four tests opens this many damaged folders
 FUZZ_EXAMPLES := 25000
 
-.PHONY: setup demo test fuzz sanitize wheel lint format bench clean
+.PHONY: setup demo test fuzz sanitize wheel lint format bench bench-gpu clean
 
 setup: $(INSTALLED)
 
@@ -67,6 +67,10 @@ format: setup
 
 bench: setup
 	$(BIN)/python benchmarks/ops.py
+
+# needs an NVIDIA GPU
+bench-gpu: setup
+	$(BIN)/python benchmarks/gpu.py
 
 clean:
 	rm -rf .venv build dist demo

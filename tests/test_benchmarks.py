@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -52,3 +53,11 @@ def test_an_unknown_commit_is_one_line():
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr == "--base no-such-commit: no such commit here\n"
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card")
+def test_the_one_for_a_gpu_says_that_there_is_none():
+    command = [sys.executable, BENCHMARKS / "gpu.py"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr.startswith("bench-gpu needs an NVIDIA GPU, and torch finds none;")

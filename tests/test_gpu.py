@@ -6,6 +6,7 @@ Without a card all of it runs in Triton's interpreter. What is small here is so 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -39,8 +40,13 @@ DEVICE = gpu.device()
 
 
 @pytest.fixture(autouse=True)
-def nothing_is_zero_by_chance(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """New memory holds NaN, or numbers that no neuron and no count has."""
+def nothing_is_zero_by_chance(
+    request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> Iterator[None]:
+    """New memory holds NaN, or numbers that no neuron and no count has.
+
+    Kernels meet tensors of the device; models are made where they always are.
+    """
     empty, empty_like = torch.empty, torch.empty_like
 
     def spoilt(of: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -52,7 +58,7 @@ def nothing_is_zero_by_chance(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]
 
     monkeypatch.setattr(torch, "empty", spoilt(empty))
     monkeypatch.setattr(torch, "empty_like", spoilt(empty_like))
-    with DEVICE:
+    with nullcontext() if "shared" in request.fixturenames else DEVICE:
         yield
 
 
@@ -62,6 +68,9 @@ def as_on_a_card() -> Iterator[None]:
     interpreter.set_sizes(*interpreter.AS_ON_A_CARD)
     yield
     interpreter.set_sizes(*before)
+
+
+CPU = torch.device("cpu")
 
 
 def random(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -77,7 +86,8 @@ def feed_forward(quant: str, activation: str, lean: float = 0.0, seed: int = 0) 
     parts = ACTIVATIONS[activation].parts
     weights = random(len(parts), NEURONS, HIDDEN, seed=seed) / HIDDEN**0.5
     weights[0, :, 0] -= lean
-    return quantise_ffn(weights, (quant,) * len(parts))
+    with CPU:
+        return quantise_ffn(weights, (quant,) * len(parts))
 
 
 def inputs(tokens: int) -> torch.Tensor:
@@ -89,7 +99,7 @@ def inputs(tokens: int) -> torch.Tensor:
 def compare(rows: FFNRows, activation: str, mode: ops.Mode, tokens: int = 2, **rest: Any) -> float:
     """The share of active neurons, of what both agree on."""
     x, residual = inputs(tokens), random(tokens, HIDDEN, seed=2).to(DEVICE)
-    with torch.device("cpu"):
+    with CPU:
         expected, used = reference.Neurons(rows, activation, 1, **rest).forward(
             x.cpu(), residual.cpu(), mode=mode
         )
@@ -116,8 +126,11 @@ def compare(rows: FFNRows, activation: str, mode: ops.Mode, tokens: int = 2, **r
 )
 def test_matrix(quant: str, rows: int, cols: int, tokens: int) -> None:
     weight, bias = random(rows, cols), random(rows, seed=3).to(DEVICE)
-    packed = weight.view(torch.uint8) if quant == "f32" else quantise(weight, quant)
-    weight = weight if quant == "f32" else dequantise(packed, quant, cols)
+    packed = weight.view(torch.uint8)
+    if quant != "f32":
+        with CPU:
+            packed = quantise(weight, quant)
+            weight = dequantise(packed, quant, cols)
     matrix, x = gpu.Matrix(packed.numpy(), cols, quant), random(tokens, cols, seed=4)
     expected = (x.double() @ weight.double().T).float() + bias.cpu()
     assert relative_rms(matrix.matmul(x.to(DEVICE), bias), expected) < SAME_SUM
@@ -147,9 +160,10 @@ def test_all_neurons_active_and_none(lean: float, active: float) -> None:
 
 @pytest.mark.parametrize("only", [0, 63, NEURONS - 1])
 def test_one_active_neuron(only: int) -> None:
-    weights = torch.full((3, NEURONS, HIDDEN), -1.0, device="cpu")
-    weights[:, only] = 1.0
-    rows = quantise_ffn(weights, ("f16",) * 3)
+    with CPU:
+        weights = torch.full((3, NEURONS, HIDDEN), -1.0)
+        weights[:, only] = 1.0
+        rows = quantise_ffn(weights, ("f16",) * 3)
     x = torch.ones(1, HIDDEN)
     y, counts = gpu.Neurons(rows, "drelu").forward(x, x, mode="exact")
     assert y.tolist() == [[float(HIDDEN) ** 2] * HIDDEN]
@@ -158,22 +172,22 @@ def test_one_active_neuron(only: int) -> None:
 
 def predictors(rows: list[FFNRows], kind: str) -> list[PackedPredictor]:
     """Of experts, each with a threshold of its own."""
-    found = []
-    for number, own in enumerate(rows):
-        if kind == "sign":
-            about = Predictor(kind="sign", input="post_norm", threshold=0.05 * number)
-            found.append(PackedPredictor(about, {"signs": signs(own, 2)}))
-            continue
-        shapes = {"fc1": (32, HIDDEN), "fc2": (NEURONS, 32)}
-        parts = {
-            name: quantise(random(*shape, seed=number), "q4").numpy()
-            for name, shape in shapes.items()
-        }
-        about = Predictor(
-            kind="low_rank", input="pre_norm", threshold=-0.1 * number, quant="q4", ranks=[[32] * 3]
-        )
-        found.append(PackedPredictor(about, parts))
-    return found
+    with CPU:
+        return [_predictor(own, kind, number) for number, own in enumerate(rows)]
+
+
+def _predictor(rows: FFNRows, kind: str, number: int) -> PackedPredictor:
+    if kind == "sign":
+        about = Predictor(kind="sign", input="post_norm", threshold=0.05 * number)
+        return PackedPredictor(about, {"signs": signs(rows, 2)})
+    shapes = {"fc1": (32, HIDDEN), "fc2": (NEURONS, 32)}
+    parts = {
+        name: quantise(random(*shape, seed=number), "q4").numpy() for name, shape in shapes.items()
+    }
+    about = Predictor(
+        kind="low_rank", input="pre_norm", threshold=-0.1 * number, quant="q4", ranks=[[32] * 3]
+    )
+    return PackedPredictor(about, parts)
 
 
 @pytest.mark.parametrize("kind", ["sign", "low_rank"])
@@ -196,7 +210,7 @@ def test_experts_are_those_of_their_tokens(tokens: int, kind: str) -> None:
     )
     truth, used = torch.zeros(tokens, HIDDEN, device="cpu"), torch.zeros(tokens, 3, device="cpu")
     for expert, predictor in enumerate(own):
-        with torch.device("cpu"):
+        with CPU:
             neurons = reference.Neurons(rows[expert], "drelu", 1, predictor)
             z, count = neurons.forward(x.cpu(), residual.cpu(), mode="predicted")
         here = (chosen == expert).cpu()
@@ -211,7 +225,9 @@ def test_a_token_is_the_same_in_any_company() -> None:
     rows = feed_forward("q4", "drelu")
     (predictor,) = predictors([rows], "low_rank")
     neurons, x = gpu.Neurons(rows, "drelu", 1, predictor), inputs(3)
-    matrix = gpu.Matrix(quantise(random(5, HIDDEN), "q4").numpy(), HIDDEN, "q4")
+    with CPU:
+        packed = quantise(random(5, HIDDEN), "q4").numpy()
+    matrix = gpu.Matrix(packed, HIDDEN, "q4")
     together, _ = neurons.forward(x, x, mode="predicted")
     alone = [neurons.forward(one, one, mode="predicted")[0] for one in x.split(1)]
     assert torch.equal(together, torch.cat(alone))
