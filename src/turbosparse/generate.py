@@ -75,6 +75,7 @@ def generate(
     threads: int | None = None,
     kv_bytes: int | None = None,
     memory: str | None = None,
+    gpu_memory: str | None = None,
     draft: str = "auto",
     show: Annotated[Callable[[str], Any] | None, Parameter(parse=False)] = None,
 ) -> Generated:
@@ -122,6 +123,9 @@ def generate(
     memory
         What the process may take of the memory, like 8GiB. A model that is larger runs from disk,
         with the rows in use in a cache.
+    gpu_memory
+        What to take of the card, like 8GiB, with --backend gpu; neurons that do not fit stay on the
+        processor.
     draft
         Who guesses tokens ahead, so that one pass can check several. The text is the same, and
         guessing rests where it does not pay. "auto" (or "ngram") looks up what followed the last
@@ -141,7 +145,13 @@ def generate(
     )
     check_packed(local_path(model), "generate")
     engine = Engine(
-        model, backend=backend, mode=mode, threads=threads, kv_bytes=kv_bytes, memory=memory
+        model,
+        backend=backend,
+        mode=mode,
+        threads=threads,
+        kv_bytes=kv_bytes,
+        memory=memory,
+        gpu_memory=gpu_memory,
     )
     tokenizer = Tokenizer(model)
     text = _read(prompt)

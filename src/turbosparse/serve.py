@@ -30,6 +30,7 @@ def serve(
     kv_bytes: int | None = None,
     mode: Mode = "auto",
     backend: Backend = "auto",
+    gpu_memory: str | None = None,
     threads: int | None = None,
     draft: str = "auto",
 ) -> None:
@@ -68,6 +69,9 @@ def serve(
         folder's predictor does not pick, and may lose some; dense reads all.
     backend
         cpu is the C++ core; gpu an NVIDIA card; torch the slow reference.
+    gpu_memory
+        What each model may take of the card, like 8GiB, with --backend gpu; neurons that do not fit
+        stay on the processor.
     threads
         Threads of the C++ core; by default all processors of this process.
     draft
@@ -92,6 +96,7 @@ def serve(
         draft=draft,
         mode=mode,
         backend=backend,
+        gpu_memory=gpu_memory,
         threads=threads,
         kv_bytes=kv_bytes,
     )

@@ -29,11 +29,18 @@ def load(
     threads: int | None = None,
     kv_bytes: int | None = None,
     memory: int | str | None = None,
+    gpu_memory: int | str | None = None,
     draft: str | Path = "auto",
 ) -> Model:
     """Open a packed folder; see `engine.Engine` and, for `draft`, `engine.drafting.open_draft`."""
     engine = Engine(
-        folder, backend=backend, mode=mode, threads=threads, kv_bytes=kv_bytes, memory=memory
+        folder,
+        backend=backend,
+        mode=mode,
+        threads=threads,
+        kv_bytes=kv_bytes,
+        memory=memory,
+        gpu_memory=gpu_memory,
     )
     tokenizer = Tokenizer(folder)
     return Model(engine, tokenizer, open_draft(draft, engine, tokenizer))

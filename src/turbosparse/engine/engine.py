@@ -73,6 +73,8 @@ class Engine:
             (of the card on ``gpu``) that is available beside the weights.
         memory: bytes, or a text like ``8GiB``, that the process may take with all this. A model
             that is larger runs from disk: see `streaming`.
+        gpu_memory: of the card, for the gpu backend. The neurons that do not fit stay on the
+            processor: see `gpu.split`.
 
     Raises:
         TurboSparseError: damaged folder, or a mode that the model does not have.
@@ -87,6 +89,7 @@ class Engine:
         threads: int | None = None,
         kv_bytes: int | None = None,
         memory: int | str | None = None,
+        gpu_memory: int | str | None = None,
     ):
         if mode not in get_args(Mode):
             raise TurboSparseError(f"mode {mode!r} is unknown; use {', '.join(get_args(Mode))}")
@@ -95,6 +98,8 @@ class Engine:
             raise TurboSparseError(f"backend {backend!r} is unknown; use {known}")
         if kv_bytes is not None and kv_bytes < 1:
             raise TurboSparseError(f"--kv-bytes {kv_bytes} must be 1 or more")
+        if gpu_memory is not None and backend != "gpu":
+            raise TurboSparseError(f"--gpu-memory needs --backend gpu, not {backend}")
         self.packed = Packed(folder)
         self.mode = _mode(self.packed, mode)
         self.backend = "cpu" if backend == "auto" else backend
@@ -111,7 +116,12 @@ class Engine:
         elif self.backend == "gpu":
             from turbosparse.engine import gpu
 
-            self.decoder = gpu.Decoder(self.packed)
+            parts = None
+            if gpu_memory is not None:
+                size = size_in_bytes(gpu_memory, "--gpu-memory")
+                parts = gpu.split(self.packed, size, kv_bytes)
+                kv_bytes = parts.keys_values
+            self.decoder = gpu.Decoder(self.packed, split=parts, threads=self.threads)
             self.runs_on = f"gpu ({self.decoder.name})"
             kv_bytes = kv_bytes or self.decoder.memory_free() // 2
         else:

@@ -9,6 +9,8 @@ not depend on the other tokens of such a step. A longer step (a prompt) is that 
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,19 +18,67 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.machine import memory_available
+from turbosparse.base.machine import memory_available, size_text
 from turbosparse.engine import model
+from turbosparse.engine.cost import kept_bytes
 from turbosparse.engine.model import Attention, Cache, Norm, Rotation, positions, route
 from turbosparse.engine.sequence import Cancelled
 from turbosparse.hf import families
 from turbosparse.hf.count import experts_in_use
-from turbosparse.ops import Mode, gpu, gpu_attention
+from turbosparse.ops import Mode, gpu, gpu_attention, hybrid
 from turbosparse.ops.gpu_attention import Where
 from turbosparse.packed.format import Packed, ffn_prefix
 
 
+@dataclass(frozen=True)
+class Split:
+    """What lies on the card under a limit; all but `hot` are bytes."""
+
+    memory: int
+    keys_values: int
+    hot: int  # neurons of each feed-forward, the first ones
+    neurons: int
+
+    def __str__(self) -> str:
+        return f"{size_text(self.memory)} of the card, {self.hot} of {self.neurons} neurons on it"
+
+
+def split(packed: Packed, memory: int, kv_bytes: int | None) -> Split:
+    """Divide the memory of the card: what is no neuron's, keys and values, then hot neurons.
+
+    Raises:
+        TurboSparseError: it is too little, or the model has experts.
+    """
+    config = packed.config
+    if families.experts(config):
+        raise TurboSparseError("--gpu-memory is for models without experts; leave it out")
+    roles = "gate", "pairs", "neuron_order"
+    rest = sum(
+        t.nbytes for name, t in packed.tensors.items() if packed.plan[name].role not in roles
+    )
+    neuron = sum(packed.tensors[ffn_prefix(0, None) + part].shape[1] for part in roles[:2])
+    keys_values = kv_bytes or kept_bytes(config) * min(4096, config.context)
+    # a prompt unpacks one feed-forward, or a part of it, to float32
+    unpacked = 4 * 3 * config.hidden_size
+    left = memory - rest - keys_values
+    hot = left // (neuron * config.num_hidden_layers + unpacked)
+    if hot < 0:
+        raise TurboSparseError(
+            f"--gpu-memory {size_text(memory)} is too little for {packed.folder}: without its "
+            f"neurons it takes {size_text(rest)}, keys and values {size_text(keys_values)}; give "
+            "more, or use --backend cpu"
+        )
+    whole = config.intermediate_size
+    return Split(memory, keys_values, whole if hot >= whole else hot // 64 * 64, whole)
+
+
 class Decoder(model.Decoder):
     """A packed model in the memory of a GPU.
+
+    Args:
+        packed: an open packed folder.
+        split: which neurons lie there; by default all.
+        threads: of the C++ core, for the others.
 
     Raises:
         TurboSparseError: there is no GPU, or it has too little memory.
@@ -36,8 +86,9 @@ class Decoder(model.Decoder):
 
     kernels = gpu
 
-    def __init__(self, packed: Packed):
+    def __init__(self, packed: Packed, *, split: Split | None = None, threads: int = 1):
         device = gpu.device()
+        self.split, self.threads = split, threads
         self.graphs: dict[tuple[int, Mode], Graph] = {}
         try:
             super().__init__(packed, device=device)
@@ -51,7 +102,8 @@ class Decoder(model.Decoder):
     @property
     def name(self) -> str:
         """What computes."""
-        return torch.cuda.get_device_name() if self.device.type == "cuda" else "interpreted"
+        name = torch.cuda.get_device_name() if self.device.type == "cuda" else "interpreted"
+        return f"{name}, {self.split}" if self.split else name
 
     def memory_free(self) -> int:
         """Bytes where caches can lie."""
@@ -91,7 +143,7 @@ class Decoder(model.Decoder):
         return found if every else found[last], used.cpu().numpy()
 
     def _run(self, inputs: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
-        if self.device.type != "cuda":
+        if self.split or self.device.type != "cuda":
             return self.few(inputs, mode)
         key = inputs.shape[1], mode
         if key not in self.graphs:
@@ -118,6 +170,19 @@ class Decoder(model.Decoder):
 
     def _mixture(self, layer: int) -> Mixture:
         return Mixture(self, layer)
+
+    def _neurons(self, layer: int, expert: int | None) -> Any:
+        if self.split is None:
+            return super()._neurons(layer, expert)
+        prefix, packed = ffn_prefix(layer, expert), self._packed
+        return hybrid.Neurons(
+            packed.ffn(prefix),
+            packed.activation,
+            self.threads,
+            packed.predictor(prefix),
+            packed.header.ffn.threshold,
+            hot=self.split.hot,
+        )
 
 
 class Graph:
