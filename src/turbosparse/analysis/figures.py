@@ -197,7 +197,7 @@ _OF_ALL: dict[str, tuple[str, str, Callable[[Any, Sequence[Facts]], bool]]] = {
     ),
     "kept": (
         "Perplexity against kept neurons",
-        "A token keeps only its largest neurons. The dot: CETT has cost its percent of perplexity.",
+        "A token keeps only some of its neurons. The dot: CETT has cost its percent of perplexity.",
         _kept,
     ),
     "predictor": (
