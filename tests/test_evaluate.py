@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from functools import partial
@@ -210,6 +211,15 @@ def test_a_model_agrees_with_itself(packed: Path, corpus: Path) -> None:
     assert rows["same top-1"].values == [1.0]
     assert rows["alike of 64 greedy tokens"].values == [64.0]
     assert "at most 160 tokens" in found.rules[0]
+
+
+def test_texts_of_one_name_are_told_apart(packed: Path, corpus: Path, tmp_path: Path) -> None:
+    for domain in ("books", "web"):
+        (tmp_path / domain).mkdir()
+        shutil.copy(corpus, tmp_path / domain / "held.jsonl")
+    data = [tmp_path / domain / "held.jsonl" for domain in ("books", "web")]
+    found = evaluate(str(packed), data=data, max_tokens=60, mode="exact", threads=1)
+    assert [row.task for row in found.figures] == ["books/held.jsonl", "web/held.jsonl"]
 
 
 def test_the_divergence_of_two_models(ours: Subject, packed_mistral: Path) -> None:

@@ -120,7 +120,7 @@ def evaluate(
             "evaluate needs lm-evaluation-harness: pip install 'turbosparse[eval]'"
         ) from error
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    corpora = [local_path(source) for source in data]
+    corpora = _named([local_path(source) for source in data])
     cut = Cut(window, stride, max_tokens)
     sources = [(model, mode), *([(other, other_mode or mode)] if other else [])]
     subjects, measured, seconds = [], [], []
@@ -128,17 +128,17 @@ def evaluate(
         subject = Subject.open(source, how, threads)
         began = time.perf_counter()
         found = subject.tasks(tasks, shots, limit)
-        for corpus in corpora:
-            found |= subject.perplexity(corpus.name, documents(corpus), cut)
+        for name, corpus in corpora.items():
+            found |= subject.perplexity(name, documents(corpus), cut)
         subjects.append(subject)
         measured.append(found)
         seconds.append(time.perf_counter() - began)
     figures = [compare.figure(*key, [found[key] for found in measured]) for key in measured[0]]
     match [subject.model for subject in subjects]:
         case [Model() as one, Model() as two]:
-            for corpus in corpora:
+            for name, corpus in corpora.items():
                 windows = cut.side_by_side(documents(corpus), one, two)
-                figures += compare.agreement(corpus.name, one, two, windows)
+                figures += compare.agreement(name, one, two, windows)
     rules = [compare.TESTS]
     if corpora:
         rules.insert(0, cut.rule(min(subject.lm.max_length for subject in subjects)))
@@ -149,3 +149,13 @@ def evaluate(
         figures=figures,
         rules=rules,
     )
+
+
+def _named(paths: list[Path]) -> dict[str, Path]:
+    """By the last parts of each, as many as tell all of them apart."""
+    whole = {path.absolute() for path in paths}
+    for count in range(1, max((len(path.parts) for path in whole), default=1) + 1):
+        names = {"/".join(path.absolute().parts[-count:]): path for path in paths}
+        if len(names) == len(whole):
+            break
+    return names
