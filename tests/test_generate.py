@@ -392,7 +392,7 @@ def test_generate_reads_the_prompt_from_standard_input(
     assert (piped.text, piped.prompt_tokens) == (given_prompt.text, given_prompt.prompt_tokens)
 
 
-@pytest.mark.parametrize("setting", [{"mode": "sparse"}, {"backend": "gpu"}])
+@pytest.mark.parametrize("setting", [{"mode": "sparse"}, {"backend": "tpu"}])
 def test_an_unknown_mode_or_backend_is_refused(model: Path, setting: dict[str, str]) -> None:
     ((name, value),) = setting.items()
     with pytest.raises(TurboSparseError, match=f"{name} '{value}' is unknown; use"):
