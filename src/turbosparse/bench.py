@@ -32,12 +32,11 @@ from turbosparse.base.folders import AnyPath, local_path
 from turbosparse.base.machine import threads_to_use
 from turbosparse.base.progress import note
 from turbosparse.benchmark.disk import disk_of
-from turbosparse.benchmark.expected import unions_of
+from turbosparse.benchmark.expected import speed_of, unions_of
 from turbosparse.benchmark.harness import Memory, Spread, machine
 from turbosparse.engine import native
 from turbosparse.engine.cost import bytes_per_step
 from turbosparse.engine.engine import Engine, Mode
-from turbosparse.engine.expect import expect
 from turbosparse.hf.count import experts_in_use
 from turbosparse.ops.rows import Quant
 from turbosparse.packed.format import Packed
@@ -227,23 +226,6 @@ def bench(
         return _card(engine, ours, decode, prefills, bandwidths, batch, threads, load, peer)
 
 
-def _expected(
-    engine: Engine, shares: tuple[float, float, float], locality: float, bandwidth: float
-) -> float:
-    """Tokens/s by the measured speed of memory and disk; see `engine.expect`."""
-    unions, _ = unions_of(engine.packed, locality=locality)
-    found = expect(
-        engine.packed,
-        engine.stores.placement if engine.stores else None,
-        engine.mode,
-        shares,
-        unions,
-        bandwidth=bandwidth * 1e9,
-        read_seconds=disk_of(engine.packed).seconds,
-    )
-    return found.tokens_per_second
-
-
 def _refuse_idle(model: AnyPath, synthetic: dict[str, object]) -> None:
     given = [f"--{name} {value}" for name, value in synthetic.items() if value is not None]
     if given:
@@ -425,7 +407,9 @@ def _card(
     speed, bandwidth = Spread.of(decode[0]), Spread.of(bandwidths)
     if stored is not None:
         used_by = candidates, gate, active
-        stored["expected tokens/s"] = _expected(engine, used_by, ours.locality, bandwidth.median)
+        unions, _ = unions_of(engine.packed, locality=ours.locality)
+        disk = disk_of(engine.packed)
+        stored["expected tokens/s"] = speed_of(engine, used_by, unions, bandwidth.median, disk)
     total = sum(sizes.values())
     ceiling = batch * bandwidth.median * 1e9 / total
     shares = [

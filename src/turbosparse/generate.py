@@ -38,9 +38,7 @@ class Generated:
     activation_sparsity: float  # of decoding
     predicted_density: float  # share of candidates in decoding; 1 outside predicted mode
     ran: str
-    expected: float | None = (
-        None  # tokens/s, of a model from disk on a machine that `plan` measured
-    )
+    expected: float | None = None  # tokens/s from disk, where `plan` has measured the machine
 
     def __str__(self) -> str:
         density = self.predicted_density

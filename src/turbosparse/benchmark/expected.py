@@ -9,7 +9,7 @@ from pathlib import Path
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.machine import cache_folder, processor
 from turbosparse.base.remembered import recall, remember
-from turbosparse.benchmark.disk import known_disk
+from turbosparse.benchmark.disk import Disk, known_disk
 from turbosparse.benchmark.harness import Memory
 from turbosparse.engine.engine import Engine
 from turbosparse.engine.expect import Unions, expect, measured, shares_of, walk
@@ -65,16 +65,25 @@ def expected_of(engine: Engine) -> float | None:
 
     None also of a model that is in memory, or whose sparsity is not known. Runs nothing.
     """
+    if engine.stores is None:
+        return None
     shares, bandwidth = shares_of(engine.packed, None), recall(_kept()).get(_key(engine.threads))
     disk = known_disk(engine.packed)
-    if not (engine.stores and shares and disk and isinstance(bandwidth, float)):
+    if not (shares and disk and isinstance(bandwidth, float)):
         return None
+    return speed_of(engine, shares, unions_of(engine.packed)[0], bandwidth, disk)
+
+
+def speed_of(
+    engine: Engine, shares: tuple[float, float, float], unions: Unions, bandwidth: float, disk: Disk
+) -> float:
+    """Tokens/s of an open model by the GB/s of the memory and the speed of the disk."""
     return expect(
         engine.packed,
-        engine.stores.placement,
+        engine.stores.placement if engine.stores else None,
         engine.mode,
         shares,
-        unions_of(engine.packed)[0],
+        unions,
         bandwidth=bandwidth * 1e9,
         read_seconds=disk.seconds,
     ).tokens_per_second
