@@ -1,8 +1,7 @@
 """Compile the Triton kernels for cards that need not be there; `make lint` runs it.
 
 The package's own functions are called with small tensors, and each launch of a kernel becomes a
-compilation: what is compiled is what would run. Triton keeps it, so the next time only what changed
-is compiled.
+compilation: what is compiled is what would run.
 """
 
 import multiprocessing
@@ -79,7 +78,7 @@ def compile_for(capability):
         kernel = launch(self, *args, **settings | {"warmup": True})
         found.setdefault(self.__name__, {})[kernel.hash] = kernel.metadata.shared
         if self.__name__ in READERS and "ld.global.v4" not in kernel.asm["ptx"]:
-            raise SystemExit(f"{self.__name__} for sm_{capability} reads its rows byte by byte")
+            raise RuntimeError(f"{self.__name__} for sm_{capability} reads its rows byte by byte")
 
     JITFunction.run = compile_only
     driver.set_active(Card(capability))
