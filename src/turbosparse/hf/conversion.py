@@ -100,11 +100,12 @@ def fit_layer(
         made, share = max(found, key=lambda each: each[1] or 0.0)
         shares.append(share)
         new.append(made)
-    folder, device = model.checkpoint.folder, str(model.device)
-    changed = Layerwise(folder, activation="drelu", device=device, dtype=model.dtype)
-    shell = changed.layer(index)
-    _put(shell.layers[0].mlp, new)
-    changed.feed_forward(shell, hidden)
+    mlp = model.empty_ffn(index, "drelu")
+    if chosen is not None:
+        mlp.gate = shell.layers[0].mlp.gate
+    _put(mlp, new)
+    shell.layers[0].mlp = mlp
+    model.feed_forward(shell, hidden)
     return new, shares
 
 

@@ -18,7 +18,7 @@ from torch.nn.functional import embedding, linear
 from turbosparse.base.machine import uses_bf16
 from turbosparse.hf import families
 from turbosparse.hf.checkpoint import Checkpoint
-from turbosparse.hf.load import load_config
+from turbosparse.hf.load import load_config, with_activation
 
 CHUNK_TOKENS = 4096  # that go through a layer together
 
@@ -70,6 +70,10 @@ class Layerwise:
         shell = self._shell(index)
         shell.layers[0].load_state_dict(self._weights(index), strict=True, assign=True)
         return shell.eval().requires_grad_(False)
+
+    def empty_ffn(self, index: int, activation: str) -> Any:
+        """The feed-forward of a layer with another activation, without weights."""
+        return self._shell(index, with_activation(self.config, activation)).layers[0].mlp
 
     def run(self, shell: Any, hidden: Tensor) -> Tensor:
         """Put the states of some sequences through the layer of `shell`."""
@@ -130,11 +134,11 @@ class Layerwise:
         """Views of some sequences each."""
         return list(hidden.split(max(1, CHUNK_TOKENS // hidden.shape[1])))
 
-    def _shell(self, index: int) -> Any:
+    def _shell(self, index: int, config: Any = None) -> Any:
         """A model of the layer `index` alone, without weights."""
         from transformers import AutoModelForCausalLM
 
-        config = copy.deepcopy(self.config)
+        config = copy.deepcopy(config or self.config)
         config.num_hidden_layers = 1
         if kinds := getattr(config, "layer_types", None):
             config.layer_types = [kinds[index]]
