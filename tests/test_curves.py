@@ -140,6 +140,19 @@ def test_cut_gates_are_the_threshold_of_the_config(
     assert cut.perplexity == pytest.approx(point.perplexity, rel=1e-6)
 
 
+@pytest.mark.parametrize("layers", [1, 2])
+def test_layers_without_a_positive_gate_have_curves(sparse: Make, layers: int) -> None:
+    """One that is dead, and a model of nothing else."""
+    model = load_model(sparse("llama")).eval()
+    pieces = written_by(model, texts=1)
+    with torch.no_grad():
+        for block in model.model.layers[:layers]:
+            block.mlp.gate_proj.weight.zero_()
+    curves = curves_of(model, pieces)
+    assert (curves.kept == 0) == (layers == 2)
+    assert all(points[-1].kept <= curves.kept for points in curves.methods.values())
+
+
 def test_padding_counts_for_nothing(sparse: Make) -> None:
     model = load_model(sparse("mixtral")).eval()
     long, short = written_by(model, texts=2)

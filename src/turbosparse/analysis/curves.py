@@ -174,6 +174,8 @@ class _Choices:
         mine = {where: part for where, part in some.items() if where[0] == layer}
         norms = torch.cat([(part.abs() * self._norms[w]).flatten() for w, part in mine.items()])
         above = norms[norms > 0].sort().values
+        if not len(above):  # a dead layer: any ε does
+            return norms.new_tensor([0.0, 1.0]), norms.new_tensor([0.0, 1.0])
         at = torch.linspace(0, 1, LEVELS, device=above.device) * (len(above) - 1)
         levels = torch.cat([above[at.long()], above[-1:] * 1.01])
         cetts = [cett(part, self._down(w), levels) for w, part in mine.items()]
@@ -194,7 +196,8 @@ class _Choices:
 
     def gate(self, share: float) -> tuple[float, Keep, float]:
         """One for all layers, which this share of the positive gates is above."""
-        most = float(self._gates[-max(1, round(share * len(self._gates)))])
+        count = max(1, round(share * len(self._gates)))
+        most = float(self._gates[-count]) if len(self._gates) else 0.0
         return most, _active, most
 
     def cett(self, target: float) -> tuple[float, Keep]:
