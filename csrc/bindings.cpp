@@ -102,8 +102,9 @@ void check_rows(const char* what, const View& view, int64_t rows, int64_t row_by
        std::to_string(row_bytes) + ")");
 }
 
-void init_neurons(OwningNeurons* self, const AnyRows& any_gates, const AnyRows& any_pairs,
-                  int hidden, const std::vector<std::string>& quants, const char* activation_name,
+void init_neurons(OwningNeurons* self, const AnyRows& any_gates,
+                  const std::optional<AnyRows>& any_pairs, int hidden,
+                  const std::vector<std::string>& quants, const char* activation_name,
                   const Predictor* predictor, float threshold) {
   const auto activation = parse<Activation>("activation", activation_name, kActivations);
   std::vector<Quant> parsed;
@@ -114,7 +115,7 @@ void init_neurons(OwningNeurons* self, const AnyRows& any_gates, const AnyRows& 
   if (!(threshold >= 0)) {
     fail("threshold is " + std::to_string(threshold) + ", expected at least 0");
   }
-  const View gates = view_of(any_gates), pairs = view_of(any_pairs);
+  const View gates = view_of(any_gates), pairs = view_of(any_pairs.value_or(any_gates));
   const int64_t neurons = gates.rows;
   Neurons ffn{gates.data, pairs.data, neurons,   hidden,       {},
               activation, threshold,  predictor, gates.stored, pairs.stored};
@@ -124,8 +125,16 @@ void init_neurons(OwningNeurons* self, const AnyRows& any_gates, const AnyRows& 
   ffn.quants[Neurons::kGate] = parsed.front();
   ffn.quants[Neurons::kUp] = *(parsed.end() - 2);
   ffn.quants[Neurons::kDown] = parsed.back();
-  check_rows("gates", gates, neurons, row_stride(parsed.front(), hidden));
-  check_rows("pairs", pairs, neurons, ffn.up_stride() + row_stride(parsed.back(), hidden));
+  const int64_t gate = row_stride(parsed.front(), hidden);
+  const int64_t pair = ffn.up_stride() + row_stride(parsed.back(), hidden);
+  if (any_pairs) {
+    check_rows("gates", gates, neurons, gate);
+    check_rows("pairs", pairs, neurons, pair);
+  } else {
+    check_rows("bundles", gates, neurons, std::max(gates.row_bytes, gate + pair));
+    ffn.bundle = gates.row_bytes;
+    ffn.pairs = gates.data + gate;
+  }
   if (predictor && (predictor->neurons != neurons || predictor->hidden != hidden)) {
     fail("the predictor is of " + std::to_string(predictor->neurons) + " neurons and hidden " +
          std::to_string(predictor->hidden) + ", expected " + std::to_string(neurons) + " and " +
@@ -190,9 +199,11 @@ NB_MODULE(_core, m) {
   bind_store(m);
   bind_predictors(m);
   nb::class_<OwningNeurons>(m, "Neurons",
-                            "An FFN: gate rows, and for each neuron its up row and down column.")
-      .def("__init__", &init_neurons, "gates"_a.noconvert(), "pairs"_a.noconvert(), "hidden"_a,
-           "quants"_a, "activation"_a, "predictor"_a.none() = nb::none(), "threshold"_a = 0.0f)
+                            "An FFN: gate rows, and for each neuron its up row and down column; "
+                            "or, without pairs, bundles of all three.")
+      .def("__init__", &init_neurons, "gates"_a.noconvert(), "pairs"_a.noconvert().none(),
+           "hidden"_a, "quants"_a, "activation"_a, "predictor"_a.none() = nb::none(),
+           "threshold"_a = 0.0f)
       .def("forward", &forward, "x"_a.noconvert(), "residual"_a.noconvert(), "out"_a.noconvert(),
            "counts"_a.noconvert(), "mode"_a, "threads"_a,
            "out[T, hidden] = FFN(x); counts[T, 3] = candidates, gates above the threshold, "

@@ -4,6 +4,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <variant>
@@ -25,7 +26,8 @@ struct OwningRows : Stored {
 };
 using AnyRows = std::variant<Bytes, OwningRows>;
 struct OwningNeurons : Neurons {
-  AnyRows gates_owner, pairs_owner;
+  AnyRows gates_owner;
+  std::optional<AnyRows> pairs_owner;
   nanobind::object predictor_owner;
 };
 

@@ -152,14 +152,12 @@ class NeuronShare {
       }
       counts_[3 * t] += lists_[t].size();
     }
-    {
-      const Held held(pass_.parts[Neurons::kGate].stored, lists_);
-      project(Neurons::kGate, values_);
-    }
+    std::optional<Held> held(std::in_place, pass_.parts[Neurons::kGate].stored, lists_);
+    project(Neurons::kGate, values_);
     const float threshold = pass_.ffn.threshold;
     compact(1, [=](float gate) { return !(gate <= threshold); });  // a NaN is kept, so it shows
     const bool gated = pass_.ffn.gated();
-    const Held held(pass_.parts[Neurons::kDown].stored, lists_);
+    if (!pass_.ffn.bundle) held.emplace(pass_.parts[Neurons::kDown].stored, lists_);
     if (gated) project(Neurons::kUp, ups_);
     const std::vector<float>& ups = gated ? ups_ : values_;
     for (int64_t t = 0; t < pass_.tokens; ++t) {
@@ -183,6 +181,7 @@ class NeuronShare {
     }
     for (const Neurons::Part part : {Neurons::kGate, Neurons::kDown}) {
       pass_.parts[part].stored.ahead(candidates_, pass_.threads);
+      if (pass_.ffn.bundle) return;
     }
   }
 
@@ -421,10 +420,11 @@ void Neurons::forward(const float* x, const float* residual, float* out, int32_t
     } else {
       prepare(some);
     }
+    const auto apart = [&](int64_t bytes) { return bundle ? bundle : bytes; };
     const Pass pass{*this,
-                    {{of_gate, gates, gate, &*for_gates, stored_gates},
-                     {of_up, pairs, pair, for_ups ? &*for_ups : &*for_gates, stored_pairs},
-                     {kernels_of(quants[kDown]), pairs + up, pair, nullptr, stored_pairs}},
+                    {{of_gate, gates, apart(gate), &*for_gates, stored_gates},
+                     {of_up, pairs, apart(pair), for_ups ? &*for_ups : &*for_gates, stored_pairs},
+                     {kernels_of(quants[kDown]), pairs + up, apart(pair), nullptr, stored_pairs}},
                     gate + pair,
                     block,
                     mode,

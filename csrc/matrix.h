@@ -93,9 +93,10 @@ struct Neurons {
   int hidden;
   Quant quants[3];  // of each part
   Activation activation;
-  float threshold;             // a gate at most this large is inactive: FATReLU
-  const Predictor* predictor;  // null: there is none
-  Stored stored_gates, stored_pairs;
+  float threshold;                    // a gate at most this large is inactive: FATReLU
+  const Predictor* predictor;         // null: there is none
+  Stored stored_gates, stored_pairs;  // of bundles the same
+  int64_t bundle = 0;  // bytes from a bundle, gate row and pair, to the next; 0: they lie apart
 
   bool gated() const { return activation != Activation::kRelu && activation != Activation::kRelu2; }
   int64_t up_stride() const;  // bytes of the up row of a pair

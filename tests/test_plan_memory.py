@@ -48,7 +48,7 @@ def test_what_fits_is_not_missed_and_what_does_not_is_read(moe: Path) -> None:
     packed = Packed(moe)
 
     def of(cache: int) -> Any:
-        where = Placement(1, 1, 1, 1, False, cache, 1)
+        where = Placement(1, 1, 1, 1, ("gate", "pairs"), cache, 1)
         settings = {"bandwidth": 1e9, "read_seconds": lambda _: 1e-4}
         return expect(packed, where, "predicted", (0.1, 0.3, 0.1), walk(0.5, 8, 2), **settings)
 

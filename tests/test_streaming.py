@@ -58,9 +58,9 @@ def a_few_units(monkeypatch: pytest.MonkeyPatch) -> Callable[[bool], None]:
 
     def patch(gates_stay: bool) -> None:
         def smallest(packed: Packed, memory: int, _: Any, threads: int, __: Any) -> Placement:
-            kinds = ["gate", "pairs"][gates_stay:]
+            kinds = ("bundles",) if packed.header.bundled else ("gate", "pairs")[gates_stay:]
             least = streaming._least(packed, kinds, threads)
-            return Placement(memory, 1, 1 << 26, 1, gates_stay, least, 1)
+            return Placement(memory, 1, 1 << 26, 1, kinds, least, 1)
 
         monkeypatch.setattr("turbosparse.engine.engine.place", smallest)
 
@@ -95,6 +95,32 @@ def test_the_text_is_that_in_memory_to_the_last_bit(
         _, missed, reads, size, _ = engine.stores.take_counts()
         assert missed >= reads > 0
         assert size > 0
+
+
+@pytest.mark.parametrize("family", ["mistral", "mixtral", "nemotron"])
+def test_bundles_give_the_same_text_in_memory_and_from_disk(
+    with_signs: Folder,
+    sparse: Callable[..., Path],
+    a_few_units: Callable[[bool], None],
+    tmp_path: Path,
+    family: str,
+) -> None:
+    apart = with_signs(family)
+    pack(str(sparse(family)), tmp_path / "bundled", quant="q4", predictor="sign", bundle=True)
+    Packed(tmp_path / "bundled").verify()
+    a_few_units(False)
+    for mode in ("dense", "exact", "predicted"):
+        tokens, logits = text(Engine(apart, mode=mode, threads=2))
+        for memory in (None, "1MB"):
+            engine = Engine(tmp_path / "bundled", mode=mode, threads=2, memory=memory)
+            found = text(engine)
+            assert found[0] == tokens
+            np.testing.assert_array_equal(found[1], logits)
+        assert engine.stores
+        found, missed, reads, *_ = engine.stores.take_counts()
+        assert missed >= reads > 0, "they came from disk"
+        reference = Engine(tmp_path / "bundled", mode=mode, backend="torch")
+        assert text(reference)[0] == tokens
 
 
 def test_a_server_answers_from_disk_as_from_memory(

@@ -56,7 +56,7 @@ class Neurons:
     def __init__(
         self,
         gates: NDArray[np.uint8] | StoredRows,
-        pairs: NDArray[np.uint8] | StoredRows,
+        pairs: NDArray[np.uint8] | StoredRows | None,
         hidden: int,
         quants: Sequence[str],
         activation: str,

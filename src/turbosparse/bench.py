@@ -43,6 +43,7 @@ from turbosparse.packed.format import Packed
 from turbosparse.packed.synthetic import NEAR, Wanted, make_synthetic
 
 Result = TypeVar("Result")
+_LESS = 1 << 28  # bytes that the bandwidth is measured on under a memory limit
 
 
 @dataclass(frozen=True)
@@ -129,6 +130,7 @@ def bench(
     folder: AnyPath | None = None,
     memory: str | None = None,
     locality: float = 0.0,
+    bundle: bool = False,
 ) -> Benchmark:
     """Measure decoding speed against the machine's bandwidth, and against a peer in the same run.
 
@@ -178,6 +180,9 @@ def bench(
     locality
         Correlation of the synthetic model's hidden states from a token to the next. 0 takes random
         tokens, which have the least in common.
+    bundle
+        Of the synthetic model: gate, up and down of a neuron lie side by side, as `pack --bundle`
+        puts them.
     """
     if (model is None) == (shape is None):
         raise TurboSparseError("give either a packed folder or a --shape")
@@ -198,6 +203,7 @@ def bench(
         "predictor-quant": predictor_quant,
         "folder": folder,
         "locality": locality or None,
+        "bundle": bundle or None,
     }
     if not 0 <= locality < 1:
         raise TurboSparseError(f"--locality {locality:g} must be 0 or more and less than 1")
@@ -216,13 +222,16 @@ def bench(
         predictor,
         predictor_quant or "q8",
         walks=locality > 0,
+        bundled=bundle,
     )
     kept = local_path(folder) if folder else None
     with nullcontext(model) if model else _synthetic(kept, quant or "q4", wanted) as path:
+        # before the engine, which takes what the limit leaves
+        speed = Memory(threads, _LESS) if memory else Memory(threads)
         engine = Engine(path, mode=mode, threads=threads, memory=memory)
         ours = _Ours(engine, batch, prompt, locality)
         with _peer(peer, engine.packed, threads, prompt) as other:
-            decode, prefills, bandwidths = _rounds(ours, other, rounds, tokens, prefill, threads)
+            decode, prefills, bandwidths = _rounds(ours, other, speed, rounds, tokens, prefill)
         return _card(engine, ours, decode, prefills, bandwidths, batch, threads, load, peer)
 
 
@@ -349,10 +358,9 @@ class _Ours:
 
 
 def _rounds(
-    ours: _Ours, other: Any, rounds: int, tokens: int, prefill: int, threads: int
+    ours: _Ours, other: Any, memory: Memory, rounds: int, tokens: int, prefill: int
 ) -> tuple[list[list[float]], list[list[float]], list[float]]:
     """Interleaved rounds: decode and prefill tokens/s as [ours, peer's], and GB/s."""
-    memory = Memory(threads)
     decode: list[list[float]] = [[], []]
     prefills: list[list[float]] = [[], []]
     bandwidths = []

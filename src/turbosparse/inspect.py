@@ -19,6 +19,7 @@ from turbosparse.packed.format import Packed
 _PARTS = {
     "gate": "feed-forward",
     "pairs": "feed-forward",
+    "bundles": "feed-forward",
     "neuron_order": "feed-forward",
     "predictor": "predictors",
     **dict.fromkeys(("attention_norm", "ffn_norm", "norm", "router"), "norms and router"),

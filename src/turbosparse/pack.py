@@ -49,7 +49,7 @@ from turbosparse.hf.published import own_fields
 from turbosparse.ops.feedback import Feedback
 from turbosparse.ops.predictor import Predictor
 from turbosparse.ops.quant import quantise, signs
-from turbosparse.ops.rows import FFNRows, Quant, row_bytes
+from turbosparse.ops.rows import FFNRows, Quant, bundle_bytes, row_bytes
 from turbosparse.packed.files import Spec, write_weights
 from turbosparse.packed.format import (
     cluster_neurons,
@@ -105,6 +105,7 @@ def pack(
     template: str = "{text}",
     separator: str | None = None,
     tokens: int = 65_536,
+    bundle: bool = False,
 ) -> PackedModel:
     """Quantise a model and lay it out for sparse reading.
 
@@ -147,6 +148,10 @@ def pack(
         Text between the documents of a text file; without it a file is one document.
     tokens
         Of this text, about so many.
+    bundle
+        Put gate, up and down of a neuron side by side, so that one read fetches all three: for
+        predicted mode from disk (--memory of generate and serve). From memory exact mode then is
+        slower.
     """
     out = local_path(out)
     check_free(out)
@@ -180,12 +185,12 @@ def pack(
     profile = Stats.find(folder, local_path(stats) if stats else None)
     if profile:
         profile.check(config)
-    plan = layout(config, quants, ffn.predictor)
+    plan = layout(config, quants, ffn.predictor, bundled=bundle)
     moments = None
     if texts and q4:
         ids = sequences(folder, config, texts, tokens, **how)
         moments = Moments(Layerwise(folder, activation=activation), ids)
-    choices = _Choices(quants, profile, ffn, moments)
+    choices = _Choices(quants, profile, ffn, moments, bundle)
 
     with new_folder(out) as work:
         copy_companions(folder, work)
@@ -200,6 +205,7 @@ def pack(
             cluster_neurons=cluster_neurons(config.hidden_size, choices.kinds),
             ffn=ffn,
             neuron_order="hot_first" if profile else "model",
+            bundled=bundle,
             source=str(model),
             packed_by=f"turbosparse {__version__}",
             profile=profile.profile() if profile else None,
@@ -234,6 +240,7 @@ class _Choices(NamedTuple):
     stats: Stats | None
     ffn: FFN
     moments: Moments | None
+    bundle: bool
 
     @property
     def parts(self) -> tuple[str, ...]:
@@ -268,8 +275,8 @@ def _tensors(
     """Every tensor of `plan`, in its order."""
     ffns = {ffn_prefix(*slot): slot for slot in families.ffns(config)}
     for name, spec in plan.items():
-        if spec.role == "gate":
-            yield from _ffn(config, checkpoint, choices, ffns[name.removesuffix("gate")])
+        if spec.role in ("gate", "bundles"):
+            yield from _ffn(config, checkpoint, choices, ffns[name.removesuffix(spec.role)])
         elif spec.role in ("pairs", "neuron_order", "predictor"):
             continue  # came with the gates
         elif spec.quant:
@@ -290,9 +297,13 @@ def _ffn(
     prefix, name = ffn_prefix(*slot), families.table(config).name
     hidden, quants, predictor = config.hidden_size, choices.kinds, choices.ffn.predictor
     order = _order(choices.stats, *slot, config.intermediate_size)
-    gates = np.empty((len(order), row_bytes(quants[0], hidden)), np.uint8)
-    pairs = np.empty((len(order), pair_bytes(hidden, quants)), np.uint8)
-    rows = FFNRows(gates, pairs, hidden, quants)
+    if choices.bundle:
+        bundles = np.zeros((len(order), bundle_bytes(hidden, quants)), np.uint8)
+        rows = FFNRows.of_bundles(bundles, hidden, quants)
+    else:
+        gates = np.empty((len(order), row_bytes(quants[0], hidden)), np.uint8)
+        pairs = np.empty((len(order), pair_bytes(hidden, quants)), np.uint8)
+        rows = FFNRows(gates, pairs, hidden, quants)
     for part, quant, out in zip(choices.parts, quants, rows.split(), strict=True):
         _quantised(
             checkpoint,
@@ -304,8 +315,11 @@ def _ffn(
             out=out,
             transpose=part == "down",
         )
-    yield f"{prefix}gate", gates
-    yield f"{prefix}pairs", pairs
+    if rows.bundles is not None:
+        yield f"{prefix}bundles", rows.bundles
+    else:
+        yield f"{prefix}gate", rows.gates
+        yield f"{prefix}pairs", rows.pairs
     yield f"{prefix}neuron_order", order.int().numpy()
     if predictor and predictor.kind == "sign":
         yield (

@@ -120,9 +120,9 @@ def expect(
     wanted = missed = reads = read = seconds = 0.0
     if placement:
         asked = {"dense": (1.0, 1.0), "exact": (1.0, shares[1]), "predicted": (shares[0],) * 2}
-        for kind, share in zip(("gate", "pairs"), asked[mode], strict=True):
-            if kind == "gate" and placement.gates_stay:
-                continue
+        gates, pairs = asked[mode]
+        for kind in placement.kinds:
+            share = pairs if kind == "pairs" else gates
             row, rows, frames = streaming.cache_of(packed, placement, kind)
             units = neurons(config) / rows
             union = [units * part for part in unions(share, rows)]

@@ -52,11 +52,12 @@ def split(packed: Packed, memory: int, kv_bytes: int | None) -> Split:
     config = packed.config
     if families.experts(config):
         raise TurboSparseError("--gpu-memory is for models without experts; leave it out")
-    roles = "gate", "pairs", "neuron_order"
+    roles = "gate", "pairs", "bundles", "neuron_order"
     rest = sum(
         t.nbytes for name, t in packed.tensors.items() if packed.plan[name].role not in roles
     )
-    neuron = sum(packed.tensors[ffn_prefix(0, None) + part].shape[1] for part in roles[:2])
+    rows = packed.ffn(ffn_prefix(0, None))
+    neuron = rows.gates.shape[1] + rows.pairs.shape[1]
     keys_values = kv_bytes or kept_bytes(config) * min(4096, config.context)
     # a prompt unpacks one feed-forward, or a part of it, to float32
     unpacked = 4 * 3 * config.hidden_size

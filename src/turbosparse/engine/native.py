@@ -157,7 +157,7 @@ def _layer(packed: Packed, index: int, stores: Stores | None) -> _core.Layer:
                 packed.activation,
                 packed.predictor(ffn),
                 packed.header.ffn.threshold,
-                (stores.rows.get(f"{ffn}gate"), stores.rows[f"{ffn}pairs"]) if stores else None,
+                stores.of(ffn) if stores else {},
             )
             for ffn in (ffn_prefix(index, expert) for expert in experts)
         ],

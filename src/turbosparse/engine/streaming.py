@@ -7,6 +7,7 @@ mode, which reads all of them, where they fit. `docs/memory.md` has what was mea
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import gcd
 from typing import Any
@@ -27,27 +28,23 @@ READERS = 32  # reads under way, for each kind of rows
 _PASS = 64 << 20  # bytes that a pass takes beside 64 for each of CHUNK tokens and hidden feature
 _LEAST_PROCESS = 128 << 20
 _FRAME = 48  # bytes that the store keeps of a unit in memory
+_GATES_STAY = ("pairs",)  # comes through the cache; the gates are in memory
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where a model's bytes go under a memory limit; all fields are bytes but `gates_stay`."""
+    """Where a model's bytes go under a memory limit; all fields are bytes but `kinds`."""
 
     memory: int
     process: int  # the program itself, and what a pass takes
     keys_values: int
     resident: int  # weights that stay
-    gates_stay: bool
-    cache: int  # for rows of the feed-forwards
-    stored: int  # all rows that come through the cache
-
-    @property
-    def kinds(self) -> list[str]:
-        """Of the rows that come through the cache."""
-        return ["pairs"] if self.gates_stay else ["gate", "pairs"]
+    kinds: tuple[str, ...]  # of the rows that come through the cache
+    cache: int  # for these
+    stored: int  # all of them
 
     def __str__(self) -> str:
-        gates = "with gates" if self.gates_stay else "gates on disk"
+        gates = "with gates" if self.kinds == _GATES_STAY else "gates on disk"
         return (
             f"{size_text(self.memory)} of memory: weights that stay {size_text(self.resident)} "
             f"({gates}), cache {size_text(self.cache)} for {size_text(self.stored)} on disk"
@@ -62,7 +59,7 @@ def place(
     Raises:
         TurboSparseError: it is too little.
     """
-    sizes = dict.fromkeys(("gate", "pairs", "neuron_order", "rest"), 0)
+    sizes = dict.fromkeys(("gate", "pairs", "bundles", "neuron_order", "rest"), 0)
     for name, tensor in packed.tensors.items():
         role = packed.plan[name].role
         sizes[role if role in sizes else "rest"] += tensor.nbytes
@@ -71,12 +68,15 @@ def place(
     one_text = kept_bytes(config) * min(4096, config.context)
     keys_values = kv_bytes or max(kept_bytes(config) * 64, min(one_text, memory // 16))
     left = memory - process - keys_values - sizes["rest"]
-    least = _least(packed, ["gate", "pairs"], threads)
-    if left >= sizes["gate"] + sizes["pairs"]:
+    kinds = ("bundles",) if packed.header.bundled else ("gate", "pairs")
+    least = _least(packed, kinds, threads)
+    if left >= sum(sizes[kind] for kind in kinds):
         return None
-    gates_stay = mode != "predicted" and left - sizes["gate"] >= max(least, sizes["pairs"] // 16)
-    resident = sizes["rest"] + gates_stay * sizes["gate"]
-    stored = sizes["pairs"] + (not gates_stay) * sizes["gate"]
+    room = left - sizes["gate"] >= max(least, sizes["pairs"] // 16)
+    if room and mode != "predicted" and not packed.header.bundled:
+        kinds = _GATES_STAY
+    stored = sum(sizes[kind] for kind in kinds)
+    resident = sizes["rest"] + (sizes["gate"] if kinds == _GATES_STAY else 0)
     cache = memory - process - keys_values - resident
     if cache < least:
         raise TurboSparseError(
@@ -84,7 +84,7 @@ def place(
             f"take {size_text(resident)}, keys and values {size_text(keys_values)}, the program "
             f"{size_text(process)}; give at least {size_text(memory - cache + least)}"
         )
-    return Placement(memory, process, keys_values, resident, gates_stay, cache, stored)
+    return Placement(memory, process, keys_values, resident, kinds, cache, stored)
 
 
 def unit_rows(row_bytes: int, alignment: int, least: int) -> int:
@@ -98,9 +98,9 @@ def unit_rows(row_bytes: int, alignment: int, least: int) -> int:
 def cache_of(
     packed: Packed, placement: Placement, kind: str, alignment: int = 512
 ) -> tuple[int, int, int]:
-    """Bytes of a row, rows of a unit, and units that the cache of gates or of pairs holds.
+    """Bytes of a row, rows of a unit, and units that the cache of a kind holds.
 
-    Both hold about as many units: a neuron that is missed needs one of each.
+    Those of gates and pairs hold about as many units: a neuron that is missed needs one of each.
     """
     rows, whole = _units(packed, placement.kinds, alignment)
     row, unit = rows[kind]
@@ -108,7 +108,7 @@ def cache_of(
 
 
 def _units(
-    packed: Packed, kinds: list[str], alignment: int
+    packed: Packed, kinds: Sequence[str], alignment: int
 ) -> tuple[dict[str, tuple[int, int]], int]:
     """Of each kind the bytes of a row and the rows of a unit; the bytes of a unit of every kind."""
     found = {}
@@ -118,7 +118,7 @@ def _units(
     return found, sum(row * unit + _FRAME for row, unit in found.values())
 
 
-def _least(packed: Packed, kinds: list[str], threads: int) -> int:
+def _least(packed: Packed, kinds: Sequence[str], threads: int) -> int:
     """Bytes that a cache needs at least, whatever the disk asks for."""
     sizes = []
     for alignment in (1, 512, 4096):
@@ -165,6 +165,10 @@ class Stores:
                 file, offset = packed.place(name)
                 count = packed.tensors[name].shape[0]
                 self.rows[name] = store.add(file.descriptor, offset, count, alignment)
+
+    def of(self, ffn: str) -> dict[str, _core.StoredRows]:
+        """Those of the feed-forward with this prefix, by kind."""
+        return {kind: self.rows[ffn + kind] for kind in self.placement.kinds}
 
     def __str__(self) -> str:
         return f"{self.placement}" + ("" if self.direct else ", through the page cache")

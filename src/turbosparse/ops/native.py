@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from turbosparse import _core
 from turbosparse.ops.predictor import PackedPredictor
 from turbosparse.ops.rows import FFNRows
@@ -12,14 +15,18 @@ def neurons(
     activation: str,
     predictor: PackedPredictor | None = None,
     threshold: float = 0.0,
-    stored: tuple[_core.StoredRows | None, _core.StoredRows] | None = None,
+    stored: Mapping[str, _core.StoredRows] = {},
 ) -> _core.Neurons:
-    """The core's view of one feed-forward; of `stored` gates and pairs take the place of those."""
+    """The core's view of one feed-forward.
+
+    What `stored` has of gate, pairs or bundles takes the place of the mapped rows.
+    """
     view = predictor and _predictor(predictor, rows.hidden)
-    gates, pairs = stored or (None, None)
+    parts: tuple[Any, Any] = stored.get("gate") or rows.gates, stored.get("pairs") or rows.pairs
+    if rows.bundles is not None:
+        parts = stored.get("bundles") or rows.bundles, None
     return _core.Neurons(
-        gates or rows.gates,
-        pairs or rows.pairs,
+        *parts,
         rows.hidden,
         rows.quants,
         activation,

@@ -18,6 +18,7 @@ BLOCK = 32
 TILE = 16  # blocks
 CACHE_LINE = 64  # bytes
 ROW_STEP = 16  # bytes; of f16 a cache line: see docs/format.md
+BUNDLE_STEP = 512  # bytes; what most disks read at least
 
 
 def row_bytes(quant: str, cols: int) -> int:
@@ -34,6 +35,12 @@ def row_bytes(quant: str, cols: int) -> int:
         )
     scales, step = (0, CACHE_LINE) if quant == "f16" else (2 * cols // BLOCK, ROW_STEP)
     return -(-(value_bytes(quant, cols) + scales) // step) * step
+
+
+def bundle_bytes(hidden: int, quants: Sequence[str]) -> int:
+    """Stride of the bundles of a feed-forward with parts in these formats, in bytes."""
+    rows = sum(row_bytes(quant, hidden) for quant in quants)
+    return -(-rows // BUNDLE_STEP) * BUNDLE_STEP
 
 
 def value_bytes(quant: str, cols: int) -> int:
@@ -53,17 +60,27 @@ class FFNRows:
     All gate rows are read as one stream; a neuron's up row and down column are read together or
     not at all. In an ungated feed-forward up is its own gate: the up rows are `gates`, and the down
     columns alone are `pairs`.
+
+    In `bundles` a neuron's gate row and pair follow each other: one read from disk. Gates and pairs
+    are then views of these.
     """
 
     gates: NDArray[Any]  # uint8 [I, row_bytes]
     pairs: NDArray[Any]  # uint8 [I, row_bytes of each of the other parts]
     hidden: int
     quants: tuple[str, ...]  # of the parts: gate, up and down, or up and down
+    bundles: NDArray[Any] | None = None  # uint8 [I, bundle_bytes]
 
     @classmethod
     def join(cls, parts: Sequence[NDArray[Any]], hidden: int, quants: tuple[str, ...]) -> Self:
         """From the packed rows of the parts."""
         return cls(np.ascontiguousarray(parts[0]), np.concatenate(parts[1:], 1), hidden, quants)
+
+    @classmethod
+    def of_bundles(cls, bundles: NDArray[Any], hidden: int, quants: tuple[str, ...]) -> Self:
+        gate, *pair = (row_bytes(quant, hidden) for quant in quants)
+        gates, pairs = bundles[:, :gate], bundles[:, gate : gate + sum(pair)]
+        return cls(gates, pairs, hidden, quants, bundles)
 
     def split(self) -> list[NDArray[Any]]:
         """The packed rows of the parts."""
@@ -71,6 +88,8 @@ class FFNRows:
         return [self.gates, *np.split(self.pairs, np.cumsum(widths)[:-1], axis=1)]
 
     def __getitem__(self, neurons: Any) -> Any:
+        if self.bundles is not None:
+            return self.of_bundles(self.bundles[neurons], self.hidden, self.quants)
         return type(self)(self.gates[neurons], self.pairs[neurons], self.hidden, self.quants)
 
 

@@ -34,7 +34,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
 class Spec(NamedTuple):
     """Type and shape of one tensor in a packed folder, and its role.
 
-    Roles are those of the tables of `families`, and ``pairs``, ``neuron_order``, ``predictor``.
+    Roles are those of the tables of `families`, and ``pairs``, ``bundles``, ``neuron_order`` and
+    ``predictor``.
     """
 
     dtype: str

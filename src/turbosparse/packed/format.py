@@ -18,7 +18,14 @@ from turbosparse.hf.activations import ACTIVATIONS
 from turbosparse.hf.config import parse
 from turbosparse.hf.load import activation_of, threshold_of
 from turbosparse.ops.predictor import PackedPredictor, Predictor
-from turbosparse.ops.rows import BLOCK, FFNRows, finite_scales, row_bytes, sign_bytes
+from turbosparse.ops.rows import (
+    BLOCK,
+    FFNRows,
+    bundle_bytes,
+    finite_scales,
+    row_bytes,
+    sign_bytes,
+)
 from turbosparse.packed.files import PAGE, Spec, WeightFile, named_tensors, verify_checksums
 from turbosparse.packed.header import Fault, FormatError, Header, QuantMap
 
@@ -29,7 +36,9 @@ def ffn_prefix(layer: int | None, expert: int | None) -> str:
     return f"model.layers.{layer}." + ("" if expert is None else f"experts.{expert}.")
 
 
-def layout(config: Any, quants: QuantMap, predictor: Predictor | None = None) -> dict[str, Spec]:
+def layout(
+    config: Any, quants: QuantMap, predictor: Predictor | None = None, *, bundled: bool = False
+) -> dict[str, Spec]:
     """Every tensor of a packed model, in the order in which a decoder reads them."""
     plan: dict[str, Spec] = {}
     parts = ACTIVATIONS[activation_of(config)].parts
@@ -41,9 +50,13 @@ def layout(config: Any, quants: QuantMap, predictor: Predictor | None = None) ->
             plan[name] = Spec("F32", shape, row.role)
         elif row.role == parts[0]:  # the others are its pairs
             prefix, neurons = ffn_prefix(layer, expert), config.intermediate_size
-            pair = pair_bytes(config.hidden_size, kinds)
-            plan[f"{prefix}gate"] = _matrix("gate", shape, kinds[0])
-            plan[f"{prefix}pairs"] = Spec("U8", (neurons, pair), "pairs")
+            if bundled:
+                size = bundle_bytes(config.hidden_size, kinds)
+                plan[f"{prefix}bundles"] = Spec("U8", (neurons, size), "bundles")
+            else:
+                pair = pair_bytes(config.hidden_size, kinds)
+                plan[f"{prefix}gate"] = _matrix("gate", shape, kinds[0])
+                plan[f"{prefix}pairs"] = Spec("U8", (neurons, pair), "pairs")
             plan[f"{prefix}neuron_order"] = Spec("I32", (neurons,), "neuron_order")
             if predictor:
                 own = _predictor_layout(config, predictor, layer or 0, expert or 0)
@@ -101,7 +114,8 @@ class Packed:
         self.header = Header.read(self.folder, raw)
         self.config = parse(raw, self.folder / "config.json")
         _check_header(self.folder, self.header, self.config)
-        self.plan = layout(self.config, self.header.quant, self.header.ffn.predictor)
+        header = self.header
+        self.plan = layout(self.config, header.quant, header.ffn.predictor, bundled=header.bundled)
         named = self.header.files.items()
         self.files = [WeightFile(self.folder, name, file) for name, file in named]
         self.tensors = named_tensors(self.folder, self.files, self.plan)
@@ -117,8 +131,10 @@ class Packed:
 
     def ffn(self, prefix: str) -> FFNRows:
         """The rows of the feed-forward with this `ffn_prefix`."""
-        gates, pairs = (self.tensors[prefix + part] for part in ("gate", "pairs"))
-        return FFNRows(gates, pairs, self.config.hidden_size, self.header.ffn_quants)
+        about = self.config.hidden_size, self.header.ffn_quants
+        if self.header.bundled:
+            return FFNRows.of_bundles(self.tensors[f"{prefix}bundles"], *about)
+        return FFNRows(self.tensors[f"{prefix}gate"], self.tensors[f"{prefix}pairs"], *about)
 
     def norm(
         self, role: str, layer: int | None = None
@@ -167,10 +183,11 @@ class Packed:
 
     def _finite(self, name: str, tensor: NDArray[Any]) -> bool:
         spec = self.plan[name]
-        if name.endswith(".pairs"):
-            rows = self.ffn(name.removesuffix("pairs"))
-            _, *pair = zip(rows.split(), rows.quants, strict=True)
-            return all(finite_scales(part, quant, rows.hidden) for part, quant in pair)
+        if spec.role in ("pairs", "bundles"):
+            rows = self.ffn(name.removesuffix(spec.role))
+            parts = list(zip(rows.split(), rows.quants, strict=True))
+            here = parts[spec.role == "pairs" :]
+            return all(finite_scales(part, quant, rows.hidden) for part, quant in here)
         if spec.quant:
             return finite_scales(tensor, spec.quant, spec.cols)
         return spec.dtype != "F32" or bool(np.isfinite(tensor).all())

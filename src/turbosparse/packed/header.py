@@ -168,6 +168,7 @@ class Header(_Record):
     cluster_neurons: int  # neurons whose pairs are read together from disk
     ffn: FFN
     neuron_order: Literal["hot_first", "model"]
+    bundled: bool = False  # gate, up and down of a neuron lie together, for reading from disk
     source: str
     packed_by: str
     profile: Profile | None = None

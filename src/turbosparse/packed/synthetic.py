@@ -112,6 +112,7 @@ class Wanted:
     predictor: str | None = None
     predictor_quant: str = "q8"
     walks: bool = False  # embeddings of neighbouring tokens are alike
+    bundled: bool = False
 
     def __str__(self) -> str:
         cut = f" with {self.layers} layers" if self.layers else ""
@@ -119,7 +120,7 @@ class Wanted:
             self.predictor, f", predictor {self.predictor} {self.predictor_quant}"
         )
         return f"synthetic {self.shape}{cut}, sparsity {self.sparsity:g}{kind}" + (
-            ", walking embeddings" if self.walks else ""
+            ", walking embeddings" * self.walks + ", bundled" * self.bundled
         )
 
     def check(self) -> None:
@@ -185,7 +186,8 @@ def make_synthetic(out: Path, wanted: Wanted, *, quant: str, seed: int = 0) -> N
     weights = _Weights(quant, wanted, seed)
     predictor, weights.shared = _predicted_ffn(config, wanted, weights)
     quants = QuantMap.uniform(quant)
-    plan, parts = layout(config, quants, predictor), ACTIVATIONS[wanted.activation].parts
+    plan = layout(config, quants, predictor, bundled=wanted.bundled)
+    parts = ACTIVATIONS[wanted.activation].parts
     with new_folder(out) as work:
         tensors = ((name, weights.make(name, spec, config)) for name, spec in plan.items())
         files = write_weights(work, plan, track(tensors, f"making {wanted.shape}", total=len(plan)))
@@ -195,6 +197,7 @@ def make_synthetic(out: Path, wanted: Wanted, *, quant: str, seed: int = 0) -> N
             cluster_neurons=cluster_neurons(config.hidden_size, quants.of(parts)),
             ffn=FFN(activation=wanted.activation, predictor=predictor),  # type: ignore[arg-type]
             neuron_order="model",
+            bundled=wanted.bundled,
             source=str(wanted),
             packed_by=f"turbosparse {__version__}",
             files=files,
@@ -325,12 +328,11 @@ class _Weights:
         if last == "gate":
             return self.leaning(rows, hidden)
         if last == "pairs":
-            width = row_bytes(self.quant, hidden)
-            down = self._rows(rows, hidden, width, QUIET)
-            if stride == width:
-                return down
-            up = self.shared["up"] if "up" in self.shared else self.leaning(rows, hidden)
-            return np.concatenate((up, down), 1)
+            return self._pairs(rows, hidden)
+        if last == "bundles":
+            gates = self.shared["gate"] if "gate" in self.shared else self.leaning(rows, hidden)
+            whole = np.concatenate((gates, self._pairs(rows, hidden)), 1)
+            return np.pad(whole, ((0, 0), (0, stride - whole.shape[1])))
         if last == "o":
             heads = config.num_attention_heads * families.config_head_dim(config)
             return self._rows(rows, heads, stride, QUIET)
@@ -340,6 +342,13 @@ class _Weights:
                 self._walk(matrix, hidden)
             self._first_block(matrix, hidden, CONSTANT * SPREAD)
         return matrix
+
+    def _pairs(self, neurons: int, hidden: int) -> NDArray[np.uint8]:
+        down = self._rows(neurons, hidden, row_bytes(self.quant, hidden), QUIET)
+        if self.wanted.activation == "relu2":
+            return down
+        up = self.shared["up"] if "up" in self.shared else self.leaning(neurons, hidden)
+        return np.concatenate((up, down), 1)
 
     def leaning(self, neurons: int, hidden: int) -> NDArray[np.uint8]:
         """Gate or up rows of neurons; together they are active as often as is asked."""

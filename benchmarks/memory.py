@@ -1,0 +1,169 @@
+"""A model larger than memory, each run in a control group of its limit, beside llama.cpp.
+
+For each limit: `turbosparse bench --memory` on a synthetic model, then llama.cpp, which maps a
+dense GGUF model of the same shape, with the page cache emptied before each of them. At last both
+without a limit, where ours takes what is available. Needs root, for the control groups and the page
+cache.
+
+    python benchmarks/memory.py FOLDER --gguf FILE --limits 16GiB 12GiB 8GiB --out memory.json
+
+makes FOLDER (27 GB with its defaults) and FILE (26 GB) where they are not there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from turbosparse.base.machine import memory_available, size_in_bytes
+from turbosparse.benchmark.harness import Spread, machine
+from turbosparse.benchmark.peers import LlamaCpp, PeerDied, write_random_gguf
+from turbosparse.packed.format import Packed
+
+GROUPS = Path("/sys/fs/cgroup")
+# version 1 of control groups, and version 2: the limit, the peak, and where failures are counted
+FILES = {
+    1: ("memory.limit_in_bytes", "memory.max_usage_in_bytes", "memory.failcnt"),
+    2: ("memory.max", "memory.peak", "memory.events"),
+}
+
+
+def main() -> None:
+    arguments = parsed()
+    if not arguments.folder.exists() or not arguments.gguf.exists():
+        make(arguments)
+    rows = []
+    for limit in [*arguments.limits, None]:
+        for _ in range(arguments.repeat):
+            rows.append(ours(arguments, limit))
+            print(json.dumps(rows[-1]), flush=True)
+        rows.append(peer(arguments, limit))
+        print(json.dumps(rows[-1]), flush=True)
+    document = {"machine": machine(), "arguments": sys.argv[1:], "rows": rows}
+    arguments.out.write_text(json.dumps(document, indent=1))
+    Console(width=150).print(table(rows))
+
+
+def parsed() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--gguf", type=Path, required=True)
+    parser.add_argument("--limits", nargs="*", default=["16GiB", "12GiB", "8GiB"])
+    parser.add_argument("--shape", default="mixtral-8x7b")
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--sparsity", default="0.88")
+    parser.add_argument("--predictor", default="rank=256")
+    parser.add_argument("--locality", type=float, default=0.8)
+    parser.add_argument("--apart", action="store_true", help="not in bundles")
+    parser.add_argument("--mapped", action="store_true", help="ours maps its files as well")
+    parser.add_argument("--tokens", type=int, default=8, help="in a round")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--repeat", type=int, default=1, help="runs of ours for each limit")
+    parser.add_argument("--peer-tokens", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("memory.json"))
+    return parser.parse_args()
+
+
+def command(arguments: argparse.Namespace, *more: str) -> list[str]:
+    synthetic = ["--shape", arguments.shape, "--folder", str(arguments.folder)]
+    synthetic += ["--sparsity", arguments.sparsity, "--locality", str(arguments.locality)]
+    synthetic += ["--predictor", arguments.predictor, "--predictor-quant", "q4"]
+    synthetic += [] if arguments.apart else ["--bundle"]
+    synthetic += ["--layers", str(arguments.layers)] if arguments.layers else []
+    return [sys.executable, "-m", "turbosparse", "bench", *synthetic, "--json", *more]
+
+
+def make(arguments: argparse.Namespace) -> None:
+    if not arguments.folder.exists():
+        short = ["--prompt", "1", "--tokens", "1", "--rounds", "1"]
+        subprocess.run(command(arguments, *short), check=True, stdout=subprocess.DEVNULL)
+    write_random_gguf(arguments.gguf, Packed(arguments.folder).config, "q4")
+
+
+def ours(arguments: argparse.Namespace, limit: str | None) -> dict[str, Any]:
+    """The row of a run of `bench`, whose caches were filled before it counts."""
+    how = ["--prompt", "1", "--tokens", str(arguments.tokens), "--rounds", str(arguments.rounds)]
+    if not arguments.mapped:
+        how += ["--memory", limit or str(memory_available())]
+    with limited(limit) as used:
+        done = subprocess.run(command(arguments, *how), check=True, stdout=subprocess.PIPE)
+        found = json.loads(done.stdout.splitlines()[-1])
+        return {
+            "engine": "turbosparse",
+            "limit": limit,
+            "tokens/s": found["tokens_per_second"],
+            "bandwidth, GB/s": found["bandwidth"],
+            "ceiling, tokens/s": found["ceiling"],
+            "stored": found["stored"],
+            **used(),
+        }
+
+
+def peer(arguments: argparse.Namespace, limit: str | None) -> dict[str, Any]:
+    """The row of llama.cpp; a token is read before those that count."""
+    row: dict[str, Any] = {"engine": "llama.cpp", "limit": limit}
+    with limited(limit) as used, closing(LlamaCpp(arguments.gguf, threads=2, prompt=1)) as other:
+        try:
+            other.decode(1)
+            speeds = [other.decode(1) for _ in range(arguments.peer_tokens)]
+            row["tokens/s"] = asdict(Spread.of(speeds))
+        except PeerDied as died:
+            row["died"] = str(died)
+        return row | used()
+
+
+@contextmanager
+def limited(limit: str | None) -> Iterator[Any]:
+    """Start the processes inside in a control group with this limit; yields what tells its peak."""
+    Path("/proc/sys/vm/drop_caches").write_text("3")
+    if limit is None:
+        yield dict
+        return
+    version = 2 if (GROUPS / "cgroup.controllers").is_file() else 1
+    root = GROUPS if version == 2 else GROUPS / "memory"
+    most, peak, failed = FILES[version]
+    group = root / f"turbosparse-benchmark-{os.getpid()}"
+    group.mkdir()
+    try:
+        (group / most).write_text(str(size_in_bytes(limit, "--limits")))
+        (group / "cgroup.procs").write_text("0")
+        yield lambda: {
+            "peak of the group": int((group / peak).read_text()),
+            "failed allocations": (group / failed).read_text().split(),
+        }
+    finally:
+        (root / "cgroup.procs").write_text("0")
+        group.rmdir()
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    shown = Table("limit", "engine", "tokens/s", "found", "reads", "MB from disk", "expected")
+    for row in rows:
+        speed, stored = row.get("tokens/s"), row.get("stored") or {}
+        cells = [
+            f"{speed['median']:.3f} [{speed['least']:.3f}..{speed['greatest']:.3f}]"
+            if speed
+            else "died"
+        ]
+        names = "% of units found in the cache", "reads per token", "MB from disk per token"
+        cells += [
+            f"{stored[name]:,.1f}" if name in stored else ""
+            for name in (*names, "expected tokens/s")
+        ]
+        shown.add_row(row["limit"] or "none", row["engine"], *cells)
+    return shown
+
+
+if __name__ == "__main__":
+    main()
