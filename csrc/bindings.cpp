@@ -20,6 +20,8 @@ namespace {
 using Input = Array<const float, 2>;
 using Output = Array<float, 2>;
 using Counts = Array<int32_t, 2>;
+using Elsewhere = Array<const uint8_t, 1>;
+using Uses = Array<int32_t, 1>;
 using Indices = Array<const int32_t, 1>;
 using How = std::tuple<std::string, int, int>;
 
@@ -144,7 +146,8 @@ void init_neurons(OwningNeurons* self, const AnyRows& any_gates,
 }
 
 void forward(const OwningNeurons& self, Input x, Input residual, Output out, Counts counts,
-             const char* mode_name, int threads) {
+             const char* mode_name, int threads, const std::optional<Elsewhere>& elsewhere,
+             const std::optional<Uses>& uses) {
   check_shape("x", x, x.shape(0), self.hidden);
   check_shape("residual", residual, x.shape(0), self.hidden);
   check_shape("out", out, x.shape(0), self.hidden);
@@ -152,8 +155,17 @@ void forward(const OwningNeurons& self, Input x, Input residual, Output out, Cou
   check_threads(threads);
   const auto mode = parse<Mode>("mode", mode_name, kModes);
   check_mode(mode, self);
+  std::optional<Spans> spans;
+  if (elsewhere || uses) {
+    if (!elsewhere || !uses) fail("elsewhere and uses belong together");
+    const int64_t count = (self.neurons + Spans::kNeurons - 1) / Spans::kNeurons;
+    check_shape("elsewhere", *elsewhere, count);
+    check_shape("uses", *uses, count);
+    spans = Spans{elsewhere->data(), uses->data()};
+  }
   nb::gil_scoped_release release;
-  self.forward(x.data(), residual.data(), out.data(), counts.data(), x.shape(0), mode, threads);
+  self.forward(x.data(), residual.data(), out.data(), counts.data(), x.shape(0), mode, threads,
+               nullptr, spans ? &*spans : nullptr);
 }
 
 }  // namespace
@@ -206,7 +218,10 @@ NB_MODULE(_core, m) {
            "threshold"_a = 0.0f)
       .def("forward", &forward, "x"_a.noconvert(), "residual"_a.noconvert(), "out"_a.noconvert(),
            "counts"_a.noconvert(), "mode"_a, "threads"_a,
+           "elsewhere"_a.noconvert().none() = nb::none(), "uses"_a.noconvert().none() = nb::none(),
            "out[T, hidden] = FFN(x); counts[T, 3] = candidates, gates above the threshold, "
-           "Combined not zero");
+           "Combined not zero. All this without the neurons of the spans that are elsewhere; to "
+           "uses[spans] are added, outside dense mode, those with Combined not zero")
+      .attr("SPAN") = Spans::kNeurons;
   bind_decoder(m);
 }

@@ -87,6 +87,7 @@ struct Pass {
   const Prediction* prediction;  // null: all neurons are candidates
   const int64_t threads;
   const int64_t held;  // neurons whose rows a share may hold; 0: all are in memory
+  const Spans* spans;  // null: all neurons are computed here
 
   const Kernels& kernels(Neurons::Part part) const { return parts[part].kernels; }
 
@@ -98,8 +99,16 @@ struct Pass {
   std::vector<int32_t> share_of(int64_t thread) const {
     std::vector<int32_t> neurons;
     neurons.reserve(ffn.neurons / threads + kChunk);
-    for (int64_t chunk = thread * kChunk; chunk < ffn.neurons; chunk += threads * kChunk) {
+    const auto take = [&](int64_t chunk) {
       for (int64_t i = chunk; i < std::min(chunk + kChunk, ffn.neurons); ++i) neurons.push_back(i);
+    };
+    if (!spans) {
+      for (int64_t at = thread * kChunk; at < ffn.neurons; at += threads * kChunk) take(at);
+      return neurons;
+    }
+    int64_t here = 0;
+    for (int64_t at = 0; at < ffn.neurons; at += kChunk) {
+      if (!spans->elsewhere[at / Spans::kNeurons] && here++ % threads == thread) take(at);
     }
     return neurons;
   }
@@ -135,6 +144,8 @@ class NeuronShare {
   // Its sum for token t, from column c on, and its counts.
   float* sum(int64_t t, int c) const { return sums_ + t * sum_floats_ + c; }
   const int32_t* counts(int64_t t) const { return &counts_[3 * t]; }
+  // Of each span, how often a token needed a neuron of it; empty without spans, and in dense mode.
+  const std::vector<int32_t>& uses() const { return uses_; }
 
  private:
   // Takes some neurons through gate, up and down, and drops those that a token does not need.
@@ -165,12 +176,20 @@ class NeuronShare {
               lists_[t].size());
     }
     compact(2, [](float combined) { return combined != 0; });
+    if (pass_.spans && pass_.mode != Mode::kDense) note_uses();
     const Kernels& kernels = pass_.kernels(Neurons::kDown);
     for_lists(Neurons::kDown, [&](const Rows& down, int64_t t, int64_t tokens) {
       worked(down.count * tokens * pass_.ffn.hidden);
       kernels.axpys(&down, &values_[t * width_], width_, tokens, pass_.ffn.hidden,
                     sums_ + t * sum_floats_);
     });
+  }
+
+  void note_uses() {
+    uses_.resize((pass_.ffn.neurons + Spans::kNeurons - 1) / Spans::kNeurons);
+    for (const std::vector<int32_t>& list : lists_) {
+      for (const int32_t neuron : list) ++uses_[neuron / Spans::kNeurons];
+    }
   }
 
   // Finds the candidates of the whole share and begins to read what of them is on disk.
@@ -243,7 +262,7 @@ class NeuronShare {
   int64_t width_;
   std::vector<float> values_, ups_;  // [tokens, width]: gate, later Combined; up
   Buffer sums_;
-  std::vector<int32_t> counts_;
+  std::vector<int32_t> counts_, uses_;
 };
 
 // A thread helps to add up the shares from about this many numbers on.
@@ -286,6 +305,9 @@ void run_shares(const Pass& pass, float* out, int32_t* counts, const Done& done)
   std::fill_n(counts, pass.tokens * 3, 0);
   for (int64_t i = 0; i < 3 * pass.tokens; ++i) {
     for (const auto& share : shares) counts[i] += share->counts(0)[i];
+  }
+  for (const auto& share : shares) {
+    for (size_t i = 0; i < share->uses().size(); ++i) pass.spans->uses[i] += share->uses()[i];
   }
 }
 
@@ -397,7 +419,8 @@ int64_t Neurons::most_held(int threads) const {
 int64_t Neurons::up_stride() const { return gated() ? row_stride(quants[kUp], hidden) : 0; }
 
 void Neurons::forward(const float* x, const float* residual, float* out, int32_t* counts,
-                      int64_t tokens, Mode mode, int threads, Residual* sum) const {
+                      int64_t tokens, Mode mode, int threads, Residual* sum,
+                      const Spans* spans) const {
   const int64_t gate = row_stride(quants[kGate], hidden);
   const int64_t up = up_stride();
   const int64_t pair = up + row_stride(quants[kDown], hidden);
@@ -430,7 +453,8 @@ void Neurons::forward(const float* x, const float* residual, float* out, int32_t
                     mode,
                     prediction.get(),
                     some,
-                    held};
+                    held,
+                    spans};
     run_shares(pass, out + at, counts + 3 * t, [&](int64_t token, int c, int cols) {
       if (sum) sum->add(t + token, c, cols, out + at + token * hidden + c);
     });

@@ -80,9 +80,18 @@ enum class Mode { kDense, kExact, kPredicted };
 
 class Predictor;
 
+// Neurons in spans, of which another device computes some.
+struct Spans {
+  static constexpr int64_t kNeurons = 64;  // of a span; the last one may have fewer
+
+  const uint8_t* elsewhere;  // [spans]: not 0 where none of the neurons is computed here
+  int32_t* uses;             // [spans]: outside dense mode, plus those with Combined not zero
+};
+
 struct Neurons {
   // Hot neurons come first, so threads take turns at small chunks to share them evenly.
   static constexpr int64_t kChunk = 16;
+  static_assert(Spans::kNeurons % kChunk == 0);
 
   enum Part { kGate, kUp, kDown };
 
@@ -107,7 +116,8 @@ struct Neurons {
   // above the threshold, and those whose Combined is not zero. residual[T, H], which x is the norm
   // of, is for the predictor. Outside dense mode the activation must have exact zeros. The same
   // number of threads gives the same bits, wherever the rows lie. out is added to `sum`, where
-  // there is one. Throws ReadError where rows are on disk.
+  // there is one. With spans, all this is of the neurons that are not elsewhere. Throws ReadError
+  // where rows are on disk.
   void forward(const float* x, const float* residual, float* out, int32_t* counts, int64_t tokens,
-               Mode mode, int threads, Residual* sum = nullptr) const;
+               Mode mode, int threads, Residual* sum = nullptr, const Spans* spans = nullptr) const;
 };

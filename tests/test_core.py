@@ -108,6 +108,13 @@ def read_only(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
         ("forward", {"counts": zeros(3, 2, dtype=np.int32)}, r"expected \(3, 3\)"),
         ("forward", {"counts": zeros(3, 3, dtype=np.int64)}, "incompatible"),
         ("forward", {"counts": zeros(3, 3, dtype=np.int32).T}, "incompatible"),
+        ("forward", {"elsewhere": zeros(1)}, "elsewhere and uses belong together"),
+        (
+            "forward",
+            {"elsewhere": zeros(2), "uses": zeros(2, dtype=np.int32)},
+            r"elsewhere has shape \(2\), expected \(1\)",
+        ),
+        ("forward", {"elsewhere": zeros(1), "uses": zeros(1)}, "incompatible"),
         ("forward", {"threads": 0}, "threads is 0"),
         ("forward", {"mode": "sparse"}, "'sparse', expected one of dense, exact, predicted"),
         ("forward", {"mode": "predicted"}, "predicted mode needs a predictor"),

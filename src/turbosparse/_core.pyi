@@ -53,6 +53,7 @@ class Store:
     def take_counts(self) -> tuple[int, int, int, int, float]: ...
 
 class Neurons:
+    SPAN: int  # neurons of a span
     def __init__(
         self,
         gates: NDArray[np.uint8] | StoredRows,
@@ -71,6 +72,8 @@ class Neurons:
         counts: NDArray[np.int32],
         mode: str,
         threads: int,
+        elsewhere: NDArray[np.uint8] | None = None,
+        uses: NDArray[np.int32] | None = None,
     ) -> None: ...
 
 class Cancelled(RuntimeError): ...
