@@ -160,7 +160,7 @@ def main() -> None:
             "bench-gpu needs an NVIDIA GPU, and torch finds none; see whether nvidia-smi lists one "
             "and torch is built for CUDA"
         )
-    command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py"]
+    command = [sys.executable, "-m", "pytest", "-q", "tests/test_gpu.py", "tests/test_hybrid.py"]
     if subprocess.run(command, cwd=ROOT, check=False).returncode:
         sys.exit("the kernels fail their tests on this card: nothing is measured")
     results: dict[str, Any] = {

@@ -24,13 +24,12 @@ from turbosparse.engine.engine import Engine
 from turbosparse.engine.model import Norm, Rotation
 from turbosparse.engine.sequence import Cancelled
 from turbosparse.hf.activations import ACTIVATIONS, WITHOUT_ZEROS
-from turbosparse.ops import gpu, gpu_attention, hybrid, reference
+from turbosparse.ops import gpu, gpu_attention, reference
 from turbosparse.ops.gpu_attention import Where
 from turbosparse.ops.predictor import PackedPredictor, Predictor
 from turbosparse.ops.quant import dequantise, quantise, quantise_ffn, signs
 from turbosparse.ops.rows import FFNRows
 from turbosparse.pack import pack
-from turbosparse.packed.format import Packed
 
 interpreter.make_fast()
 SAME_SUM = 2e-5  # relative RMS of float32 sums in another order
@@ -82,10 +81,12 @@ def relative_rms(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value.cpu() - truth.cpu()).norm() / truth.norm().clamp(min=1e-30))
 
 
-def feed_forward(quant: str, activation: str, lean: float = 0.0, seed: int = 0) -> FFNRows:
+def feed_forward(
+    quant: str, activation: str, lean: float = 0.0, seed: int = 0, neurons: int = NEURONS
+) -> FFNRows:
     """Rows whose gates, or ups, are the smaller the larger `lean` is, at inputs of `inputs`."""
     parts = ACTIVATIONS[activation].parts
-    weights = random(len(parts), NEURONS, HIDDEN, seed=seed) / HIDDEN**0.5
+    weights = random(len(parts), neurons, HIDDEN, seed=seed) / HIDDEN**0.5
     weights[0, :, 0] -= lean
     with CPU:
         return quantise_ffn(weights, (quant,) * len(parts))
@@ -181,7 +182,7 @@ def _predictor(rows: FFNRows, kind: str, number: int) -> PackedPredictor:
     if kind == "sign":
         about = Predictor(kind="sign", input="post_norm", threshold=0.05 * number)
         return PackedPredictor(about, {"signs": signs(rows, 2)})
-    shapes = {"fc1": (32, HIDDEN), "fc2": (NEURONS, 32)}
+    shapes = {"fc1": (32, HIDDEN), "fc2": (len(rows.gates), 32)}
     parts = {
         name: quantise(random(*shape, seed=number), "q4").numpy() for name, shape in shapes.items()
     }
@@ -285,15 +286,15 @@ def test_attention_over_caches(window: int | None) -> None:
 # -- the decoder ---------------------------------------------------------------------------------
 
 
-def greedy(engine: Engine, prompt: list[int]) -> tuple[list[int], float]:
+def greedy(engine: Engine, prompt: list[int], count: int = TOKENS) -> tuple[list[int], float]:
     """A text, and the least distance of a choice to the next best."""
     sequence, nearest = engine.sequence(prompt), float("inf")
-    for _ in range(TOKENS):
+    for _ in range(count):
         logits = torch.tensor(engine.step([sequence])[0].logits, device="cpu")
         first, second = logits.topk(2).values.tolist()
         nearest = min(nearest, first - second)
         sequence.extend([int(logits.argmax())])
-    return sequence.tokens[-TOKENS:], nearest
+    return sequence.tokens[-count:], nearest
 
 
 @pytest.mark.parametrize(
@@ -342,60 +343,6 @@ def test_a_step_of_few_tokens_can_be_cancelled_before_it(packed_mistral: Path) -
     with pytest.raises(Cancelled):
         decoder.step([[5]], [cache], mode="exact", cancel=cancel)
     assert cache.length == 0
-
-
-@pytest.mark.parametrize("hot", [0, 64, NEURONS])
-def test_hot_neurons_on_the_card_and_the_others_on_the_core(hot: int) -> None:
-    rows = feed_forward("q8", "drelu")
-    (predictor,) = predictors([rows], "low_rank")
-    x, residual = inputs(2), random(2, HIDDEN, seed=2).to(DEVICE)
-    with CPU:
-        truth, used = reference.Neurons(rows, "drelu", 1, predictor).forward(
-            x.cpu(), residual.cpu(), mode="predicted"
-        )
-    neurons = hybrid.Neurons(rows, "drelu", 1, predictor, hot=hot)
-    y, counts = neurons.forward(x, residual, mode="predicted")
-    assert relative_rms(y, truth) < SAME_SUM
-    assert counts.tolist() == used.tolist()
-
-
-def test_the_card_has_its_work_before_the_core_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And x is on its way before, or the core would wait for the card's part."""
-    neurons, order = hybrid.Neurons(feed_forward("q8", "drelu"), "drelu", 1, hot=64), []
-    x = inputs(1)
-    for name, whose in (("card", neurons.hot), ("core", neurons.cold), ("copy", torch.Tensor)):
-        method = "cpu" if name == "copy" else "forward"
-        plain = getattr(whose, method)
-
-        def noted(*args: Any, name: str = name, plain: Any = plain, **rest: Any) -> Any:
-            order.append(name)
-            return plain(*args, **rest)
-
-        monkeypatch.setattr(whose, method, noted)
-    neurons.forward(x, x, mode="exact")
-    card = order.index("card")
-    assert set(order[:card]) == {"copy"}
-    assert set(order[card + 1 :]) <= {"copy", "core"}  # the interpreter copies too
-
-
-def test_a_split_model_prints_the_tokens_of_the_core(packed_mistral: Path) -> None:
-    packed, prompt = Packed(packed_mistral), list(range(20, 50))
-    weights, caches = sum(tensor.nbytes for tensor in packed.tensors.values()), 1 << 20
-    # a prompt needs room for what it unpacks, and the whole model more of it
-    memory = weights + caches + 45_000
-    engine = Engine(packed_mistral, backend="gpu", gpu_memory=memory, kv_bytes=caches)
-    assert engine.decoder.split.hot == 64
-    assert "64 of 96 neurons on it" in engine.describe()
-    truth, nearest = greedy(Engine(packed_mistral, backend="cpu"), prompt)
-    assert nearest > CLEAR
-    assert greedy(engine, prompt)[0] == truth
-
-
-def test_a_split_that_cannot_be_is_refused(packed_mistral: Path) -> None:
-    with pytest.raises(TurboSparseError, match=r"--gpu-memory 0.0 MiB is too little for"):
-        Engine(packed_mistral, backend="gpu", gpu_memory=1000)
-    with pytest.raises(TurboSparseError, match=r"--gpu-memory needs --backend gpu, not cpu"):
-        Engine(packed_mistral, backend="cpu", gpu_memory="1GiB")
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="there is a card")

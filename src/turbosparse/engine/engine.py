@@ -19,6 +19,7 @@ from turbosparse.engine import native
 from turbosparse.engine.cost import CHUNK
 from turbosparse.engine.sampling import Sampler
 from turbosparse.engine.sequence import Budget, Cancelled, Sequence
+from turbosparse.engine.split import split
 from turbosparse.engine.streaming import Stores, place
 from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.hf.count import experts_in_use
@@ -74,7 +75,7 @@ class Engine:
         memory: bytes, or a text like ``8GiB``, that the process may take with all this. A model
             that is larger runs from disk: see `streaming`.
         gpu_memory: of the card, for the gpu backend. The neurons that do not fit stay on the
-            processor: see `gpu.split`.
+            processor: see `split`.
 
     Raises:
         TurboSparseError: damaged folder, or a mode that the model does not have.
@@ -119,7 +120,7 @@ class Engine:
             parts = None
             if gpu_memory is not None:
                 size = size_in_bytes(gpu_memory, "--gpu-memory")
-                parts = gpu.split(self.packed, size, kv_bytes)
+                parts = split(self.packed, size, kv_bytes)
                 kv_bytes = parts.keys_values
             self.decoder = gpu.Decoder(self.packed, split=parts, threads=self.threads)
             self.runs_on = f"gpu ({self.decoder.name})"

@@ -9,7 +9,6 @@ not depend on the other tokens of such a step. A longer step (a prompt) is that 
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,59 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.machine import memory_available, size_text
+from turbosparse.base.machine import memory_available
 from turbosparse.engine import model
-from turbosparse.engine.cost import kept_bytes
 from turbosparse.engine.model import Attention, Cache, Norm, Rotation, positions, route
 from turbosparse.engine.sequence import Cancelled
+from turbosparse.engine.split import Split
 from turbosparse.hf import families
 from turbosparse.hf.count import experts_in_use
 from turbosparse.ops import Mode, gpu, gpu_attention, hybrid
+from turbosparse.ops.card import card
 from turbosparse.ops.gpu_attention import Where
 from turbosparse.packed.format import Packed, ffn_prefix
-
-
-@dataclass(frozen=True)
-class Split:
-    """What lies on the card under a limit; all but `hot` are bytes."""
-
-    memory: int
-    keys_values: int
-    hot: int  # neurons of each feed-forward, the first ones
-    neurons: int
-
-    def __str__(self) -> str:
-        return f"{size_text(self.memory)} of the card, {self.hot} of {self.neurons} neurons on it"
-
-
-def split(packed: Packed, memory: int, kv_bytes: int | None) -> Split:
-    """Divide the memory of the card: what is no neuron's, keys and values, then hot neurons.
-
-    Raises:
-        TurboSparseError: it is too little, or the model has experts.
-    """
-    config = packed.config
-    if families.experts(config):
-        raise TurboSparseError("--gpu-memory is for models without experts; leave it out")
-    roles = "gate", "pairs", "bundles", "neuron_order"
-    rest = sum(
-        t.nbytes for name, t in packed.tensors.items() if packed.plan[name].role not in roles
-    )
-    rows = packed.ffn(ffn_prefix(0, None))
-    neuron = rows.gates.shape[1] + rows.pairs.shape[1]
-    keys_values = kv_bytes or kept_bytes(config) * min(4096, config.context)
-    # a prompt unpacks one feed-forward, or a part of it, to float32
-    unpacked = 4 * 3 * config.hidden_size
-    left = memory - rest - keys_values
-    hot = left // (neuron * config.num_hidden_layers + unpacked)
-    if hot < 0:
-        raise TurboSparseError(
-            f"--gpu-memory {size_text(memory)} is too little for {packed.folder}: without its "
-            f"neurons it takes {size_text(rest)}, keys and values {size_text(keys_values)}; give "
-            "more, or use --backend cpu"
-        )
-    whole = config.intermediate_size
-    return Split(memory, keys_values, whole if hot >= whole else hot // 64 * 64, whole)
 
 
 class Decoder(model.Decoder):
@@ -90,6 +47,8 @@ class Decoder(model.Decoder):
     def __init__(self, packed: Packed, *, split: Split | None = None, threads: int = 1):
         device = gpu.device()
         self.split, self.threads = split, threads
+        self._split_layers: list[hybrid.Experts] = []
+        self.card = card(device)
         self.graphs: dict[tuple[int, Mode], Graph] = {}
         try:
             super().__init__(packed, device=device)
@@ -97,8 +56,11 @@ class Decoder(model.Decoder):
             size = sum(tensor.nbytes for tensor in packed.tensors.values())
             raise TurboSparseError(
                 f"{packed.folder}: {size / 1e9:.1f} GB of weights do not fit the memory of the GPU "
-                f"({error}); pack in fewer bits, or use --backend cpu"
+                f"({error}); pack in fewer bits, or use --gpu-memory or --backend cpu"
             ) from error
+        self.placement = None
+        if split and self._split_layers:
+            self.placement = hybrid.Placement(self._split_layers, self.card, split.carried)
 
     @property
     def name(self) -> str:
@@ -126,6 +88,8 @@ class Decoder(model.Decoder):
             return super().step(tokens, caches, mode=mode, every=every, cancel=cancel)
         if cancel and cancel.is_set():
             raise Cancelled("the step was cancelled")
+        if self.placement:
+            self.placement.follow()
         own = [cache for cache, count in zip(caches, counts, strict=True) for _ in range(count)]
         inputs = torch.tensor(
             [
@@ -144,7 +108,7 @@ class Decoder(model.Decoder):
         return found if every else found[last], used.cpu().numpy()
 
     def _run(self, inputs: Tensor, mode: Mode) -> tuple[Tensor, Tensor]:
-        if self.split or self.device.type != "cuda":
+        if self.placement or self.device.type != "cuda":
             return self.few(inputs, mode)
         key = inputs.shape[1], mode
         if key not in self.graphs:
@@ -173,17 +137,21 @@ class Decoder(model.Decoder):
         return Mixture(self, layer)
 
     def _neurons(self, layer: int, expert: int | None) -> Any:
-        if self.split is None:
-            return super()._neurons(layer, expert)
-        prefix, packed = ffn_prefix(layer, expert), self._packed
-        return hybrid.Neurons(
-            packed.ffn(prefix),
-            packed.activation,
-            self.threads,
-            packed.predictor(prefix),
-            packed.header.ffn.threshold,
-            hot=self.split.hot,
+        return self.experts([ffn_prefix(layer, expert)])
+
+    def experts(self, prefixes: list[str]) -> gpu.Experts | hybrid.Experts:
+        """The feed-forwards of a layer."""
+        packed, split = self._packed, self.split
+        rows = [packed.ffn(prefix) for prefix in prefixes]
+        predictors = [found for prefix in prefixes if (found := packed.predictor(prefix))]
+        activation, threshold = packed.activation, packed.header.ffn.threshold
+        if split is None or split.hot == split.neurons:
+            return gpu.Experts(rows, activation, predictors, threshold)
+        own = hybrid.Experts(
+            rows, activation, self.threads, predictors, threshold, hot=split.hot, card=self.card
         )
+        self._split_layers.append(own)
+        return own
 
 
 class Graph:
@@ -211,10 +179,7 @@ class Mixture:
         self.router = gpu.Matrix(router.view(np.uint8), router.shape[1], "f32")
         self.top_k = experts_in_use(config)
         prefixes = [ffn_prefix(index, expert) for expert in range(families.experts(config))]
-        predictors = [found for prefix in prefixes if (found := packed.predictor(prefix))]
-        rows = [packed.ffn(prefix) for prefix in prefixes]
-        threshold = packed.header.ffn.threshold
-        self.experts = gpu.Experts(rows, packed.activation, predictors, threshold)
+        self.experts = decoder.experts(prefixes)
 
     def __call__(self, x: Tensor, residual: Tensor, *, mode: Mode) -> tuple[Tensor, Tensor]:
         weights, chosen = route(self.router.matmul(x), self.top_k)

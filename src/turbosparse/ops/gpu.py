@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from turbosparse import _core
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.hf.activations import ACTIVATIONS, WITHOUT_ZEROS
 from turbosparse.ops import Mode
@@ -37,6 +38,7 @@ FEW = 16  # tokens
 # Rows of a program, and programs that share a sum over neurons. So chosen that a 7B model gives
 # hundreds of programs with 4 to 8 KiB under way in each; not tuned, for no card was there.
 ROWS, DOWN_ROWS, SPLITS = 16, 8, 32
+SPAN = _core.Neurons.SPAN
 
 
 def device() -> torch.device:
@@ -176,6 +178,11 @@ class Experts:
         activation, threshold: of the FFN record.
         predictors: of each expert, or none.
 
+    Attributes:
+        parts: uint8 tensors ``[E, I, bytes]`` of all that belongs to a neuron.
+        uses: int32 ``[E, spans]``, or None: a pass of few tokens, not in dense mode, adds how many
+            neurons of each `SPAN` were active.
+
     Raises:
         TurboSparseError: predictors of one layer that differ in rank.
     """
@@ -192,6 +199,8 @@ class Experts:
             _tensor(np.stack([getattr(one, part) for one in rows])) for part in ("gates", "pairs")
         )
         self.activation, self.gated = activation, ACTIVATIONS[activation].gated
+        self.parts = [gates, pairs]
+        self.uses: Tensor | None = None
         self.gate = self.up = Rows(gates, hidden, quants[0])
         if self.gated:
             self.up = Rows(pairs, hidden, quants[1])
@@ -203,6 +212,7 @@ class Experts:
         if predictors:
             kind = _Signs if predictors[0].about.kind == "sign" else _LowRank
             self.predictor = kind(predictors, hidden)
+            self.parts.append(self.predictor.of_neurons)
 
     def forward(
         self,
@@ -261,6 +271,8 @@ class Experts:
             before=before, gated=self.gated, dense=dense,
         )  # fmt: skip
         positive = before if self.gated and before else last
+        if self.uses is not None and not dense:
+            _note(self.uses, last, chosen)
         parts = _downs(self.down, last, chosen, weights)
         return _join(parts, len(x), self.down.packed.shape[1], offered, positive, last)
 
@@ -303,6 +315,7 @@ class _LowRank:
                 "ones: use --mode exact, or --backend cpu"
             )
         fc1, fc2 = (_tensor(np.stack([one.tensors[part] for one in packed])) for part in _PARTS)
+        self.of_neurons = fc2
         self.fc1 = Rows(fc1, hidden, str(about.quant))
         self.fc2 = Rows(fc2, ranks.pop(), str(about.quant))
         self.pre_norm = about.input == "pre_norm"
@@ -324,7 +337,7 @@ class _Signs:
 
     def __init__(self, packed: Sequence[PackedPredictor], hidden: int):
         stride = sign_bytes(hidden)
-        signs = _tensor(np.stack([one.tensors["signs"] for one in packed]))
+        self.of_neurons = signs = _tensor(np.stack([one.tensors["signs"] for one in packed]))
         self.hidden, self.words = hidden, stride // 4
         self.bits = signs.unflatten(-1, (-1, stride))  # [E, I, rows that decide, bytes]
         self.thresholds = [one.threshold for one in packed]
@@ -347,6 +360,16 @@ class _Signs:
     def candidates(self, expert: int, x: Tensor, residual: Tensor) -> Tensor:  # noqa: ARG002
         parts = [negative(part, self.hidden) for part in self.bits[expert].unbind(1)]
         return sign_candidates(x, parts, self.thresholds[expert])
+
+
+def _note(uses: Tensor, last: Lists, chosen: Tensor | None) -> None:
+    """Count the listed neurons by their spans."""
+    places = torch.arange(kernels.SEGMENT, dtype=torch.int32, device=uses.device)
+    listed = places < last.tallies[0, :, :, None]
+    span = torch.where(listed, last.neurons, 0) // SPAN  # what is not listed was never written
+    if chosen is not None:
+        span = span + chosen.reshape(-1, 1, 1) * uses.shape[1]
+    uses.view(-1).index_add_(0, span.flatten(), listed.flatten().int())
 
 
 def _downs(down: Rows, last: Lists, chosen: Tensor | None, weights: Tensor | None) -> Tensor:

@@ -81,3 +81,14 @@ class PackedPredictor(NamedTuple):
     def threshold(self) -> float:
         assert not isinstance(self.about.threshold, list)  # it is of one feed-forward
         return self.about.threshold
+
+    @property
+    def of_neurons(self) -> NDArray[Any]:
+        """The tensor that has a row for each neuron."""
+        return self.tensors["signs" if self.about.kind == "sign" else "fc2"]
+
+    def first(self, neurons: int) -> Self:
+        """That of the first neurons alone."""
+        own = dict(self.tensors)
+        own["signs" if self.about.kind == "sign" else "fc2"] = self.of_neurons[:neurons]
+        return type(self)(self.about, own)
