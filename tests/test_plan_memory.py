@@ -13,6 +13,8 @@ from turbosparse.benchmark.disk import DEPTHS, SIZES, Disk, disk_of
 from turbosparse.benchmark.harness import Memory
 from turbosparse.engine import expect as expecting
 from turbosparse.engine.expect import expect, measured, walk
+from turbosparse.engine.split import expect as expect_split
+from turbosparse.engine.split import split
 from turbosparse.engine.streaming import Placement
 from turbosparse.packed.format import Packed
 from turbosparse.packed.synthetic import SHAPES, Wanted, make_synthetic
@@ -98,3 +100,50 @@ def test_the_verb(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ):
         with pytest.raises(TurboSparseError, match=says):
             plan(moe, **wrong)
+
+
+def test_a_split_is_as_fast_as_what_takes_longer(moe: Path) -> None:
+    packed, shares = Packed(moe), (0.1, 0.3, 0.1)
+    weights, caches = sum(tensor.nbytes for tensor in packed.tensors.values()), 1 << 20
+    whole = split(packed, weights + (1 << 28), caches)
+    assert whole.hot == whole.neurons
+    half = split(packed, (weights + whole.rest) // 2 + caches, caches)
+    none = split(packed, whole.rest + caches, caches)
+    assert 0 == none.hot < half.hot < half.neurons
+    assert half.hot % 64 == 0
+    speeds = {"card": 100e9, "link": 10e9, "memory": 10e9}
+    for mode in ("dense", "exact", "predicted"):
+        all_, some, least = (
+            expect_split(packed, where, mode, shares, **speeds) for where in (whole, half, none)
+        )
+        plain = expect(
+            packed, None, mode, shares, walk(0, 8, 2), bandwidth=100e9, read_seconds=lambda _: 0.0
+        )
+        assert all_.card_bytes == pytest.approx(plain.memory_bytes)
+        assert all_.tokens_per_second == pytest.approx(plain.tokens_per_second)
+        assert (all_.memory_bytes, all_.link_seconds) == (0.0, 0.0)
+        assert all_.tokens_per_second > some.tokens_per_second > least.tokens_per_second
+        for one in (some, least):  # the processor takes longer
+            rest = one.card_bytes + one.memory_bytes - all_.card_bytes
+            assert rest == pytest.approx(0, abs=1)
+            assert one.seconds >= one.memory_seconds + one.link_seconds
+        fast = expect_split(packed, half, mode, shares, **speeds | {"memory": 1e15, "link": 1e15})
+        assert fast.seconds == pytest.approx(fast.card_seconds)
+
+
+def test_the_verb_for_a_card(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Memory, "read_speed", lambda _: 10.0)
+    card = {"gpu_bandwidth": 1008.0, "link_bandwidth": 25.0, "sparsity": 0.9}
+    much, little = (plan(moe, gpu_memory=size, **card) for size in ("8GiB", "16MiB"))
+    assert "2048 of 2048 neurons on it" in much.placement
+    assert much.tokens_per_second > little.tokens_per_second
+    assert set(little.others) | {little.expected["mode"]} == {"dense", "exact", "predicted"}
+    assert little.disk is None
+    for wrong, says in (
+        ({"gpu_bandwidth": None}, "--gpu-memory needs --gpu-bandwidth"),
+        ({"link_bandwidth": -1.0}, "--link-bandwidth, in GB/s and more than 0, not -1"),
+        ({"memory": "8GiB"}, "neither --memory nor --target"),
+        ({"gpu_memory": "1MiB"}, "is too little for"),
+    ):
+        with pytest.raises(TurboSparseError, match=says):
+            plan(moe, **{"gpu_memory": "8GiB"} | card | wrong)

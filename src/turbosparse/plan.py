@@ -5,6 +5,7 @@ that follow each other have in common. Nothing of the model is run.
 
     turbosparse plan mixtral-q4 --memory 8GiB
     turbosparse plan mixtral-q4 --target 2
+    turbosparse plan mixtral-q4 --gpu-memory 12GiB --gpu-bandwidth 360 --link-bandwidth 12
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from turbosparse.base.folders import AnyPath, local_path
 from turbosparse.base.machine import memory_available, size_in_bytes, size_text, threads_to_use
 from turbosparse.benchmark.disk import disk_of
 from turbosparse.benchmark.expected import measure_bandwidth, unions_of
+from turbosparse.engine import split
 from turbosparse.engine.engine import Mode, has_modes
 from turbosparse.engine.expect import Expected, expect, shares_of
 from turbosparse.engine.streaming import place
@@ -34,7 +36,7 @@ class Plan:
     placement: str
     neurons: str  # where it is known from what neighbouring tokens have in common
     bandwidth: float  # GB/s of the memory
-    disk: str
+    disk: str | None  # None: it is not read
     expected: dict[str, float | str]
     tokens_per_second: float
     others: dict[str, float]  # tokens/s of the other modes
@@ -45,7 +47,8 @@ class Plan:
         table = Table("", "", title=f"{self.model} in {size_text(self.memory)}", show_header=False)
         table.add_row("where it lies", self.placement)
         table.add_row("memory", f"{self.bandwidth:.1f} GB/s")
-        table.add_row("disk, reads at random places", self.disk)
+        if self.disk is not None:
+            table.add_row("disk, reads at random places", self.disk)
         table.add_row("neighbouring tokens", self.neurons)
         for name, value in self.expected.items():
             table.add_row(name, value if isinstance(value, str) else f"{value:,.1f}")
@@ -59,6 +62,9 @@ def plan(
     model: AnyPath,
     *,
     memory: str | None = None,
+    gpu_memory: str | None = None,
+    gpu_bandwidth: float | None = None,
+    link_bandwidth: float | None = None,
     target: float | None = None,
     mode: Mode = "auto",
     stats: AnyPath | None = None,
@@ -76,6 +82,13 @@ def plan(
     memory
         What the process may take, like 8GiB; by default all that is available, or with --target the
         least that reaches it.
+    gpu_memory
+        Instead: what to take of a card, like 8GiB. The neurons that do not fit stay on the
+        processor. What is then said is the most that the bandwidths allow.
+    gpu_bandwidth
+        Of the card's memory, in GB/s: from its data sheet, or as bench-gpu measures it.
+    link_bandwidth
+        Between card and processor, in GB/s.
     target
         Tokens/s that are wanted.
     mode
@@ -103,6 +116,11 @@ def plan(
         )
     if target is not None and target <= 0:
         raise TurboSparseError(f"--target {target:g} must be more than 0 tokens/s")
+    if gpu_memory is not None:
+        if memory or target is not None:
+            raise TurboSparseError("--gpu-memory goes with neither --memory nor --target")
+        card = _speed("--gpu-bandwidth", gpu_bandwidth), _speed("--link-bandwidth", link_bandwidth)
+        return _of_a_card(packed, gpu_memory, *card, mode, shares, measure_bandwidth(threads))
     unions, source = unions_of(packed, local_path(stats) if stats else None, locality)
     disk, bandwidth = disk_of(packed, again=measure), measure_bandwidth(threads)
 
@@ -144,6 +162,45 @@ def plan(
         },
         tokens_per_second=best.tokens_per_second,
         others={other.mode: other.tokens_per_second for other, _ in others},
+    )
+
+
+def _speed(flag: str, value: float | None) -> float:
+    if value is None or not value > 0:
+        raise TurboSparseError(f"--gpu-memory needs {flag}, in GB/s and more than 0, not {value}")
+    return value
+
+
+def _of_a_card(
+    packed: Packed,
+    memory: str,
+    card: float,
+    link: float,
+    mode: Mode,
+    shares: tuple[float, float, float],
+    bandwidth: float,
+) -> Plan:
+    where = split.split(packed, size_in_bytes(memory, "--gpu-memory"))
+    speeds = {"card": card * 1e9, "link": link * 1e9, "memory": bandwidth * 1e9}
+    found = [split.expect(packed, where, one, shares, **speeds) for one in has_modes(packed, mode)]
+    best, *others = sorted(found, key=lambda one: -one.tokens_per_second)
+    return Plan(
+        model=packed.folder.name,
+        memory=where.memory,
+        placement=str(where),
+        neurons="not looked at: those on the card are taken to be used like the others",
+        bandwidth=bandwidth,
+        disk=None,
+        expected={
+            "mode": best.mode,
+            "MB from the card's memory": best.card_bytes / 1e6,
+            f"ms for these at {card:g} GB/s": 1e3 * best.card_seconds,
+            "MB from memory": best.memory_bytes / 1e6,
+            "ms for these": 1e3 * best.memory_seconds,
+            f"ms on the link at {link:g} GB/s": 1e3 * best.link_seconds,
+        },
+        tokens_per_second=best.tokens_per_second,
+        others={other.mode: other.tokens_per_second for other in others},
     )
 
 

@@ -1,4 +1,4 @@
-"""What lies on a card under a limit, and what in the memory of the processor beside it."""
+"""What lies on a card under a limit, what on the processor beside it, and how fast that can be."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.machine import size_text
 from turbosparse.engine.cost import kept_bytes
 from turbosparse.hf import families
+from turbosparse.hf.count import Use, experts_in_use
+from turbosparse.ops import Mode
+from turbosparse.ops.cost import bytes_of, needed
 from turbosparse.packed.format import Packed, ffn_prefix
 
 # Chosen, not tuned: what a link of 16 GB/s carries in a quarter of a millisecond.
@@ -65,3 +68,69 @@ def split(packed: Packed, memory: int, kv_bytes: int | None = None) -> Split:
     span = _core.Neurons.SPAN
     hot = (left - carried) // (every + unpacked) // span * span
     return Split(memory, keys_values, rest, carried, hot, neurons)
+
+
+@dataclass(frozen=True)
+class Expected:
+    """What a token of a split model takes, at least."""
+
+    mode: Mode
+    card_bytes: float
+    card_seconds: float
+    memory_bytes: float
+    memory_seconds: float
+    link_seconds: float
+    seconds: float  # of all: where both work at once, the longer one
+
+    @property
+    def tokens_per_second(self) -> float:
+        return 1 / self.seconds
+
+
+def expect(
+    packed: Packed,
+    where: Split,
+    mode: Mode,
+    shares: tuple[float, float, float],
+    *,
+    card: float,
+    link: float,
+    memory: float,
+) -> Expected:
+    """What a token takes by the bytes that must move; neither launches nor latencies are in it.
+
+    Args:
+        packed: the model.
+        where: the split.
+        mode: not auto.
+        shares: candidates, with positive gate and active, of the neurons in use. Those on the card
+            are taken to be used like the others, which is the least that a placement gives.
+        card, link, memory: bytes in a second.
+    """
+    config, header = packed.config, packed.header
+    every = experts_in_use(config) / (families.experts(config) or 1)
+    use = Use(*(every * share for share in (1.0, *shares)))
+    predictor = header.ffn.predictor
+    weigh = bytes_of(dict(header.quant), predictor)
+    parts = needed(config, weigh, mode, use, predictor)
+    neurons = sum(parts[name] for name in ("gates", "ups", "downs", "predictors"))
+    rest = sum(parts.values()) - neurons
+    both = 0.0  # what card and core read, each for its neurons: the predictors' first matrices
+    if mode == "predicted" and predictor and predictor.ranks:
+        ranks = sum(rank for layer in predictor.ranks for rank in layer)
+        both = every * weigh("predictor", ranks, config.hidden_size)
+    hot = where.hot / where.neurons
+    on_card = (neurons - both) * hot + both * (hot > 0)
+    on_core = (neurons - both) * (1 - hot) + both * (hot < 1)
+    # x and its residual go, and what the core adds up comes back
+    sent = 4 * 3 * config.hidden_size * config.num_hidden_layers * (hot < 1)
+    beside = max(on_card / card, on_core / memory + sent / link)
+    return Expected(
+        mode,
+        rest + on_card,
+        (rest + on_card) / card,
+        on_core,
+        on_core / memory,
+        sent / link,
+        rest / card + beside,
+    )
