@@ -1,9 +1,9 @@
 """A model larger than memory, each run in a control group of its limit, beside llama.cpp.
 
 For each limit: `turbosparse bench --memory` on a synthetic model, then llama.cpp, which maps a
-dense GGUF model of the same shape, with the page cache emptied before each of them. At last both
-without a limit, where ours takes what is available. Needs root, for the control groups and the page
-cache.
+dense GGUF model of the same shape, with the models dropped from the page cache before each of them.
+At last both without a limit, where ours takes what is available. Needs root, for the control
+groups.
 
     python benchmarks/memory.py FOLDER --gguf FILE --limits 16GiB 12GiB 8GiB --out memory.json
 
@@ -96,6 +96,7 @@ def ours(arguments: argparse.Namespace, limit: str | None) -> dict[str, Any]:
     how = ["--prompt", "1", "--tokens", str(arguments.tokens), "--rounds", str(arguments.rounds)]
     if not arguments.mapped:
         how += ["--memory", limit or str(memory_available())]
+    forget(arguments)
     with limited(limit) as used:
         done = subprocess.run(command(arguments, *how), check=True, stdout=subprocess.PIPE)
         found = json.loads(done.stdout.splitlines()[-1])
@@ -113,6 +114,7 @@ def ours(arguments: argparse.Namespace, limit: str | None) -> dict[str, Any]:
 def peer(arguments: argparse.Namespace, limit: str | None) -> dict[str, Any]:
     """The row of llama.cpp; a token is read before those that count."""
     row: dict[str, Any] = {"engine": "llama.cpp", "limit": limit}
+    forget(arguments)
     with limited(limit) as used, closing(LlamaCpp(arguments.gguf, threads=2, prompt=1)) as other:
         try:
             other.decode(1)
@@ -123,10 +125,17 @@ def peer(arguments: argparse.Namespace, limit: str | None) -> dict[str, Any]:
         return row | used()
 
 
+def forget(arguments: argparse.Namespace) -> None:
+    """Drop the models from the page cache: what stands there already counts for no group."""
+    for path in (arguments.gguf, *arguments.folder.iterdir()):
+        file = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(file)
+
+
 @contextmanager
 def limited(limit: str | None) -> Iterator[Any]:
     """Start the processes inside in a control group with this limit; yields what tells its peak."""
-    Path("/proc/sys/vm/drop_caches").write_text("3")
     if limit is None:
         yield dict
         return

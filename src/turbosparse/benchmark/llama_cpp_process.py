@@ -9,7 +9,9 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 
+from turbosparse.base.machine import memory_available
 from turbosparse.benchmark.peer_process import answer
 
 
@@ -18,6 +20,10 @@ def engine(
 ) -> Callable[[int, int], Iterator[None]]:
     import llama_cpp
 
+    if Path(model).stat().st_size > memory_available():
+        defaults = llama_cpp.llama_model_default_params()
+        defaults.use_extra_bufts = False  # else it copies the weights into memory, to order them
+        llama_cpp.llama_cpp.llama_model_default_params = lambda: defaults
     llama = llama_cpp.Llama(
         model,
         n_ctx=context,
