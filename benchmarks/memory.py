@@ -106,6 +106,7 @@ def ours(arguments: argparse.Namespace, limit: str | None) -> dict[str, Any]:
             "tokens/s": found["tokens_per_second"],
             "bandwidth, GB/s": found["bandwidth"],
             "ceiling, tokens/s": found["ceiling"],
+            "expected tokens/s": found["expected"],
             "stored": found["stored"],
             **used(),
         }
@@ -167,8 +168,8 @@ def table(rows: list[dict[str, Any]]) -> Table:
         ]
         names = "% of units found in the cache", "reads per token", "MB from disk per token"
         cells += [
-            f"{stored[name]:,.1f}" if name in stored else ""
-            for name in (*names, "expected tokens/s")
+            f"{source[name]:,.1f}" if source.get(name) else ""
+            for source, name in [(stored, name) for name in names] + [(row, "expected tokens/s")]
         ]
         shown.add_row(row["limit"] or "none", row["engine"], *cells)
     return shown

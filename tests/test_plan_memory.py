@@ -10,9 +10,8 @@ import pytest
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.benchmark import disk
 from turbosparse.benchmark.disk import DEPTHS, SIZES, Disk, disk_of
-from turbosparse.benchmark.harness import Memory
 from turbosparse.engine import expect as expecting
-from turbosparse.engine.expect import expect, measured, walk
+from turbosparse.engine.expect import Reading, expect, measured, walk
 from turbosparse.engine.split import expect as expect_split
 from turbosparse.engine.split import split
 from turbosparse.engine.streaming import Placement
@@ -51,7 +50,7 @@ def test_what_fits_is_not_missed_and_what_does_not_is_read(moe: Path) -> None:
 
     def of(cache: int) -> Any:
         where = Placement(1, 1, 1, 1, ("gate", "pairs"), cache, 1)
-        settings = {"bandwidth": 1e9, "read_seconds": lambda _: 1e-4}
+        settings = {"reading": Reading(1e9, 1e9), "read_seconds": lambda _: 1e-4}
         return expect(packed, where, "predicted", (0.1, 0.3, 0.1), walk(0.5, 8, 2), **settings)
 
     whole, half, little = of(1 << 30), of(10 << 20), of(2 << 20)
@@ -84,7 +83,7 @@ def test_the_disk_is_measured_once(
 
 def test_the_verb(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("turbosparse.plan.disk_of", lambda *_, **__: FLAT)
-    monkeypatch.setattr(Memory, "read_speed", lambda _: 10.0)
+    monkeypatch.setattr("turbosparse.plan.measure_reading", lambda *_: Reading(2e10, 1e10))
     whole = plan(moe, memory="60GiB", sparsity=0.9)
     assert whole.placement == "all of it in memory"
     assert whole.tokens_per_second > max(whole.others.values())
@@ -132,7 +131,7 @@ def test_a_split_is_as_fast_as_what_takes_longer(moe: Path) -> None:
 
 
 def test_the_verb_for_a_card(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(Memory, "read_speed", lambda _: 10.0)
+    monkeypatch.setattr("turbosparse.plan.measure_reading", lambda *_: Reading(2e10, 1e10))
     card = {"gpu_bandwidth": 1008.0, "link_bandwidth": 25.0, "sparsity": 0.9}
     much, little = (plan(moe, gpu_memory=size, **card) for size in ("8GiB", "16MiB"))
     assert "2048 of 2048 neurons on it" in much.placement

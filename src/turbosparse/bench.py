@@ -32,11 +32,12 @@ from turbosparse.base.folders import AnyPath, local_path
 from turbosparse.base.machine import threads_to_use
 from turbosparse.base.progress import note
 from turbosparse.benchmark.disk import disk_of
-from turbosparse.benchmark.expected import speed_of, unions_of
+from turbosparse.benchmark.expected import measure_reading, speed_of, unions_of
 from turbosparse.benchmark.harness import Memory, Spread, machine
 from turbosparse.engine import native
 from turbosparse.engine.cost import bytes_per_step
 from turbosparse.engine.engine import Engine, Mode
+from turbosparse.engine.expect import Reading
 from turbosparse.hf.count import experts_in_use
 from turbosparse.ops.rows import Quant
 from turbosparse.packed.format import Packed
@@ -66,6 +67,7 @@ class Benchmark:
     bytes: dict[str, float]
     bandwidth: Spread  # GB/s
     stored: dict[str, float] | None  # with --memory: where it went, and what was read from disk
+    expected: float | None  # tokens/s, as `plan` works them out; of one sequence
     tokens_per_second: Spread  # of all sequences together
     ceiling: float  # tokens/s
     share_of_ceiling: Spread  # round by round: the bandwidth of shared machines wanders
@@ -96,6 +98,8 @@ class Benchmark:
             table.add_row(part, f"{value:,.2f}")
         table.add_row("read bandwidth, GB/s", str(self.bandwidth))
         table.add_row("ceiling, tokens/s", f"{self.ceiling:.2f}")
+        if self.expected:
+            table.add_row("expected, tokens/s", f"{self.expected:.2f}")
         table.add_row("decode, tokens/s", f"{self.tokens_per_second}")
         table.add_row("share of the ceiling, round by round", str(self.share_of_ceiling))
         if self.prefill_tokens_per_second:
@@ -227,12 +231,14 @@ def bench(
     kept = local_path(folder) if folder else None
     with nullcontext(model) if model else _synthetic(kept, quant or "q4", wanted) as path:
         # before the engine, which takes what the limit leaves
+        reading = measure_reading(Packed(path), threads)
         speed = Memory(threads, _LESS) if memory else Memory(threads)
         engine = Engine(path, mode=mode, threads=threads, memory=memory)
         ours = _Ours(engine, batch, prompt, locality)
         with _peer(peer, engine.packed, threads, prompt) as other:
             decode, prefills, bandwidths = _rounds(ours, other, speed, rounds, tokens, prefill)
-        return _card(engine, ours, decode, prefills, bandwidths, batch, threads, load, peer)
+        expected = _expected(engine, ours, reading) if batch == 1 else None
+        return _card(engine, ours, decode, prefills, bandwidths, load, peer, expected)
 
 
 def _refuse_idle(model: AnyPath, synthetic: dict[str, object]) -> None:
@@ -320,6 +326,12 @@ class _Ours:
             "ms of threads waiting per token": 1e3 * waited,
         }
 
+    def shares(self) -> tuple[float, float, float]:
+        """Candidates, with positive gate and active, of the neurons in use."""
+        used = self.engine.config.intermediate_size * experts_in_use(self.engine.config)
+        candidates, gate, active = np.stack(self.counts).mean((0, 1, 2)) / used
+        return float(candidates), float(gate), float(active)
+
     def decode(self, tokens: int) -> float:
         """Tokens/s of all sequences together."""
         caches = [self.decoder.new_cache(self.engine.context) for _ in range(self.batch)]
@@ -396,28 +408,27 @@ def _try(measure: Callable[[], Result]) -> Result | None:
         return None
 
 
+def _expected(engine: Engine, ours: _Ours, reading: Reading) -> float:
+    unions, _ = unions_of(engine.packed, locality=ours.locality)
+    disk = disk_of(engine.packed) if engine.stores else None
+    return speed_of(engine, ours.shares(), unions, reading, disk)
+
+
 def _card(
     engine: Engine,
     ours: _Ours,
     decode: list[list[float]],
     prefills: list[list[float]],
     bandwidths: list[float],
-    batch: int,
-    threads: int,
     load: float,
     peer: str | None,
+    expected: float | None,
 ) -> Benchmark:
-    stored = ours.stored()
+    batch, threads = ours.batch, engine.threads
     counts = np.stack(ours.counts)  # [steps, layers, batch, 3]
-    used = engine.config.intermediate_size * experts_in_use(engine.config)
-    candidates, gate, active = (counts.mean((0, 1, 2)) / used).tolist()
+    candidates, gate, active = ours.shares()
     sizes = bytes_per_step(engine, counts, ours.prompt + len(ours.counts) / len(decode[0]) / 2)
     speed, bandwidth = Spread.of(decode[0]), Spread.of(bandwidths)
-    if stored is not None:
-        used_by = candidates, gate, active
-        unions, _ = unions_of(engine.packed, locality=ours.locality)
-        disk = disk_of(engine.packed)
-        stored["expected tokens/s"] = speed_of(engine, used_by, unions, bandwidth.median, disk)
     total = sum(sizes.values())
     ceiling = batch * bandwidth.median * 1e9 / total
     shares = [
@@ -441,7 +452,8 @@ def _card(
         activation_sparsity=1 - active,
         bytes=sizes,
         bandwidth=bandwidth,
-        stored=stored,
+        stored=ours.stored(),
+        expected=expected,
         tokens_per_second=speed,
         ceiling=ceiling,
         share_of_ceiling=Spread.of(shares),

@@ -17,10 +17,10 @@ from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath, local_path
 from turbosparse.base.machine import memory_available, size_in_bytes, size_text, threads_to_use
 from turbosparse.benchmark.disk import disk_of
-from turbosparse.benchmark.expected import measure_bandwidth, unions_of
+from turbosparse.benchmark.expected import measure_reading, unions_of
 from turbosparse.engine import split
 from turbosparse.engine.engine import Mode, has_modes
-from turbosparse.engine.expect import Expected, expect, shares_of
+from turbosparse.engine.expect import Expected, Reading, expect, shares_of
 from turbosparse.engine.streaming import place
 from turbosparse.packed.format import Packed
 
@@ -35,7 +35,7 @@ class Plan:
     memory: int
     placement: str
     neurons: str  # where it is known from what neighbouring tokens have in common
-    bandwidth: float  # GB/s of the memory
+    memory_speed: list[float]  # GB/s by the kernels: rows that follow each other, and others
     disk: str | None  # None: it is not read
     expected: dict[str, float | str]
     tokens_per_second: float
@@ -46,7 +46,8 @@ class Plan:
 
         table = Table("", "", title=f"{self.model} in {size_text(self.memory)}", show_header=False)
         table.add_row("where it lies", self.placement)
-        table.add_row("memory", f"{self.bandwidth:.1f} GB/s")
+        whole, some = self.memory_speed
+        table.add_row("memory, by the kernels", f"{whole:.1f} GB/s, single rows {some:.1f}")
         if self.disk is not None:
             table.add_row("disk, reads at random places", self.disk)
         table.add_row("neighbouring tokens", self.neurons)
@@ -120,9 +121,9 @@ def plan(
         if memory or target is not None:
             raise TurboSparseError("--gpu-memory goes with neither --memory nor --target")
         card = _speed("--gpu-bandwidth", gpu_bandwidth), _speed("--link-bandwidth", link_bandwidth)
-        return _of_a_card(packed, gpu_memory, *card, mode, shares, measure_bandwidth(threads))
+        return _of_a_card(packed, gpu_memory, *card, mode, shares, measure_reading(packed, threads))
     unions, source = unions_of(packed, local_path(stats) if stats else None, locality)
-    disk, bandwidth = disk_of(packed, again=measure), measure_bandwidth(threads)
+    disk, reading = disk_of(packed, again=measure), measure_reading(packed, threads)
 
     def all_modes(size: int) -> list[tuple[Expected, str]]:
         found = []
@@ -134,7 +135,7 @@ def plan(
                 one,
                 shares,
                 unions,
-                bandwidth=bandwidth * 1e9,
+                reading=reading,
                 read_seconds=disk.seconds,
             )
             found.append((expected, str(where or "all of it in memory")))
@@ -149,7 +150,7 @@ def plan(
         memory=size,
         placement=where,
         neurons=source,
-        bandwidth=bandwidth,
+        memory_speed=[speed / 1e9 for speed in reading],
         disk=str(disk),
         expected={
             "mode": best.mode,
@@ -178,10 +179,10 @@ def _of_a_card(
     link: float,
     mode: Mode,
     shares: tuple[float, float, float],
-    bandwidth: float,
+    reading: Reading,
 ) -> Plan:
     where = split.split(packed, size_in_bytes(memory, "--gpu-memory"))
-    speeds = {"card": card * 1e9, "link": link * 1e9, "memory": bandwidth * 1e9}
+    speeds = {"card": card * 1e9, "link": link * 1e9, "memory": reading.scattered}
     found = [split.expect(packed, where, one, shares, **speeds) for one in has_modes(packed, mode)]
     best, *others = sorted(found, key=lambda one: -one.tokens_per_second)
     return Plan(
@@ -189,7 +190,7 @@ def _of_a_card(
         memory=where.memory,
         placement=str(where),
         neurons="not looked at: those on the card are taken to be used like the others",
-        bandwidth=bandwidth,
+        memory_speed=[speed / 1e9 for speed in reading],
         disk=None,
         expected={
             "mode": best.mode,

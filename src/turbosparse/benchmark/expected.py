@@ -5,27 +5,45 @@ from __future__ import annotations
 import statistics
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.machine import cache_folder, processor
 from turbosparse.base.remembered import recall, remember
 from turbosparse.benchmark.disk import Disk, known_disk
-from turbosparse.benchmark.harness import Memory
 from turbosparse.engine.engine import Engine
-from turbosparse.engine.expect import Unions, expect, measured, shares_of, walk
+from turbosparse.engine.expect import Reading, Unions, expect, measured, shares_of, walk
 from turbosparse.hf import families
 from turbosparse.hf.count import experts_in_use
+from turbosparse.ops.fetching import WORTHWHILE, Rows, choose
 from turbosparse.packed.format import Packed
 
-ROUNDS = 5  # of measuring the memory
+ROUNDS = 15  # of measuring the memory
 
 
-def measure_bandwidth(threads: int) -> float:
-    """GB/s of the memory, kept for `expected_of`."""
-    memory = Memory(threads)
-    bandwidth = statistics.median(memory.read_speed() for _ in range(ROUNDS))
-    remember(_kept(), _key(threads), bandwidth)
-    return bandwidth
+def measure_reading(packed: Packed, threads: int) -> Reading:
+    """How fast rows of this model are read from memory, kept for `expected_of`.
+
+    By the kernels: some do not reach the bandwidth, as they compute.
+    """
+    quant = packed.header.quant.gate
+    choose(threads, WORTHWHILE)
+    rows = Rows(threads, quant)
+    ways = rows.read_together, rows.read_scattered
+    seen = [[read() for read in ways] for _ in range(ROUNDS)]
+    found = Reading(*(statistics.median(column) for column in zip(*seen, strict=True)))
+    remember(_kept(), _key(threads, quant), list(found))
+    return found
+
+
+def known_reading(packed: Packed, threads: int) -> Reading | None:
+    """As it was measured before; None if it was not, or if that is not understood."""
+    known: Any = recall(_kept()).get(_key(threads, packed.header.quant.gate))
+    try:
+        together, scattered = (float(speed) for speed in known)
+    except (ValueError, TypeError):
+        return None
+    return Reading(together, scattered)
 
 
 def unions_of(
@@ -67,25 +85,29 @@ def expected_of(engine: Engine) -> float | None:
     """
     if engine.stores is None:
         return None
-    shares, bandwidth = shares_of(engine.packed, None), recall(_kept()).get(_key(engine.threads))
+    shares, reading = shares_of(engine.packed, None), known_reading(engine.packed, engine.threads)
     disk = known_disk(engine.packed)
-    if not (shares and disk and isinstance(bandwidth, float)):
+    if not (shares and disk and reading):
         return None
-    return speed_of(engine, shares, unions_of(engine.packed)[0], bandwidth, disk)
+    return speed_of(engine, shares, unions_of(engine.packed)[0], reading, disk)
 
 
 def speed_of(
-    engine: Engine, shares: tuple[float, float, float], unions: Unions, bandwidth: float, disk: Disk
+    engine: Engine,
+    shares: tuple[float, float, float],
+    unions: Unions,
+    reading: Reading,
+    disk: Disk | None,
 ) -> float:
-    """Tokens/s of an open model by the GB/s of the memory and the speed of the disk."""
+    """Tokens/s of an open model by the speeds of the memory, and of its disk if it is there."""
     return expect(
         engine.packed,
         engine.stores.placement if engine.stores else None,
         engine.mode,
         shares,
         unions,
-        bandwidth=bandwidth * 1e9,
-        read_seconds=disk.seconds,
+        reading=reading,
+        read_seconds=disk.seconds if disk else lambda _: 0.0,
     ).tokens_per_second
 
 
@@ -93,5 +115,5 @@ def _kept() -> Path:
     return cache_folder() / "memory.json"
 
 
-def _key(threads: int) -> str:
-    return f"{processor()}, {threads} threads"
+def _key(threads: int, quant: str) -> str:
+    return f"{processor()}, {threads} threads, {quant}"

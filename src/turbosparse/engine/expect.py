@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -28,6 +28,13 @@ _NEURONS, _WINDOWS = 8192, 200
 # unions(share, rows): of units of so many rows, the share that 1, 2, … neighbouring tokens need,
 # where one needs this share of the rows in use
 Unions = Callable[[float, int], Sequence[float]]
+
+
+class Reading(NamedTuple):
+    """Bytes in a second that the kernels read from memory, of rows that follow and of others."""
+
+    together: float
+    scattered: float
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ def expect(
     shares: tuple[float, float, float],
     unions: Unions,
     *,
-    bandwidth: float,
+    reading: Reading,
     read_seconds: Callable[[float], float],
 ) -> Expected:
     """What a token takes.
@@ -108,7 +115,7 @@ def expect(
         mode: not auto.
         shares: candidates, with positive gate and active, of the neurons in use.
         unions: of neighbouring tokens.
-        bandwidth: bytes of memory in a second.
+        reading: from memory.
         read_seconds: of one of many reads of so many bytes.
     """
     config, header = packed.config, packed.header
@@ -116,7 +123,9 @@ def expect(
     use = Use(*(every * share for share in (1.0, *shares)))
     predictor = header.ffn.predictor
     weigh = bytes_of(dict(header.quant), predictor)
-    size = sum(needed(config, weigh, mode, use, predictor).values())
+    parts = needed(config, weigh, mode, use, predictor)
+    apart = {"dense": (), "exact": ("ups", "downs"), "predicted": ("gates", "ups", "downs")}
+    scattered, size = sum(parts.get(part, 0.0) for part in apart[mode]), sum(parts.values())
     wanted = missed = reads = read = seconds = 0.0
     if placement:
         asked = {"dense": (1.0, 1.0), "exact": (1.0, shares[1]), "predicted": (shares[0],) * 2}
@@ -133,7 +142,13 @@ def expect(
             if number:
                 seconds += number * read_seconds(size_of_reads / number)
     return Expected(
-        mode, size, size / bandwidth, 1 - missed / wanted if wanted else 1.0, reads, read, seconds
+        mode,
+        size,
+        (size - scattered) / reading.together + scattered / reading.scattered,
+        1 - missed / wanted if wanted else 1.0,
+        reads,
+        read,
+        seconds,
     )
 
 

@@ -15,9 +15,9 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from itertools import product
+from itertools import cycle, product
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +32,8 @@ VARIABLE = "TURBOSPARSE_FETCH"
 WORTHWHILE = 256 << 20  # bytes of weights from which the trial's tenth of a second pays
 GAIN = 1.05  # that another way than the default must reach
 ROUNDS = 5
-COLS, ROWS, SLICES = 4096, 7168, 4  # of the trial, in q4: slices of 16 MB, more than caches hold
+COLS, ROWS, SLICES = 4096, 7168, 4  # of the trial: in q4 slices of 16 MB, more than caches hold
+PARTS = 4  # of the rows of a slice, at random places
 
 
 class Way(NamedTuple):
@@ -116,32 +117,50 @@ def _kept(file: Path, key: str) -> Fetching:
 
 def measure(threads: int) -> Fetching:
     """Try the ways on random rows of q4 and take the fastest, the default unless that gains."""
-    stride = row_bytes("q4", COLS)
-    data = np.full((SLICES, ROWS, stride), 44, np.uint8)
-    slices = [_core.Matrix(part, COLS, "q4") for part in data]
-    some = np.sort(np.random.default_rng(0).permutation(ROWS)[: ROWS // 4].astype(np.int32))
-    x, out = np.ones((1, COLS), np.float32), np.empty((1, ROWS), np.float32)
-
-    def read(rows: NDArray[Any] | None) -> None:
-        slices.append(slices.pop(0))  # what was read last is in the caches
-        slices[0].matmul(x, out[:, : len(some)] if rows is not None else out, threads, rows)
-
+    rows = Rows(threads, "q4")
     together = _fastest(
-        _TOGETHER, lambda way: Fetching(way, DEFAULT.scattered).use(), lambda: read(None)
+        _TOGETHER, lambda way: Fetching(way, DEFAULT.scattered).use(), rows.read_together
     )
-    scattered = _fastest(_SCATTERED, lambda way: Fetching(together, way).use(), lambda: read(some))
+    scattered = _fastest(_SCATTERED, lambda way: Fetching(together, way).use(), rows.read_scattered)
     found = Fetching(together, scattered, "measured")
     found.use()
     return found
 
 
-def _fastest(ways: list[Way], use: Callable[[Way], None], read: Callable[[], None]) -> Way:
-    """The way with the shortest of some rounds in turn; the first one unless another gains."""
-    times: dict[Way, float] = {}
+class Rows:
+    """Rows of a matrix, more than caches hold, to time how kernels read them.
+
+    Each call reads others than the last ones did, and gives the bytes in a second.
+    """
+
+    def __init__(self, threads: int, quant: str):
+        self._threads, self._stride = threads, row_bytes(quant, COLS)
+        data = np.full((SLICES, ROWS, self._stride), 44, np.uint8)
+        slices = [_core.Matrix(part, COLS, quant) for part in data]
+        order = np.random.default_rng(0).permutation(ROWS).astype(np.int32)
+        parts = [np.sort(part) for part in order.reshape(PARTS, -1)]
+        self._whole = cycle((one, None) for one in slices)
+        self._parts = cycle((one, part) for part in parts for one in slices)
+        self._x = np.ones((1, COLS), np.float32)
+
+    def read_together(self) -> float:
+        return self._read(*next(self._whole))
+
+    def read_scattered(self) -> float:
+        return self._read(*next(self._parts))
+
+    def _read(self, matrix: _core.Matrix, rows: NDArray[np.int32] | None) -> float:
+        out = np.empty((1, ROWS if rows is None else len(rows)), np.float32)
+        began = time.perf_counter()
+        matrix.matmul(self._x, out, self._threads, rows)
+        return out.size * self._stride / (time.perf_counter() - began)
+
+
+def _fastest(ways: list[Way], use: Callable[[Way], None], read: Callable[[], float]) -> Way:
+    """The way with the fastest of some rounds in turn; the first one unless another gains."""
+    speeds: dict[Way, float] = {}
     for way in ways * ROUNDS:
         use(way)
-        began = time.perf_counter()
-        read()
-        times[way] = min(time.perf_counter() - began, times.get(way, float("inf")))
-    best = min(times, key=lambda way: times[way])
-    return best if times[best] * GAIN < times[ways[0]] else ways[0]
+        speeds[way] = max(read(), speeds.get(way, 0.0))
+    best = max(speeds, key=lambda way: speeds[way])
+    return best if speeds[best] > GAIN * speeds[ways[0]] else ways[0]
