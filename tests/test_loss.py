@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import kl_div
 
 from turbosparse.hf.load import load_model
-from turbosparse.training.loss import chunked_loss
+from turbosparse.training.loss import Teacher, chunked_loss
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -46,3 +47,34 @@ def test_chunks_give_the_same_loss_and_gradients(
         for name, gradient in gradients.items():
             assert (mine[name] - gradient).norm() <= near * gradient.norm(), name
     assert model(input_ids=ids).logits.shape[-1] == model.config.vocab_size, "all is as before"
+
+
+@pytest.mark.parametrize("weight", [0.3, 1.0])
+def test_a_teacher_is_learnt_from_as_the_divergence_says(
+    dense: Callable[[str], Path], weight: float
+) -> None:
+    student = load_model(dense("qwen2"), activation="drelu", dtype=torch.float32)
+    tutor = load_model(dense("qwen2"), dtype=torch.float32).requires_grad_(False)
+    student.resize_token_embeddings(student.config.vocab_size + 5)  # it may know more tokens
+    ids = torch.randint(0, 300, (2, 20), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[0, 3:9] = -100
+
+    def gradients(loss: Tensor) -> dict[str, Tensor]:
+        student.zero_grad()
+        loss.backward()
+        return {name: p.grad.clone() for name, p in student.named_parameters()}
+
+    out = student(input_ids=ids, labels=labels)
+    known = labels[:, 1:] != -100
+    logs = out.logits[:, :-1][known].log_softmax(-1)
+    taught = tutor(input_ids=ids).logits[:, :-1][known].log_softmax(-1)
+    divergence = kl_div(logs[:, :-5], taught, reduction="sum", log_target=True) / known.sum()
+    wanted = (1 - weight) * out.loss + weight * divergence
+    direct = gradients(wanted)
+    with chunked_loss(student, Teacher(tutor, weight)):
+        mine = student(input_ids=ids, labels=labels).loss
+    torch.testing.assert_close(mine, wanted, rtol=1e-5, atol=0)
+    for name, gradient in gradients(mine).items():
+        torch.testing.assert_close(gradient, direct[name], rtol=1e-4, atol=1e-6, msg=name)
+    student(input_ids=ids, labels=labels)  # asks nobody any more

@@ -151,6 +151,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
     model = _load(recipe, tokenizer)
     arguments = training_arguments(recipe, work)
     predictor = in_the_loop(recipe, model, arguments.device)
+    teacher = _teacher(recipe, tokenizer, arguments)
     atexit.register(_leave_processes)
     adapted = model
     if recipe.lora:
@@ -169,7 +170,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
         quiet(),
         named_disk_errors(work),
         training_config(model, recipe, arguments),
-        chunked_loss(model) if _whole_on_cpu(recipe) else nullcontext(),
+        chunked_loss(model, teacher) if teacher or _whole_on_cpu(recipe) else nullcontext(),
     ):
         if trainer.is_world_process_zero():
             with new_file(work / "recipe.json") as file:
@@ -243,6 +244,33 @@ def _find_work(recipe: Recipe, out: Path) -> Path:
         for key in changed:
             note(f"the stopped run resumes with {key} {mine[key]} instead of {old.get(key)}")
     return work
+
+
+def _teacher(recipe: Recipe, tokenizer: Any, arguments: Any) -> Any:
+    """The recipe's teacher, in the numbers that the machine computes in.
+
+    Raises:
+        TurboSparseError: it has other tokens than the model.
+    """
+    import torch
+
+    from turbosparse.hf.load import load_model, load_tokenizer
+    from turbosparse.training.loss import Teacher
+
+    if recipe.teacher is None:
+        return None
+    source = recipe.teacher.model
+    mine = tokenizer.get_vocab()
+    other = [
+        token for token, i in load_tokenizer(source).get_vocab().items() if mine.get(token) != i
+    ]
+    if other:
+        raise TurboSparseError(
+            f"teacher {source} has tokens that the model has not, or at other places, such as "
+            f"{other[0]!r}; give the dense model that this one was made of"
+        )
+    model = load_model(source, dtype=torch.bfloat16 if arguments.bf16 else torch.float32)
+    return Teacher(model.eval().requires_grad_(False).to(arguments.device), recipe.teacher.weight)
 
 
 def _load(recipe: Recipe, tokenizer: Any) -> Any:

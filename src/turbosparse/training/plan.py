@@ -15,6 +15,7 @@ from turbosparse.training.recipe import Recipe, micro_batch
 FLOPS_RULE = (
     "6 FLOPs per active parameter and token; active = every weight outside the FFN (of the input "
     "embedding one row) + the FFN or the experts in use, all neurons; attention scores not counted"
+    "; 2 for those of a teacher"
 )
 MEMORY_RULE = (
     "weights, gradients and Adam's two moments are float32; activations are an estimate for the "
@@ -46,6 +47,7 @@ class Plan:
     gradients: int
     optimiser: int
     working_copies: int
+    teacher: int
     offloaded: int
     activations_whole: int
     activations_checkpointed: int
@@ -58,7 +60,7 @@ class Plan:
 
     def __str__(self) -> str:
         states = self.weights + self.gradients + self.optimiser + self.working_copies
-        states -= self.offloaded
+        states += self.teacher - self.offloaded
         in_host = f" + {_gib(self.offloaded).strip()} of host memory" if self.offloaded else ""
         chosen = "with" if self.gradient_checkpointing else "without"
         lines = [
@@ -72,6 +74,7 @@ class Plan:
             f"  gradients      {_gib(self.gradients)}",
             f"  Adam           {_gib(self.optimiser)}",
             f"  working copies {_gib(self.working_copies)}",
+            *([f"  teacher        {_gib(self.teacher)}"] if self.teacher else []),
             f"  activations    {_gib(self.activations_whole)}, sum "
             f"{_gib(states + self.activations_whole)} without gradient checkpointing",
             f"                 {_gib(self.activations_checkpointed)}, sum "
@@ -101,7 +104,7 @@ def plan_training(recipe: Recipe, *, processes: int = 1, tflops: float | None = 
             "--plan does not know what DeepSpeed takes; give shard: full instead of deepspeed, "
             "which cuts as ZeRO stage 3 does"
         )
-    config = _config(recipe)
+    config = _config(recipe.model, recipe.activation)
     micro, _ = micro_batch(recipe, processes)
     compute = 2 if uses_bf16(recipe.precision) else _FLOAT
     parts = processes if recipe.shard == "full" else 1
@@ -114,6 +117,8 @@ def plan_training(recipe: Recipe, *, processes: int = 1, tflops: float | None = 
         "optimiser": 2 * state,
         "working_copies": _working_copies(config, recipe, processes, compute, trained),
     }
+    teacher = count_parameters(_config(recipe.teacher.model)) if recipe.teacher else None
+    memory["teacher"] = compute * teacher.total if teacher else 0
     tokens = micro * recipe.data.sequence_length
     # in bf16 the gradient of the logits takes the room of their copy in float32
     gradient = tokens * config.vocab_size * _FLOAT if compute == _FLOAT else 0
@@ -127,8 +132,9 @@ def plan_training(recipe: Recipe, *, processes: int = 1, tflops: float | None = 
     offloaded = memory["weights"] + memory["gradients"] + memory["optimiser"]
     offloaded = offloaded if recipe.offload else 0
     tokens_per_step = recipe.batch_size * recipe.data.sequence_length
-    flops = 6.0 * parameters.activated * tokens_per_step * recipe.steps()
-    run = flops * (8 / 6 if recipe.gradient_checkpointing else 1)
+    asked = 2.0 * teacher.activated * tokens_per_step * recipe.steps() if teacher else 0.0
+    trained_on = 6.0 * parameters.activated * tokens_per_step * recipe.steps()
+    run = asked + trained_on * (8 / 6 if recipe.gradient_checkpointing else 1)
     return Plan(
         model_type=config.model_type,
         activation=activation_of(config),
@@ -149,7 +155,7 @@ def plan_training(recipe: Recipe, *, processes: int = 1, tflops: float | None = 
         activations_whole=activations[0],
         activations_checkpointed=activations[1],
         total=sum(memory.values()) - offloaded + activations[recipe.gradient_checkpointing],
-        flops=flops,
+        flops=asked + trained_on,
         flops_rule=FLOPS_RULE,
         memory_rule=MEMORY_RULE,
         tflops=tflops,
@@ -212,12 +218,12 @@ def _adapter_parameters(config: Any, recipe: Recipe) -> int:
     )
 
 
-def _config(recipe: Recipe) -> Any:
+def _config(model: str | dict[str, Any], activation: str | None = None) -> Any:
     from turbosparse.hf.load import load_config, new_config
 
-    if not isinstance(recipe.model, str):
-        return new_config(recipe.model, activation=recipe.activation)
-    return load_config(model_folder(recipe.model, weights=False), recipe.activation)
+    if not isinstance(model, str):
+        return new_config(model, activation=activation)
+    return load_config(model_folder(model, weights=False), activation)
 
 
 def _short(count: int) -> str:

@@ -36,6 +36,17 @@ class L1(BaseModel):
     warmup_steps: int = Field(0, ge=0, description="in which the weight grows from 0")
 
 
+class Distil(BaseModel):
+    """Learn from the next-token probabilities of a teacher, the dense model, besides the text."""
+
+    model_config = _STRICT
+
+    model: str = Field(description="folder or hub id; it has the tokens of the model")
+    weight: float = Field(
+        0.5, gt=0, le=1, description="its share of the loss; the text's: the rest"
+    )
+
+
 class InTheLoop(BaseModel):
     """Train the predictor of the model's folder beside it, at last with its mask applied."""
 
@@ -90,6 +101,7 @@ class Recipe(BaseModel):
     checkpoint_every: int = Field(200, gt=0, description="steps")
     report_to: list[str] = Field(default_factory=list, description="trackers, such as tensorboard")
     l1: L1 | None = None
+    teacher: Distil | None = None
     predictor: InTheLoop | None = None
 
     @model_validator(mode="after")
@@ -107,7 +119,18 @@ class Recipe(BaseModel):
             )
         if self.predictor:
             self._can_predict()
+        if self.teacher and (wrong := self._not_with_teacher()):
+            raise ValueError(f"teacher and {wrong} do not go together: leave out one of them")
         return self
+
+    def _not_with_teacher(self) -> str | None:
+        """The teacher stands whole in each process, and the head's loss is computed beside it."""
+        others = {
+            "shard: full": self.shard == "full",
+            "deepspeed": self.deepspeed is not None,
+            "lora": self.lora is not None,
+        }
+        return next((name for name, there in others.items() if there), None)
 
     def _can_predict(self) -> None:
         if not isinstance(self.model, str):
