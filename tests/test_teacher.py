@@ -48,7 +48,7 @@ def test_a_stopped_run_resumes(go: Callable[..., Path], monkeypatch: pytest.Monk
 def test_another_ones_tokens_are_refused(go: Callable[..., Path], tmp_path: Path) -> None:
     other = make_model("qwen2", tmp_path / "other")
     tokenizer = (other / "tokenizer.json").read_text(encoding="utf-8")
-    (other / "tokenizer.json").write_text(tokenizer.replace('"the"', '"teh"'), encoding="utf-8")
+    (other / "tokenizer.json").write_text(tokenizer.replace('"the"', '"other"'), encoding="utf-8")
     with pytest.raises(TurboSparseError, match="tokens that the model has not"):
         go("wrong", teacher={"model": str(other)})
 
