@@ -116,7 +116,13 @@ def test_a_split_is_as_fast_as_what_takes_longer(moe: Path) -> None:
             expect_split(packed, where, mode, shares, **speeds) for where in (whole, half, none)
         )
         plain = expect(
-            packed, None, mode, shares, walk(0, 8, 2), bandwidth=100e9, read_seconds=lambda _: 0.0
+            packed,
+            None,
+            mode,
+            shares,
+            walk(0, 8, 2),
+            reading=Reading(1e11, 1e11),
+            read_seconds=lambda _: 0.0,
         )
         assert all_.card_bytes == pytest.approx(plain.memory_bytes)
         assert all_.tokens_per_second == pytest.approx(plain.tokens_per_second)
