@@ -17,6 +17,7 @@ import pytest
 import yaml
 
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.machine import has_accelerator
 from turbosparse.evaluate import evaluate
 from turbosparse.pack import pack
 
@@ -197,7 +198,7 @@ def test_two_models_in_one_table(packed: Path, sparse: Make, files: list[str]) -
     acc = found.figures[0]
     assert (acc.task, acc.metric, acc.items, acc.difference, acc.p) == ("choice", "acc", 5, 0, 1)
     assert acc.values[0] == acc.values[1]
-    assert found.ran[1].endswith("drelu, transformers")
+    assert "drelu, transformers on " in found.ran[1]
     assert len(found.seconds) == 2
 
 
@@ -294,3 +295,26 @@ def test_a_file_of_no_known_form(tmp_path: Path, text: str, message: str) -> Non
 def test_bad_arguments(packed: Path, arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(TurboSparseError, match=message):
         evaluate(str(packed), **arguments)
+
+
+def test_a_packed_model_on_the_card(packed: Path, tmp_path: Path) -> None:
+    """In Triton's interpreter, where there is none."""
+    pytest.importorskip("triton")
+    text = tmp_path / "text.txt"
+    text.write_text("the boats went home and the small gulls went home")
+    core, card = (evaluate(str(packed), data=[text], device=where) for where in ("cpu", "cuda"))
+    assert "backend cpu" in core.ran[0]
+    assert "backend gpu" in card.ran[0]
+    assert card.figures[0].values == pytest.approx(core.figures[0].values, rel=1e-3)
+
+
+def test_without_a_card_it_is_named(sparse: Make, corpus: Path) -> None:
+    if has_accelerator():
+        pytest.skip("there is a card")
+    folder = sparse("mistral")
+    for run in (
+        partial(evaluate, str(folder), data=[corpus], device="cuda"),
+        partial(pack, str(folder), folder.parent / "none", data=[corpus], device="cuda"),
+    ):
+        with pytest.raises(TurboSparseError, match="--device cuda: torch finds no GPU"):
+            run()

@@ -25,7 +25,7 @@ from turbosparse.analysis.curves import curves_of
 from turbosparse.analysis.measure import measure, windows
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath, local_path
-from turbosparse.base.machine import memory_available
+from turbosparse.base.machine import Device, device_to_use, memory_available
 from turbosparse.base.progress import note
 from turbosparse.engine.engine import Engine
 from turbosparse.engine.perplexity import PackedAnalysis, measure_packed
@@ -38,7 +38,6 @@ from turbosparse.packed.format import is_packed
 from turbosparse.packed.stats import FILE, Curves, Stats
 from turbosparse.training.readers import documents, take_last
 
-Device = Literal["auto", "cpu", "cuda"]
 Dtype = Literal["float32", "bfloat16", "float16"]
 MEMORY_SHARE = 0.6  # of the available memory that a model may take to be loaded whole
 
@@ -304,8 +303,7 @@ def _check_writable(path: Path) -> None:
 
 def _open(folder: Path, activation: Activation | None, device: Device, dtype: Dtype | None) -> Any:
     """The model whole if it fits, else one layer at a time."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_to_use(device)
     kind = getattr(torch, dtype) if dtype else None
     size = sum(shard.stat().st_size for shard in shard_files(folder))
     room = memory_available() if device == "cpu" else torch.cuda.mem_get_info()[0]

@@ -18,7 +18,7 @@ import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import (
@@ -31,6 +31,7 @@ from turbosparse.base.folders import (
     read_config,
     write_json,
 )
+from turbosparse.base.machine import Device
 from turbosparse.hf import families
 from turbosparse.hf.activations import Activation, stock
 from turbosparse.hf.hub import model_folder
@@ -86,7 +87,7 @@ def convert(
     tokens: int = 65_536,
     widen: float = 1.0,
     reconstruct: int = 0,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Device = "auto",
 ) -> Converted:
     """Replace the SwiGLU feed-forward of a dense model by dReLU.
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath, local_path
+from turbosparse.base.machine import Device
 from turbosparse.engine.api import Model
 from turbosparse.engine.engine import Mode
 from turbosparse.training.readers import documents
@@ -74,6 +75,7 @@ def evaluate(
     mode: Mode = "auto",
     other_mode: Mode | None = None,
     threads: int | None = None,
+    device: Device = "auto",
 ) -> Evaluation:
     """Measure the quality of a model, or of two side by side, with errors and paired tests.
 
@@ -106,6 +108,9 @@ def evaluate(
         Of the second model; by default the same.
     threads
         Of the engine; by default all processors of this process.
+    device
+        auto takes a GPU, if there is one, for models that transformers runs, and the processor for
+        packed folders; with cuda these take it, too.
     """
     if not tasks and not data:
         raise TurboSparseError("give --tasks, --data or both")
@@ -125,7 +130,7 @@ def evaluate(
     sources = [(model, mode), *([(other, other_mode or mode)] if other else [])]
     subjects, measured, seconds = [], [], []
     for source, how in sources:
-        subject = Subject.open(source, how, threads)
+        subject = Subject.open(source, how, threads, device)
         began = time.perf_counter()
         found = subject.tasks(tasks, shots, limit)
         for name, corpus in corpora.items():

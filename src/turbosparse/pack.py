@@ -31,6 +31,7 @@ from turbosparse.base.folders import (
     new_folder,
     write_json,
 )
+from turbosparse.base.machine import Device
 from turbosparse.base.progress import track
 from turbosparse.hf import families
 from turbosparse.hf.activations import ACTIVATIONS, Activation
@@ -105,6 +106,7 @@ def pack(
     template: str = "{text}",
     separator: str | None = None,
     tokens: int = 65_536,
+    device: Device = "auto",
     bundle: bool = False,
 ) -> PackedModel:
     """Quantise a model and lay it out for sparse reading.
@@ -148,6 +150,8 @@ def pack(
         Text between the documents of a text file; without it a file is one document.
     tokens
         Of this text, about so many.
+    device
+        Where the layers run that the text is put through: auto takes a GPU if there is one.
     bundle
         Put gate, up and down of a neuron side by side, so that one read fetches all three: for
         predicted mode from disk (--memory of generate and serve). From memory exact mode then is
@@ -175,7 +179,11 @@ def pack(
     how: dict[str, Any] = {"template": template, "separator": separator}
     if texts and found:
         found = _checked(
-            checkpoint, config, found, sequences(folder, config, texts, CHECK_TOKENS, **how)
+            checkpoint,
+            config,
+            found,
+            sequences(folder, config, texts, CHECK_TOKENS, **how),
+            device,
         )
     ffn = FFN(
         activation=activation_of(config),  # type: ignore[arg-type]
@@ -189,7 +197,7 @@ def pack(
     moments = None
     if texts and q4:
         ids = sequences(folder, config, texts, tokens, **how)
-        moments = Moments(Layerwise(folder, activation=activation), ids)
+        moments = Moments(Layerwise(folder, activation=activation, device=device), ids)
     choices = _Choices(quants, profile, ffn, moments, bundle)
 
     with new_folder(out) as work:
@@ -226,9 +234,11 @@ def pack(
     )
 
 
-def _checked(checkpoint: Checkpoint, config: Any, predictor: Predictor, ids: Tensor) -> Predictor:
+def _checked(
+    checkpoint: Checkpoint, config: Any, predictor: Predictor, ids: Tensor, device: Device
+) -> Predictor:
     """The record with what the predictor does on text; raises if that is little."""
-    layers = Layerwise(checkpoint.folder, activation=activation_of(config))
+    layers = Layerwise(checkpoint.folder, activation=activation_of(config), device=device)
     layers.checkpoint = checkpoint  # with a predictor that is published apart
     _, _, (run,) = run_layers(layers, predictor, ids, [])
     run.check(checkpoint.folder, predictor, config.intermediate_size)

@@ -28,6 +28,7 @@ from turbosparse.base.folders import (
     new_folder,
     write_json,
 )
+from turbosparse.base.machine import Device
 from turbosparse.hf import families
 from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.hf.checkpoint import PREDICTOR, add_shard, copy_weights
@@ -80,7 +81,7 @@ def train(
     seed: int = 0,
     template: str = "{text}",
     separator: str | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Device = "auto",
 ) -> Trained:
     """Make predictors for a sparse model, and write a copy of the model that holds them.
 

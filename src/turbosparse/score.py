@@ -15,13 +15,14 @@ from dataclasses import asdict, dataclass
 from functools import reduce
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal
+from typing import Any
 
 from pydantic import TypeAdapter, ValidationError
 
 from turbosparse.analysis.figures import pareto
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.folders import AnyPath, local_path, new_file, read_config, write_json
+from turbosparse.base.machine import Device
 from turbosparse.benchmark.harness import Spread
 from turbosparse.benchmark.modes import modes_in_turn
 from turbosparse.hf.layerwise import Layerwise
@@ -119,7 +120,7 @@ def score(
     picture: AnyPath | None = None,
     template: str = "{text}",
     separator: str | None = None,
-    device: Literal["auto", "cpu", "cuda"] = "auto",
+    device: Device = "auto",
 ) -> Scores:
     """Measure what predictors cost in quality and save in bytes; keep the best thresholds.
 

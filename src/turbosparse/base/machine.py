@@ -6,6 +6,7 @@ import os
 import platform
 import re
 from pathlib import Path
+from typing import Literal
 
 from turbosparse.base.errors import TurboSparseError
 
@@ -53,10 +54,29 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "turbosparse"
 
 
+Device = Literal["auto", "cpu", "cuda"]
+
+
 def has_accelerator() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def device_to_use(asked: Device) -> Literal["cpu", "cuda"]:
+    """What a --device stands for: auto takes a GPU if there is one.
+
+    Raises:
+        TurboSparseError: there is none, and it was asked for.
+    """
+    if asked == "auto":
+        return "cuda" if has_accelerator() else "cpu"
+    if asked == "cuda" and not has_accelerator():
+        raise TurboSparseError(
+            "--device cuda: torch finds no GPU; see whether nvidia-smi lists one and torch is "
+            "built for CUDA, or leave --device out"
+        )
+    return asked
 
 
 def world_size() -> int:

@@ -12,7 +12,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.engine.api import Model, load
-from turbosparse.engine.engine import Mode
+from turbosparse.engine.engine import Backend, Mode
 from turbosparse.engine.generation import Ends, stream_all
 from turbosparse.engine.sampling import Sampling
 from turbosparse.engine.scoring import score
@@ -30,6 +30,7 @@ class TurboSparseLM(TemplateLM):
         pretrained: packed folder.
         mode: as of `Engine`.
         threads: of the C++ core.
+        backend: as of `Engine`.
         batch_size, max_batch_size, device: what the harness passes to every model; unused, for the
             engine batches by tokens.
     """
@@ -40,12 +41,13 @@ class TurboSparseLM(TemplateLM):
         *,
         mode: Mode = "auto",
         threads: int | None = None,
+        backend: Backend = "auto",
         batch_size: object = None,  # noqa: ARG002
         max_batch_size: object = None,  # noqa: ARG002
         device: object = None,  # noqa: ARG002
     ):
         super().__init__()
-        self.model: Model = load(pretrained, mode=mode, threads=threads)
+        self.model: Model = load(pretrained, mode=mode, threads=threads, backend=backend)
 
     @property
     def max_length(self) -> int:

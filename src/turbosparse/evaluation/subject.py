@@ -10,8 +10,9 @@ import lm_eval
 import numpy as np
 
 from turbosparse.base.errors import TurboSparseError
+from turbosparse.base.machine import Device, device_to_use
 from turbosparse.engine.api import Model
-from turbosparse.engine.engine import Mode
+from turbosparse.engine.engine import Backend, Mode
 from turbosparse.evaluation.compare import Items
 from turbosparse.evaluation.harness import TurboSparseLM
 from turbosparse.evaluation.tasks import open_tasks
@@ -33,17 +34,19 @@ class Subject:
     model: Model | None = None
 
     @classmethod
-    def open(cls, source: str, mode: Mode, threads: int | None) -> Subject:
+    def open(cls, source: str, mode: Mode, threads: int | None, device: Device = "auto") -> Subject:
         """A packed folder in our engine, any other model in transformers."""
         folder = model_folder(source)
         if is_packed(folder):
-            ours = TurboSparseLM(str(folder), mode=mode, threads=threads)
+            backend: Backend = "gpu" if device == "cuda" else "cpu"
+            ours = TurboSparseLM(str(folder), mode=mode, threads=threads, backend=backend)
             return cls(ours, ours.model.engine.describe(), ours.model)
         from lm_eval.models.huggingface import HFLM
 
-        network = load_model(folder).eval()
+        where = device_to_use(device)
+        network = load_model(folder).eval().to(where)
         lm = HFLM(pretrained=network, tokenizer=load_tokenizer(folder), batch_size=BATCH)
-        return cls(lm, f"{folder.name}: {activation_of(network.config)}, transformers")
+        return cls(lm, f"{folder.name}: {activation_of(network.config)}, transformers on {where}")
 
     def tasks(self, names: Sequence[str], shots: int, limit: int | None) -> Measured:
         """Every metric of every task, item by item; a perplexity as the nats of an item."""

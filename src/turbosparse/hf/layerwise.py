@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import Identity, Parameter
 from torch.nn.functional import embedding, linear
 
-from turbosparse.base.machine import uses_bf16
+from turbosparse.base.machine import Device, device_to_use, uses_bf16
 from turbosparse.hf import families
 from turbosparse.hf.checkpoint import Checkpoint
 from turbosparse.hf.load import load_config, with_activation
@@ -44,15 +44,13 @@ class Layerwise:
         folder: Path,
         *,
         activation: str | None = None,
-        device: str = "auto",
+        device: Device = "auto",
         dtype: torch.dtype | None = None,
     ):
         self.config = load_config(folder, activation)
         self.checkpoint = Checkpoint(folder)
         self.checkpoint.check(self.config)
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
-        self.device = torch.device(device)
+        self.device = torch.device(device_to_use(device))
         self._table = families.table(self.config)
         self.dtype = dtype or self._usual_dtype()
 
