@@ -42,7 +42,7 @@ sanitize: setup
 
 wheel: setup
 	rm -rf dist
-	$(BIN)/pip wheel -q --no-deps --no-build-isolation -Cbuild-dir=build/wheel/cmake -w dist .
+	$(BIN)/pip wheel -q --no-deps --no-build-isolation -w dist .
 
 lint: setup
 	$(BIN)/ruff check .
