@@ -1,9 +1,12 @@
-"""The whole line, in its short form."""
+"""The whole pipeline, in its short form."""
 
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,18 @@ from turbosparse.demo.run import MODELS, demo
 
 @pytest.fixture(scope="module")
 def made(shared: Shared) -> Path:
-    return shared("demo", lambda out: demo(out=out, quick=True))
+    """By the command, as a user calls it."""
+
+    def make(out: Path) -> None:
+        of_tests = ("TOKENIZERS_PARALLELISM", "TRITON_INTERPRET")
+        environment = {key: value for key, value in os.environ.items() if key not in of_tests}
+        command = [Path(sys.executable).with_name("turbosparse"), "demo", "--quick", "--out", out]
+        done = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        assert "Warning" not in done.stderr
+        assert "Sparsity, quality and speed" in done.stdout
+
+    return shared("demo", make)
 
 
 def test_table_shows_four_models_and_all_backends_agree(made: Path) -> None:
