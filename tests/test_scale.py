@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,50 +315,49 @@ def test_a_full_disk_at_a_checkpoint_leaves_the_one_before(
     assert_same_weights(out, whole)
 
 
-def stopped_run(recipe: Write, out: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run that stopped in step 5, with checkpoints of the steps 2 and 4; returns the recipe."""
-    path = recipe()
-    with monkeypatch.context() as patch:
-        spoil_pass(patch, 25)
-        with pytest.raises(TurboSparseError, match="step 5"):
-            train(path, out=out)
-    return path
+@pytest.fixture(scope="session")
+def stopped_once(shared: Shared, dense: Callable[[str], Path], corpus: Path) -> Path:
+    def make(folder: Path) -> None:
+        folder.mkdir()
+        path = recipe_writer(folder, dense, corpus)()
+        with pytest.MonkeyPatch.context() as patch:
+            spoil_pass(patch, 25)
+            with pytest.raises(TurboSparseError, match="step 5"):
+                train(path, out=folder / "out")
+        path.rename(folder / "recipe.yaml")
+
+    return shared("stopped", make)
+
+
+@pytest.fixture
+def stopped(stopped_once: Path, tmp_path: Path) -> Path:
+    """A run that stopped in step 5, with checkpoints of the steps 2 and 4: recipe.yaml and out."""
+    return shutil.copytree(stopped_once, tmp_path / "stopped")
 
 
 @pytest.mark.parametrize("damage", ["one byte", "cut", "gone"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    recipe: Write,
-    whole: Path,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    damage: str,
+    stopped: Path, whole: Path, capsys: pytest.CaptureFixture[str], damage: str
 ) -> None:
-    out = tmp_path / "out"
-    path = stopped_run(recipe, out, monkeypatch)
-    file = tmp_path / "out.training" / "checkpoint-4" / "optimizer.pt"
+    file = stopped / "out.training" / "checkpoint-4" / "optimizer.pt"
     content = bytearray(file.read_bytes())
     content[len(content) // 2] ^= 1
     file.write_bytes(content[: -100 if damage == "cut" else None])
     if damage == "gone":
         file.unlink()
     capsys.readouterr()
-    train(path, out=out)
+    train(stopped / "recipe.yaml", out=stopped / "out")
     said = capsys.readouterr().err
     assert "checkpoint-4 is damaged (optimizer.pt): the one before it is taken" in said
-    assert losses(out) == losses(whole)
-    assert_same_weights(out, whole)
+    assert losses(stopped / "out") == losses(whole)
+    assert_same_weights(stopped / "out", whole)
 
 
-def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(
-    recipe: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    out = tmp_path / "out"
-    path = stopped_run(recipe, out, monkeypatch)
-    for file in (tmp_path / "out.training").glob("checkpoint-*/model.safetensors"):
+def test_a_run_whose_checkpoints_are_all_damaged_does_not_start_anew(stopped: Path) -> None:
+    for file in (stopped / "out.training").glob("checkpoint-*/model.safetensors"):
         file.write_bytes(b"")
     with pytest.raises(TurboSparseError, match="has no complete checkpoint; remove it"):
-        train(path, out=out)
+        train(stopped / "recipe.yaml", out=stopped / "out")
 
 
 def test_processes_that_do_not_see_the_same_files_are_told(
