@@ -51,7 +51,7 @@ LONG = 60.0  # seconds: a bound on hanging, not on a result
 def split_of(
     rows: list[FFNRows], own: list[PackedPredictor], hot: int, where: Card | None = None
 ) -> hybrid.Experts:
-    return hybrid.Experts(rows, "drelu", 1, own, hot=hot, card=where or card(DEVICE))
+    return hybrid.Experts(rows, "drelu", 2, own, hot=hot, card=where or card(DEVICE))
 
 
 def truth_of(
