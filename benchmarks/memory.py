@@ -30,6 +30,7 @@ from turbosparse.base.machine import memory_available, size_in_bytes
 from turbosparse.benchmark.harness import Spread, machine
 from turbosparse.benchmark.peers import LlamaCpp, PeerDied, write_random_gguf
 from turbosparse.packed.format import Packed
+from turbosparse.packed.synthetic import stride_of
 
 GROUPS = Path("/sys/fs/cgroup")
 # version 1 of control groups, and version 2: the limit, the peak, and where failures are counted
@@ -70,7 +71,7 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--tokens", type=int, default=8, help="in a round")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--repeat", type=int, default=1, help="runs of ours for each limit")
-    parser.add_argument("--peer-tokens", type=int, default=3)
+    parser.add_argument("--peer-tokens", type=int, default=2, help="of llama.cpp in a round")
     parser.add_argument("--out", type=Path, default=Path("memory.json"))
     return parser.parse_args()
 
@@ -88,7 +89,8 @@ def make(arguments: argparse.Namespace) -> None:
     if not arguments.folder.exists():
         short = ["--prompt", "1", "--tokens", "1", "--rounds", "1"]
         subprocess.run(command(arguments, *short), check=True, stdout=subprocess.DEVNULL)
-    write_random_gguf(arguments.gguf, Packed(arguments.folder).config, "q4")
+    config = Packed(arguments.folder).config
+    write_random_gguf(arguments.gguf, config, "q4", walks=arguments.locality > 0)
 
 
 def ours(arguments: argparse.Namespace, limit: str | None) -> dict[str, Any]:
@@ -113,13 +115,15 @@ def ours(arguments: argparse.Namespace, limit: str | None) -> dict[str, Any]:
 
 
 def peer(arguments: argparse.Namespace, limit: str | None) -> dict[str, Any]:
-    """The row of llama.cpp; a token is read before those that count."""
+    """The row of llama.cpp, after a round that does not count; the same walk through its tokens."""
     row: dict[str, Any] = {"engine": "llama.cpp", "limit": limit}
     forget(arguments)
-    with limited(limit) as used, closing(LlamaCpp(arguments.gguf, threads=2, prompt=1)) as other:
+    stride, tokens = stride_of(arguments.locality), arguments.peer_tokens
+    llama = LlamaCpp(arguments.gguf, threads=2, prompt=1, stride=stride)
+    with limited(limit) as used, closing(llama) as other:
         try:
-            other.decode(1)
-            speeds = [other.decode(1) for _ in range(arguments.peer_tokens)]
+            other.decode(tokens)
+            speeds = [other.decode(tokens) for _ in range(arguments.rounds)]
             row["tokens/s"] = asdict(Spread.of(speeds))
         except PeerDied as died:
             row["died"] = str(died)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import Any
 
 import pytest
@@ -16,6 +17,8 @@ import pytest
 # before huggingface_hub is imported: no test may reach for the network
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# what a machine was found to do is kept there: tests must not tell the user's programs
+os.environ["XDG_CACHE_HOME"] = mkdtemp(prefix="turbosparse-tests-")
 
 import torch
 
@@ -27,6 +30,11 @@ from turbosparse.engine.engine import Engine
 from turbosparse.engine.text import Tokenizer
 from turbosparse.hf.load import quiet
 from turbosparse.pack import pack
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(os.environ["XDG_CACHE_HOME"], ignore_errors=True)
+
 
 pytest.register_assert_rewrite("processes", "training_runs")
 # triton is for Linux only

@@ -11,7 +11,6 @@ bandwidth are interleaved; figures are medians.
 
 from __future__ import annotations
 
-import math
 import os
 import statistics
 import tempfile
@@ -41,7 +40,7 @@ from turbosparse.engine.expect import Reading
 from turbosparse.hf.count import experts_in_use
 from turbosparse.ops.rows import Quant
 from turbosparse.packed.format import Packed
-from turbosparse.packed.synthetic import NEAR, Wanted, make_synthetic
+from turbosparse.packed.synthetic import Wanted, make_synthetic, stride_of
 
 Result = TypeVar("Result")
 _LESS = 1 << 28  # bytes that the bandwidth is measured on under a memory limit
@@ -289,7 +288,7 @@ class _Ours:
         self.random = np.random.default_rng(0)
         self.mode = engine.mode
         self.counts: list[NDArray[np.int32]] = []
-        self.stride = round(math.log(locality) / math.log(NEAR)) if locality else 0
+        self.stride = stride_of(locality)
         self.locality, self.at, self.read = locality, 0, np.zeros(5)
 
     def _tokens(self, count: int) -> list[int]:

@@ -18,7 +18,8 @@ from turbosparse.hf.count import experts_in_use
 from turbosparse.ops.fetching import WORTHWHILE, Rows, choose
 from turbosparse.packed.format import Packed
 
-ROUNDS = 15  # of measuring the memory
+ROUNDS = 16  # of measuring the memory
+_SLICES = 16  # each is read once: no large cache may hold some
 
 
 def measure_reading(packed: Packed, threads: int) -> Reading:
@@ -28,7 +29,7 @@ def measure_reading(packed: Packed, threads: int) -> Reading:
     """
     quant = packed.header.quant.gate
     choose(threads, WORTHWHILE)
-    rows = Rows(threads, quant)
+    rows = Rows(threads, quant, _SLICES)
     ways = rows.read_together, rows.read_scattered
     seen = [[read() for read in ways] for _ in range(ROUNDS)]
     found = Reading(*(statistics.median(column) for column in zip(*seen, strict=True)))

@@ -1,6 +1,6 @@
 """llama.cpp in a process of its own; see `peer_process`.
 
-python -m turbosparse.benchmark.llama_cpp_process MODEL THREADS BATCH CONTEXT
+python -m turbosparse.benchmark.llama_cpp_process MODEL THREADS CONTEXT STRIDE BATCH
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import random
 import sys
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 from turbosparse.base.machine import memory_available
@@ -16,7 +17,7 @@ from turbosparse.benchmark.peer_process import answer
 
 
 def engine(
-    model: str, threads: int, batch: int, context: int
+    model: str, threads: int, context: int, stride: int, batch: int
 ) -> Callable[[int, int], Iterator[None]]:
     import llama_cpp
 
@@ -33,8 +34,13 @@ def engine(
         verbose=False,
     )
 
+    steps = count()
+
     def run(prompt: int, decode: int) -> Iterator[None]:
-        tokens = random.choices(range(llama.n_vocab()), k=prompt + decode)
+        vocabulary = range(llama.n_vocab())
+        tokens = random.choices(vocabulary, k=prompt + decode)
+        if stride:
+            tokens = [next(steps) * stride % len(vocabulary) for _ in tokens]
         llama.reset()
         for at in range(0, prompt, batch):
             llama.eval(tokens[at : min(at + batch, prompt)])

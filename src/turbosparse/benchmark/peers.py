@@ -25,6 +25,7 @@ from turbosparse.hf.gguf import gguf_table
 from turbosparse.hf.gguf_writer import write_gguf
 from turbosparse.ops.quant import CODES
 from turbosparse.packed.format import Packed
+from turbosparse.packed.synthetic import QUIET, walk
 
 # of equal bytes; llama.cpp's fastest 4-bit kernels are those of Q4_0
 _KINDS = {"f16": "F16", "q8": "Q8_0", "q4": "Q4_0", "q4_0": "Q4_0"}
@@ -108,8 +109,12 @@ class LlamaCpp(Peer):
 
     name = "llama.cpp"
 
-    def __init__(self, path: Path, *, threads: int, prompt: int, context: int = CONTEXT):
-        super().__init__([*PROCESS, *map(str, (path, threads, BATCH, context))], prompt)
+    def __init__(
+        self, path: Path, *, threads: int, prompt: int, context: int = CONTEXT, stride: int = 0
+    ):
+        """With a `stride` every so many-th token is taken, one after the other, not at random."""
+        how = path, threads, context, stride, BATCH
+        super().__init__([*PROCESS, *map(str, how)], prompt)
 
     @classmethod
     @contextmanager
@@ -130,10 +135,10 @@ class LlamaCpp(Peer):
         try:
             return super()._timed(prompt, decode)
         except PeerDied as died:
-            if self._command[-2] == "1":
+            if self._command[-1] == "1":
                 raise
             note(f"{died}; its prompts go token by token from here on")
-            self._command[-2] = "1"
+            self._command[-1] = "1"
             return super()._timed(prompt, decode)
 
 
@@ -176,38 +181,53 @@ class OpenVINO(Peer):
 PEERS = {peer.name: peer for peer in (LlamaCpp, OpenVINO)}
 
 
-def write_random_gguf(path: Path, config: ModelConfig, quant: str) -> None:
-    """Write a dense GGUF model with random weights in the shape of `config`, streaming to disk."""
+def write_random_gguf(path: Path, config: ModelConfig, quant: str, *, walks: bool = False) -> None:
+    """Write a dense GGUF model with random weights in the shape of `config`, streaming to disk.
+
+    What layers add to the hidden state is small, so that experts follow the token, as in
+    `packed.synthetic`. With `walks` tokens that are near by number are alike there too.
+    """
     kind = _KINDS[quant]
     tensors = list(gguf_table(config, biases=False).tensors(config))
-    data = _random_tensors(tensors, quant)
+    data = _random_tensors(tensors, quant, walks=walks)
     base = str(families.family(config.model_type))
     arch = "llama" if base in families.GATED else base
     write_gguf(path, arch, config, kind, tensors, data, lambda w: w.add_tokenizer_model("no_vocab"))
 
 
-def _random_tensors(tensors: list[families.Tensor], quant: str) -> Iterator[NDArray[Any]]:
+def _random_tensors(
+    tensors: list[families.Tensor], quant: str, *, walks: bool
+) -> Iterator[NDArray[Any]]:
     random = np.random.default_rng(0)
     for tensor in tensors:
         if tensor.row.packed != "float":
-            yield _random_blocks(random, tensor.shape, quant)
+            factor = QUIET if tensor.role in ("o", "down") else 1.0
+            rows = _random_blocks(random, tensor.shape, quant, 0.02 * factor)
+            if walks and tensor.role == "embedding":
+                walk(random, rows.view("<u2") if quant == "f16" else rows)
+            yield rows
         elif tensor.role == "router":
             yield random.standard_normal(tensor.shape, dtype=np.float32)
         else:
             yield np.ones(tensor.shape, np.float32)
 
 
-def _random_blocks(random: np.random.Generator, shape: tuple[int, ...], quant: str) -> Any:
-    """Random weights of deviation 0.02 in GGUF blocks, ``[..., row bytes]`` uint8."""
+def _random_blocks(
+    random: np.random.Generator, shape: tuple[int, ...], quant: str, deviation: float
+) -> Any:
+    """Random weights of this deviation and mean 0 in GGUF blocks, ``[..., row bytes]`` uint8."""
     *lead, cols = shape
     if quant == "f16":
-        return (
-            (random.standard_normal(shape, dtype=np.float32) * 0.02)
-            .astype(np.float16)
-            .view(np.uint8)
-        )
+        values = random.standard_normal(shape, dtype=np.float32) * deviation
+        return values.astype(np.float16).view(np.uint8)
     size = 34 if quant == "q8" else 18  # bytes of a block: its scale, then 32 weights
     blocks = random.integers(0, 256, (*lead, cols // 32, size), dtype=np.uint8)
-    scale = np.float16(0.02 / (73.6 if quant == "q8" else 4.6))
+    if quant == "q8":
+        blocks[blocks == 128] = 0  # -128, which has no opposite
+        scale = np.float16(deviation / 73.3)
+    else:  # nibbles 1 to 15 are -7 to 7; 0, which is -8, becomes 8, which is 0
+        blocks |= np.where(blocks & 15, 0, 8).astype(np.uint8)
+        blocks |= np.where(blocks >> 4, 0, 128).astype(np.uint8)
+        scale = np.float16(deviation / 4.18)
     blocks[..., :2] = np.frombuffer(scale.tobytes(), np.uint8)
     return blocks.reshape(*lead, -1)

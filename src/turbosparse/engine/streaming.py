@@ -165,6 +165,8 @@ class Stores:
                 file, offset = packed.place(name)
                 count = packed.tensors[name].shape[0]
                 self.rows[name] = store.add(file.descriptor, offset, count, alignment)
+        for file in packed.files:
+            file.forget()
 
     def of(self, ffn: str) -> dict[str, _core.StoredRows]:
         """Those of the feed-forward with this prefix, by kind."""

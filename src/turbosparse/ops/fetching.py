@@ -133,14 +133,14 @@ class Rows:
     Each call reads others than the last ones did, and gives the bytes in a second.
     """
 
-    def __init__(self, threads: int, quant: str):
+    def __init__(self, threads: int, quant: str, slices: int = SLICES):
         self._threads, self._stride = threads, row_bytes(quant, COLS)
-        data = np.full((SLICES, ROWS, self._stride), 44, np.uint8)
-        slices = [_core.Matrix(part, COLS, quant) for part in data]
+        data = np.full((slices, ROWS, self._stride), 44, np.uint8)
+        matrices = [_core.Matrix(part, COLS, quant) for part in data]
         order = np.random.default_rng(0).permutation(ROWS).astype(np.int32)
         parts = [np.sort(part) for part in order.reshape(PARTS, -1)]
-        self._whole = cycle((one, None) for one in slices)
-        self._parts = cycle((one, part) for part in parts for one in slices)
+        self._whole = cycle((one, None) for one in matrices)
+        self._parts = cycle((one, part) for part in parts for one in matrices)
         self._x = np.ones((1, COLS), np.float32)
 
     def read_together(self) -> float:

@@ -10,7 +10,7 @@ import re
 import weakref
 from collections.abc import Iterable, Iterator
 from math import prod
-from mmap import ACCESS_READ, mmap
+from mmap import ACCESS_READ, MADV_DONTNEED, mmap
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -139,7 +139,8 @@ class WeightFile:
         self._opened = self._state()
         if (size := self._opened[0]) != file.bytes or size < PAGE:
             raise FormatError(folder, Fault.FILE_SIZE, f"{name}: {size} bytes, not {file.bytes}")
-        self.data = np.frombuffer(mmap(self.descriptor, 0, access=ACCESS_READ), np.uint8)
+        self._map = mmap(self.descriptor, 0, access=ACCESS_READ)
+        self.data = np.frombuffer(self._map, np.uint8)
 
     def _state(self) -> tuple[int, int]:
         about = os.fstat(self.descriptor)
@@ -149,6 +150,12 @@ class WeightFile:
         """Raise FormatError if another program wrote into the file, or cut it."""
         if self._state() != self._opened:
             raise FormatError(self.folder, Fault.FILE_CHANGED, self.name)
+
+    def forget(self) -> None:
+        """Give back what the page cache holds of the file, which counts for a memory limit."""
+        if hasattr(os, "posix_fadvise"):
+            self._map.madvise(MADV_DONTNEED)  # what is mapped would stay
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
 
     def open_direct(self) -> int:
         """Let reads of the descriptor go past the page cache; returns what they must be aligned to.

@@ -12,6 +12,7 @@ experts.
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from itertools import pairwise
@@ -157,6 +158,18 @@ class Wanted:
         """Of a low-rank predictor; 0 if it names none."""
         found = re.fullmatch(r"rank=(\d{1,5})", self.predictor or "", re.ASCII)
         return int(found[1]) if found and int(found[1]) % BLOCK == 0 else 0
+
+
+def walk(random: np.random.Generator, rows: NDArray[Any]) -> None:
+    """Give each row the values of the one before but for some, at random."""
+    for last, row in pairwise(rows):
+        kept = random.random(len(row), dtype=np.float32) < NEAR
+        row[kept] = last[kept]
+
+
+def stride_of(locality: float) -> int:
+    """Every so many-th token has this correlation with the one before it; 0: random ones."""
+    return round(math.log(locality) / math.log(NEAR)) if locality else 0
 
 
 def make_synthetic(out: Path, wanted: Wanted, *, quant: str, seed: int = 0) -> None:
@@ -339,7 +352,8 @@ class _Weights:
         matrix = self._rows(rows, hidden, stride)
         if last == "embedding":
             if self.wanted.walks:
-                self._walk(matrix, hidden)
+                values = matrix[:, : value_bytes(self.quant, hidden)]
+                walk(self.random, values.view("<u2") if self.quant == "f16" else values)
             self._first_block(matrix, hidden, CONSTANT * SPREAD)
         return matrix
 
@@ -357,14 +371,6 @@ class _Weights:
             share = (1 - self.wanted.sparsity) ** (1 / self.wanted.deciding)
             self._first_block(rows, hidden, lean(share, hidden) * SPREAD)
         return rows
-
-    def _walk(self, rows: NDArray[np.uint8], cols: int) -> None:
-        """Give each row the features of the one before but for some, at random."""
-        values = rows[:, : value_bytes(self.quant, cols)]
-        values = values.view("<u2") if self.quant == "f16" else values
-        for last, row in pairwise(values):
-            kept = self.random.random(len(row), dtype=np.float32) < NEAR
-            row[kept] = last[kept]
 
     def _small(self, spec: Spec) -> NDArray[np.float32]:
         if spec.role in ("attention_norm", "ffn_norm", "norm"):
