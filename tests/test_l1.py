@@ -68,6 +68,15 @@ def test_the_weight_of_l1_grows_along_half_a_cosine() -> None:
     assert ramp(0, 0) == 1
 
 
+def test_a_model_without_zeros_goes_without_it(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"tokens": BATCH * LENGTH, "activation": "swiglu"}
+    log = run("l1", **own, l1={"weight": 3})
+    assert "swiglu has no zeros: the recipe's l1 is left out" in capsys.readouterr().err
+    assert log == run("without", **own)
+
+
 @pytest.mark.parametrize("family", ["mistral", "mixtral"])
 def test_l1_is_the_mean_of_combined(
     run: Run, dense: Make, batches: list[torch.Tensor], family: str

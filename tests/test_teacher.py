@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,12 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 @pytest.fixture
 def go(tmp_path: Path, dense: Dense, corpus: Path) -> Callable[..., Path]:
+    """go(name, …): train a copy of the teacher as a dReLU model."""
+    copy = shutil.copytree(dense("mistral"), tmp_path / "copy")
+
     def run(name: str, **changes: Any) -> Path:
         changes = {"teacher": {"model": str(dense("mistral")), "weight": 1.0}} | changes
+        changes = {"model": str(copy)} | changes
         recipe = write_recipe(tmp_path / f"{name}.yaml", dense, corpus, **changes)
         train(recipe, out=tmp_path / name)
         return tmp_path / name
@@ -27,13 +32,22 @@ def go(tmp_path: Path, dense: Dense, corpus: Path) -> Callable[..., Path]:
     return run
 
 
-def test_who_is_the_teacher_has_nothing_to_learn(go: Callable[..., Path]) -> None:
+def test_a_copy_of_the_teacher_has_nothing_to_learn(
+    go: Callable[..., Path],
+) -> None:
     same = log_of(go("same", activation="swiglu"))
     assert abs(same[0]["loss"]) < 1e-3
     sparse = [line["loss"] for line in log_of(go("sparse"))]
     assert 0.01 < sparse[-1] < sparse[0]
-    half = log_of(go("half", teacher=None))
-    assert half[0]["loss"] > sparse[0], "that of the text"
+
+
+def test_the_teacher_itself_is_the_control(
+    go: Callable[..., Path], dense: Dense, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = {"model": str(dense("mistral")), "activation": "swiglu"}
+    control = go("control", **own)
+    assert "would be its own teacher" in capsys.readouterr().err
+    assert_same_run(control, go("plain", teacher=None, **own))
 
 
 def test_a_stopped_run_resumes(go: Callable[..., Path], monkeypatch: pytest.MonkeyPatch) -> None:

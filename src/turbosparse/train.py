@@ -151,6 +151,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
     model = _load(recipe, tokenizer)
     arguments = training_arguments(recipe, work)
     predictor = in_the_loop(recipe, model, arguments.device)
+    penalty = penalty_of(recipe, activation_of(model.config))
     teacher = _teacher(recipe, tokenizer, arguments)
     atexit.register(_leave_processes)
     adapted = model
@@ -163,7 +164,7 @@ def run_recipe(recipe: Recipe, *, out: Path, root: Path, allow_missing: bool = F
         args=arguments,
         train_dataset=stream,
         log_file=work / "log.jsonl",
-        penalties=[part for part in (predictor, penalty_of(recipe)) if part],
+        penalties=[part for part in (predictor, penalty) if part],
         predictor=predictor,
     )
     with (
@@ -254,12 +255,16 @@ def _teacher(recipe: Recipe, tokenizer: Any, arguments: Any) -> Any:
     """
     import torch
 
+    from turbosparse.hf.hub import model_folder
     from turbosparse.hf.load import load_model, load_tokenizer
     from turbosparse.training.loss import Teacher
 
     if recipe.teacher is None:
         return None
     source = recipe.teacher.model
+    if isinstance(recipe.model, str) and model_folder(source) == model_folder(recipe.model):
+        note(f"{source} would be its own teacher: it learns from the text, as a control")
+        return None
     mine = tokenizer.get_vocab()
     other = [
         token for token, i in load_tokenizer(source).get_vocab().items() if mine.get(token) != i

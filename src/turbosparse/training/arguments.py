@@ -12,6 +12,8 @@ from typing import Any
 
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.machine import has_accelerator, uses_bf16, world_size
+from turbosparse.base.progress import note
+from turbosparse.hf.activations import WITHOUT_ZEROS
 from turbosparse.training.recipe import Lora, Recipe, micro_batch
 
 # Seconds that processes wait for the first one, which reads again what a stopped run has seen of a
@@ -71,10 +73,14 @@ def training_config(model: Any, recipe: Recipe, arguments: Any) -> Iterator[None
             config.output_router_logits = router_logits
 
 
-def penalty_of(recipe: Recipe) -> Any:
+def penalty_of(recipe: Recipe, activation: str) -> Any:
+    """The recipe's l1, for a model with this activation: the dense control has no zeros to gain."""
     from turbosparse.training.l1 import L1Penalty
 
     if recipe.l1 is None:
+        return None
+    if activation in WITHOUT_ZEROS:
+        note(f"{activation} has no zeros: the recipe's l1 is left out")
         return None
     if recipe.gradient_checkpointing:
         raise TurboSparseError(
