@@ -23,9 +23,7 @@ from turbosparse.hf.activations import ACTIVATIONS
 from turbosparse.hf.config import ModelConfig
 from turbosparse.hf.gguf import gguf_table
 from turbosparse.hf.gguf_writer import write_gguf
-from turbosparse.ops.quant import CODES
 from turbosparse.packed.format import Packed
-from turbosparse.packed.synthetic import QUIET, walk
 
 # of equal bytes; llama.cpp's fastest 4-bit kernels are those of Q4_0
 _KINDS = {"f16": "F16", "q8": "Q8_0", "q4": "Q4_0", "q4_0": "Q4_0"}
@@ -154,7 +152,7 @@ class OpenVINO(Peer):
         config, quant = packed.config, packed.header.quant.gate
         if (
             families.experts(config)
-            or quant not in CODES
+            or quant not in ("q4", "q4_0")
             or not ACTIVATIONS[packed.activation].gated
         ):
             raise TurboSparseError(
@@ -198,6 +196,8 @@ def write_random_gguf(path: Path, config: ModelConfig, quant: str, *, walks: boo
 def _random_tensors(
     tensors: list[families.Tensor], quant: str, *, walks: bool
 ) -> Iterator[NDArray[Any]]:
+    from turbosparse.packed.synthetic import QUIET, walk  # loads torch
+
     random = np.random.default_rng(0)
     for tensor in tensors:
         if tensor.row.packed != "float":
