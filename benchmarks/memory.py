@@ -46,11 +46,9 @@ def main() -> None:
         make(arguments)
     rows = []
     for limit in [*arguments.limits, None]:
-        for _ in range(arguments.repeat):
-            rows.append(ours(arguments, limit))
+        for engine in (ours, peer):
+            rows.append(engine(arguments, limit))
             print(json.dumps(rows[-1]), flush=True)
-        rows.append(peer(arguments, limit))
-        print(json.dumps(rows[-1]), flush=True)
     document = {"machine": machine(), "arguments": sys.argv[1:], "rows": rows}
     arguments.out.write_text(json.dumps(document, indent=1))
     Console(width=150).print(table(rows))
@@ -70,7 +68,6 @@ def parsed() -> argparse.Namespace:
     parser.add_argument("--mapped", action="store_true", help="ours maps its files as well")
     parser.add_argument("--tokens", type=int, default=8, help="in a round")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--repeat", type=int, default=1, help="runs of ours for each limit")
     parser.add_argument("--peer-tokens", type=int, default=2, help="of llama.cpp in a round")
     parser.add_argument("--out", type=Path, default=Path("memory.json"))
     return parser.parse_args()

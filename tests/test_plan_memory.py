@@ -147,7 +147,9 @@ def test_the_verb_for_a_card(moe: Path, monkeypatch: pytest.MonkeyPatch) -> None
     for wrong, says in (
         ({"gpu_bandwidth": None}, "--gpu-memory needs --gpu-bandwidth"),
         ({"link_bandwidth": -1.0}, "--link-bandwidth, in GB/s and more than 0, not -1"),
-        ({"memory": "8GiB"}, "neither --memory nor --target"),
+        ({"memory": "8GiB"}, "--gpu-memory and --memory do not go together"),
+        ({"locality": 0.5}, "--gpu-memory and --locality do not go together"),
+        ({"gpu_memory": None}, "--gpu-bandwidth belongs to --gpu-memory"),
         ({"gpu_memory": "1MiB"}, "is too little for"),
     ):
         with pytest.raises(TurboSparseError, match=says):

@@ -44,7 +44,8 @@ def test_a_copy_of_the_teacher_has_nothing_to_learn(
 def test_the_teacher_itself_is_the_control(
     go: Callable[..., Path], dense: Dense, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    own = {"model": str(dense("mistral")), "activation": "swiglu"}
+    folder = dense("mistral")  # by another of its names
+    own = {"model": str(folder / ".." / folder.name), "activation": "swiglu"}
     control = go("control", **own)
     assert "would be its own teacher" in capsys.readouterr().err
     assert_same_run(control, go("plain", teacher=None, **own))

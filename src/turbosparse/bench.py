@@ -230,13 +230,13 @@ def bench(
     kept = local_path(folder) if folder else None
     with nullcontext(model) if model else _synthetic(kept, quant or "q4", wanted) as path:
         # before the engine, which takes what the limit leaves
-        reading = measure_reading(Packed(path), threads)
+        reading = measure_reading(Packed(path), threads) if batch == 1 else None
         speed = Memory(threads, _LESS) if memory else Memory(threads)
         engine = Engine(path, mode=mode, threads=threads, memory=memory)
         ours = _Ours(engine, batch, prompt, locality)
         with _peer(peer, engine.packed, threads, prompt) as other:
             decode, prefills, bandwidths = _rounds(ours, other, speed, rounds, tokens, prefill)
-        expected = _expected(engine, ours, reading) if batch == 1 else None
+        expected = _expected(engine, ours, reading) if reading else None
         return _card(engine, ours, decode, prefills, bandwidths, load, peer, expected)
 
 

@@ -117,9 +117,21 @@ def plan(
         )
     if target is not None and target <= 0:
         raise TurboSparseError(f"--target {target:g} must be more than 0 tokens/s")
+    idle = {
+        "memory": memory,
+        "target": target,
+        "stats": stats,
+        "locality": locality,
+        "measure": measure or None,
+    }
+    of_a_card = {"gpu-bandwidth": gpu_bandwidth, "link-bandwidth": link_bandwidth}
+    if given := [name for name, value in of_a_card.items() if value is not None and not gpu_memory]:
+        raise TurboSparseError(f"--{given[0]} belongs to --gpu-memory: give both, or neither")
     if gpu_memory is not None:
-        if memory or target is not None:
-            raise TurboSparseError("--gpu-memory goes with neither --memory nor --target")
+        if given := [name for name, value in idle.items() if value is not None]:
+            raise TurboSparseError(
+                f"--gpu-memory and --{given[0]} do not go together: leave out one"
+            )
         card = _speed("--gpu-bandwidth", gpu_bandwidth), _speed("--link-bandwidth", link_bandwidth)
         return _of_a_card(packed, gpu_memory, *card, mode, shares, measure_reading(packed, threads))
     unions, source = unions_of(packed, local_path(stats) if stats else None, locality)

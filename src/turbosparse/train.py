@@ -255,14 +255,13 @@ def _teacher(recipe: Recipe, tokenizer: Any, arguments: Any) -> Any:
     """
     import torch
 
-    from turbosparse.hf.hub import model_folder
     from turbosparse.hf.load import load_model, load_tokenizer
     from turbosparse.training.loss import Teacher
 
     if recipe.teacher is None:
         return None
     source = recipe.teacher.model
-    if isinstance(recipe.model, str) and model_folder(source) == model_folder(recipe.model):
+    if isinstance(recipe.model, str) and _same_folder(source, recipe.model):
         note(f"{source} would be its own teacher: it learns from the text, as a control")
         return None
     mine = tokenizer.get_vocab()
@@ -276,6 +275,12 @@ def _teacher(recipe: Recipe, tokenizer: Any, arguments: Any) -> Any:
         )
     model = load_model(source, dtype=torch.bfloat16 if arguments.bf16 else torch.float32)
     return Teacher(model.eval().requires_grad_(False).to(arguments.device), recipe.teacher.weight)
+
+
+def _same_folder(one: str, other: str) -> bool:
+    from turbosparse.hf.hub import model_folder
+
+    return model_folder(one).resolve() == model_folder(other).resolve()
 
 
 def _load(recipe: Recipe, tokenizer: Any) -> Any:

@@ -19,7 +19,7 @@ from turbosparse.ops.fetching import WORTHWHILE, Rows, choose
 from turbosparse.packed.format import Packed
 
 ROUNDS = 16  # of measuring the memory
-_SLICES = 16  # each is read once: no large cache may hold some
+_SIZE = 256 << 20  # bytes that it is measured on
 
 
 def measure_reading(packed: Packed, threads: int) -> Reading:
@@ -29,10 +29,10 @@ def measure_reading(packed: Packed, threads: int) -> Reading:
     """
     quant = packed.header.quant.gate
     choose(threads, WORTHWHILE)
-    rows = Rows(threads, quant, _SLICES)
+    rows = Rows(threads, quant, _SIZE)
+    # not in turn: single rows of a matrix that was just read would still be in a cache
     ways = rows.read_together, rows.read_scattered
-    seen = [[read() for read in ways] for _ in range(ROUNDS)]
-    found = Reading(*(statistics.median(column) for column in zip(*seen, strict=True)))
+    found = Reading(*(statistics.median(read() for _ in range(ROUNDS)) for read in ways))
     remember(_kept(), _key(threads, quant), list(found))
     return found
 

@@ -97,6 +97,17 @@ def measured(windows: dict[int, float], every: float) -> Unions:
     return unions
 
 
+def token_bytes(
+    packed: Packed, mode: Mode, shares: tuple[float, float, float]
+) -> tuple[Use, dict[str, float]]:
+    """What a token uses of all neurons, and the bytes that it needs, by part; see `expect`."""
+    config, header = packed.config, packed.header
+    every = experts_in_use(config) / (families.experts(config) or 1)
+    use, predictor = Use(*(every * share for share in (1.0, *shares))), header.ffn.predictor
+    weigh = bytes_of(dict(header.quant), predictor)
+    return use, needed(config, weigh, mode, use, predictor)
+
+
 def expect(
     packed: Packed,
     placement: Placement | None,
@@ -118,12 +129,7 @@ def expect(
         reading: from memory.
         read_seconds: of one of many reads of so many bytes.
     """
-    config, header = packed.config, packed.header
-    every = experts_in_use(config) / (families.experts(config) or 1)
-    use = Use(*(every * share for share in (1.0, *shares)))
-    predictor = header.ffn.predictor
-    weigh = bytes_of(dict(header.quant), predictor)
-    parts = needed(config, weigh, mode, use, predictor)
+    config, (use, parts) = packed.config, token_bytes(packed, mode, shares)
     apart = {"dense": (), "exact": ("ups", "downs"), "predicted": ("gates", "ups", "downs")}
     scattered, size = sum(parts.get(part, 0.0) for part in apart[mode]), sum(parts.values())
     wanted = missed = reads = read = seconds = 0.0
@@ -137,7 +143,7 @@ def expect(
             union = [units * part for part in unions(share, rows)]
             wanted += union[0]
             misses = _misses(union, frames)
-            number, size_of_reads = _joined(misses, units * every, rows * row)
+            number, size_of_reads = _joined(misses, units * use.every, rows * row)
             missed, reads, read = missed + misses, reads + number, read + size_of_reads
             if number:
                 seconds += number * read_seconds(size_of_reads / number)

@@ -8,10 +8,9 @@ from turbosparse import _core
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.base.machine import size_text
 from turbosparse.engine.cost import kept_bytes
+from turbosparse.engine.expect import token_bytes
 from turbosparse.hf import families
-from turbosparse.hf.count import Use, experts_in_use
 from turbosparse.ops import Mode
-from turbosparse.ops.cost import bytes_of, needed
 from turbosparse.packed.format import Packed, ffn_prefix
 
 # Chosen, not tuned: what a link of 16 GB/s carries in a quarter of a millisecond.
@@ -107,18 +106,13 @@ def expect(
             are taken to be used like the others, which is the least that a placement gives.
         card, link, memory: bytes in a second.
     """
-    config, header = packed.config, packed.header
-    every = experts_in_use(config) / (families.experts(config) or 1)
-    use = Use(*(every * share for share in (1.0, *shares)))
-    predictor = header.ffn.predictor
-    weigh = bytes_of(dict(header.quant), predictor)
-    parts = needed(config, weigh, mode, use, predictor)
+    config, (use, parts) = packed.config, token_bytes(packed, mode, shares)
     neurons = sum(parts[name] for name in ("gates", "ups", "downs", "predictors"))
     rest = sum(parts.values()) - neurons
     both = 0.0  # what card and core read, each for its neurons: the predictors' first matrices
-    if mode == "predicted" and predictor and predictor.ranks:
-        ranks = sum(rank for layer in predictor.ranks for rank in layer)
-        both = every * weigh("predictor", ranks, config.hidden_size)
+    if mode == "predicted":
+        first = [t.nbytes for name, t in packed.tensors.items() if name.endswith("predictor.fc1")]
+        both = use.every * sum(first)
     hot = where.hot / where.neurons
     on_card = (neurons - both) * hot + both * (hot > 0)
     on_core = (neurons - both) * (1 - hot) + both * (hot < 1)

@@ -32,8 +32,9 @@ VARIABLE = "TURBOSPARSE_FETCH"
 WORTHWHILE = 256 << 20  # bytes of weights from which the trial's tenth of a second pays
 GAIN = 1.05  # that another way than the default must reach
 ROUNDS = 5
-COLS, ROWS, SLICES = 4096, 7168, 4  # of the trial: in q4 slices of 16 MB, more than caches hold
-PARTS = 4  # of the rows of a slice, at random places
+COLS, ROWS = 4096, 7168  # of a matrix: 16 MB in q4
+SIZE = 64 << 20  # bytes of the matrices of the trial, more than caches hold
+PARTS = 4  # of the rows of a matrix, at random places
 
 
 class Way(NamedTuple):
@@ -130,12 +131,13 @@ def measure(threads: int) -> Fetching:
 class Rows:
     """Rows of a matrix, more than caches hold, to time how kernels read them.
 
-    Each call reads others than the last ones did, and gives the bytes in a second.
+    Each call reads others than the last ones of its kind did, and gives the bytes in a second.
     """
 
-    def __init__(self, threads: int, quant: str, slices: int = SLICES):
+    def __init__(self, threads: int, quant: str, size: int = SIZE):
         self._threads, self._stride = threads, row_bytes(quant, COLS)
-        data = np.full((slices, ROWS, self._stride), 44, np.uint8)
+        count = max(2, size // (ROWS * self._stride))
+        data = np.full((count, ROWS, self._stride), 44, np.uint8)
         matrices = [_core.Matrix(part, COLS, quant) for part in data]
         order = np.random.default_rng(0).permutation(ROWS).astype(np.int32)
         parts = [np.sort(part) for part in order.reshape(PARTS, -1)]

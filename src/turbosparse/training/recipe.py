@@ -117,32 +117,25 @@ class Recipe(BaseModel):
                 f"min_learning_rate {self.min_learning_rate:g} is above learning_rate "
                 f"{self.learning_rate:g}"
             )
-        if self.predictor:
-            self._can_predict()
-        if self.teacher and (wrong := self._not_with_teacher()):
-            raise ValueError(f"teacher and {wrong} do not go together: leave out one of them")
-        return self
-
-    def _not_with_teacher(self) -> str | None:
-        """The teacher stands whole in each process, and the head's loss is computed beside it."""
-        others = {
-            "shard: full": self.shard == "full",
-            "deepspeed": self.deepspeed is not None,
-            "lora": self.lora is not None,
-        }
-        return next((name for name, there in others.items() if there), None)
-
-    def _can_predict(self) -> None:
-        if not isinstance(self.model, str):
+        if self.predictor and not isinstance(self.model, str):
             raise ValueError("predictor is that of a model folder: a new model has none")
+        # what both do happens in the whole model of a process
         others = {
-            "gradient_checkpointing": self.gradient_checkpointing,
             "shard: full": self.shard == "full",
             "deepspeed": self.deepspeed is not None,
             "lora": self.lora is not None,
         }
-        if wrong := [name for name, there in others.items() if there]:
-            raise ValueError(f"predictor and {wrong[0]} do not go together: leave out one of them")
+        for name, part, wrong in (
+            ("teacher", self.teacher, others),
+            (
+                "predictor",
+                self.predictor,
+                others | {"gradient_checkpointing": self.gradient_checkpointing},
+            ),
+        ):
+            if part and (found := [other for other, there in wrong.items() if there]):
+                raise ValueError(f"{name} and {found[0]} do not go together: leave out one of them")
+        return self
 
     def steps(self) -> int:
         return self.tokens // (self.batch_size * self.data.sequence_length)
