@@ -139,6 +139,10 @@ def test_a_threshold_keeps_the_share_of_the_output_and_no_more() -> None:
     assert recall.candidates == int((scores >= least).sum())
     assert recall.found == int((shares[scores >= least] > 0).sum())
     assert recall.norm == pytest.approx(kept * 50, rel=1e-5)
+    idle = torch.cat([shares, torch.zeros(5, 20)])
+    both = Seen(torch.cat([scores, scores[:5]]), idle > 0, idle, 0.0).recall(least)
+    same = "a token without an active neuron has nothing to be found"
+    assert both.shares(20)["norm_recall"] == recall.shares(20)["norm_recall"], same
     silent = Seen(scores, shares > 0, torch.zeros(50, 20), 0.0)
     assert silent.recall(silent.threshold(0.9)).candidates == 1000, "nothing is known: keep all"
 

@@ -18,9 +18,10 @@ class Recall(NamedTuple):
     """Of one feed-forward, sums over its tokens."""
 
     tokens: float
+    adding: float  # tokens with an active neuron
     found: float  # active candidates
     active: float
-    norm: float  # what the candidates add, of 1 for each token
+    norm: float  # what the candidates add, of 1 for each of those
     candidates: float
     gate: float  # positive gates
     gate_found: float  # of candidates
@@ -36,7 +37,7 @@ class Recall(NamedTuple):
         """As `Predictor` has them; of a feed-forward of so many neurons."""
         return {
             "recall": self.found / max(1, self.active),
-            "norm_recall": self.norm / max(1, self.tokens),
+            "norm_recall": self.norm / max(1, self.adding),
             "density": self.candidates / max(1, self.tokens * neurons),
         }
 
@@ -75,6 +76,13 @@ class Seen(NamedTuple):
 
     def recall(self, threshold: float) -> Recall:
         picked, active = self.scores >= threshold, self.shares > 0
-        found = (picked & active).sum(), active.sum(), (self.shares * picked).sum()
-        rest = picked.sum(), self.gate.sum(), (self.gate & picked).sum()
-        return Recall(float(len(picked)), *(float(value) for value in (*found, *rest)))
+        sums = (
+            active.any(-1).sum(),
+            (picked & active).sum(),
+            active.sum(),
+            (self.shares * picked).sum(),
+            picked.sum(),
+            self.gate.sum(),
+            (self.gate & picked).sum(),
+        )
+        return Recall(float(len(picked)), *(float(part) for part in sums))
