@@ -13,7 +13,7 @@ import pytest
 from safetensors import SafetensorError
 
 from turbosparse.base.errors import TurboSparseError
-from turbosparse.base.folders import named_disk_errors, new_file, new_folder
+from turbosparse.base.folders import named_disk_errors, new_file, new_folder, read_config
 from turbosparse.base.progress import track
 
 WRITES = """
@@ -97,6 +97,12 @@ def test_a_full_disk_is_told_by_the_systems_number(
     with pytest.raises(expected) as raised, named_disk_errors(tmp_path / "x"):
         raise error
     assert ("disk full while writing" in str(raised.value)) == full
+
+
+def test_a_file_is_not_said_to_be_missing(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").touch()
+    with pytest.raises(TurboSparseError, match="model.gguf is a file; give the folder of a model"):
+        read_config(tmp_path / "model.gguf")
 
 
 def test_progress_reaches_a_log_file_now_and_then(

@@ -46,6 +46,8 @@ def local_path(path: AnyPath) -> Path:
 def read_config(folder: Path, name: str = "config.json") -> dict[str, Any]:
     """Read ``config.json`` (or a file like it) of a model folder as plain JSON."""
     path = folder / name
+    if folder.is_file():
+        raise TurboSparseError(f"{folder} is a file; give the folder of a model")
     if not folder.is_dir():
         raise TurboSparseError(f"no such folder: {folder}")
     if not path.is_file():
