@@ -29,11 +29,20 @@ from turbosparse.training.sample import sequences
 
 @torch.no_grad()
 def quality(
-    wanted: Tensor, new: FFN, x: Tensor, *, cut: float = 0.0, added: Tensor | float = 0.0
+    wanted: Tensor,
+    new: FFN,
+    x: Tensor,
+    *,
+    cut: float = 0.0,
+    level: float = 0.0,
+    added: Tensor | float = 0.0,
 ) -> str:
-    """Variance lost, relative error of a token, zeros; gates up to `cut` are zero (FATReLU)."""
+    """Variance lost, relative error of a token, zeros.
+
+    Gates up to `level`, or up to `cut` of their positive mean, are zero (FATReLU).
+    """
     gate, up = (linear(x, weight).float() for weight in (new.gate, new.up))
-    active = combined(gate, up, "drelu", cut * float(gate[gate > 0].mean()))
+    active = combined(gate, up, "drelu", level or cut * float(gate[gate > 0].mean()))
     error = linear(active.to(x.dtype), new.down).float() + added - wanted
     lost = float(error.square().sum() / (wanted - wanted.mean(0)).square().sum())
     relative = float((error.norm(dim=-1) / wanted.norm(dim=-1)).mean())
@@ -53,6 +62,9 @@ def compare(old: FFN, seen: Tensor, unseen: Tensor, args: argparse.Namespace) ->
     rows["fitted, a bias"] = quality(truth, made["fitted"], unseen, added=mean)
     for cut in map(float, args.cuts.split(",")):
         rows[f"{passes} passes, gates cut at {cut:g}"] = quality(truth, last, unseen, cut=cut)
+        first = fit(old, seen, wanted, len(fitted.gate), cut=cut)
+        ffn = reconstruct(first, seen, wanted, passes, cut).to(seen.dtype)
+        rows[f"{passes} passes with gates cut at {cut:g}"] = quality(truth, ffn, unseen, level=cut)
     return rows
 
 

@@ -15,6 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn.functional import relu, silu
 
+from turbosparse.analyse import analyse
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.convert import convert
 from turbosparse.hf import conversion
@@ -175,6 +176,24 @@ def test_what_does_not_help_is_not_kept(
     assert convert_layers(model, ids, tmp_path / "kept", neurons=96, passes=1) == fitted
 
 
+def test_gates_are_scaled_so_that_one_threshold_suits_all() -> None:
+    gate, up, down = dense_ffn()
+    x = random(ROWS, HIDDEN, seed=1)
+    for scale in (0.01, 100.0):
+        old = FFN(gate * scale, up / scale, down)
+        new = alike(old, x, 2 * NEURONS, cut=0.5)
+        gates, whole = x @ new.gate.T, alike(old, x, 2 * NEURONS)
+        assert float(gates[gates > 0].mean()) == pytest.approx(1, rel=1e-3)
+        product = [ffn.gate.norm(dim=-1) * ffn.up.norm(dim=-1) for ffn in (new, whole)]
+        torch.testing.assert_close(*product)
+        wanted = old.output(x, "swiglu")
+        fitted = explained(new, x, wanted, 0.5)
+        cut_later = explained(new._replace(down=whole.down), x, wanted, 0.5)
+        assert fitted is not None
+        assert cut_later is not None
+        assert fitted > cut_later + 0.001
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e38])
 def test_weights_that_are_not_real_are_an_error_that_names_the_layer(value: float) -> None:
     gate, up, down = dense_ffn()
@@ -221,6 +240,21 @@ def test_a_calibrated_model_is_nearer_to_the_dense_one(
     assert Packed(tmp_path / "packed").config.intermediate_size == 192
 
 
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_a_threshold_of_the_gates_stays_with_the_model(
+    dense: Make, corpus: Path, tmp_path: Path, family: str
+) -> None:
+    zeros = []
+    for cut in (0.0, 0.5):
+        out = tmp_path / f"cut{cut}"
+        convert(str(dense(family)), out, data=[corpus], reconstruct=1, gate_threshold=cut)
+        assert json.loads((out / "config.json").read_text())["ffn_threshold"] == cut
+        zeros.append(analyse(str(out), data=[corpus], max_tokens=400).activation_sparsity)
+    assert zeros[1] > zeros[0] + 0.05
+    pack(str(out), tmp_path / "packed", quant="f16")
+    assert Packed(tmp_path / "packed").header.ffn.threshold == 0.5
+
+
 @pytest.mark.parametrize(("neurons", "widen", "wide"), [(128, 1.3, 192), (96, 1.3, 125)])
 def test_a_multiple_of_64_neurons_stays_one(
     corpus: Path,
@@ -252,6 +286,8 @@ def test_a_multiple_of_64_neurons_stays_one(
         "too wide": ({"widen": 2.5, "data": True}, "--widen 2.5: a neuron has two halves; give a"),
         "wide without text": ({"widen": 1.5}, "--widen needs --data: text says what"),
         "trained without text": ({"reconstruct": 2}, "--reconstruct needs --data: text says what"),
+        "cut without text": ({"gate_threshold": 0.5}, "--gate-threshold needs --data: text says"),
+        "no threshold": ({"gate_threshold": -1, "data": True}, "--gate-threshold is -1; give 0 or"),
         "no passes": ({"reconstruct": -1, "data": True}, "--reconstruct is -1; give 0 or more"),
         "not drelu": ({"activation": "reglu", "data": True}, "leave it out with reglu"),
         "linked": ({"link": True, "data": True}, "--data changes them: leave one out"),

@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +89,7 @@ def convert(
     tokens: int = 65_536,
     widen: float = 1.0,
     reconstruct: int = 0,
+    gate_threshold: float = 0.0,
     device: Device = "auto",
 ) -> Converted:
     """Replace the SwiGLU feed-forward of a dense model by dReLU.
@@ -130,6 +132,9 @@ def convert(
     reconstruct
         Then train each feed-forward alone, towards the dense one's output, in this many passes over
         the text. Gate, up and down learn; what does not help on the text kept apart is dropped.
+    gate_threshold
+        Count a gate as zero up to this share of the mean of the positive ones of its layer
+        (FATReLU), in the fit and ever after: more zeros at little loss. Needs --data.
     device
         Where the layers run: auto takes a GPU if there is one.
     """
@@ -154,7 +159,13 @@ def convert(
     wanted: str = activation or "drelu"
     check_activation(wanted)
     _check_calibration(
-        wanted, link=link, data=texts, tokens=tokens, widen=widen, passes=reconstruct
+        wanted,
+        link=link,
+        data=texts,
+        tokens=tokens,
+        widen=widen,
+        passes=reconstruct,
+        cut=gate_threshold,
     )
     check_free(out)
     folder = model_folder(source)
@@ -170,7 +181,8 @@ def convert(
     tokenizer = load_tokenizer(folder)
     raw = with_cache(own_fields(folder, tokenizer))
     if wanted != "swiglu":
-        raw |= activation_keys(raw["model_type"], wanted, threshold_of(config))
+        cut = gate_threshold or threshold_of(config)
+        raw |= activation_keys(raw["model_type"], wanted, cut)
     merged = None
     if predictor:
         merged, raw["predictor"] = read_predictor(predictor, config)
@@ -189,7 +201,12 @@ def convert(
         state = out.with_name(out.name + ".converting")
         with named_disk_errors(state):
             explained = convert_layers(
-                model, torch.tensor(ids), state, neurons=neurons, passes=reconstruct
+                model,
+                torch.tensor(ids),
+                state,
+                neurons=neurons,
+                passes=reconstruct,
+                cut=gate_threshold,
             )
     with new_folder(out) as work:
         if texts:
@@ -242,7 +259,14 @@ def _source_config(folder: Path, asked: Activation | None) -> Any:
 
 
 def _check_calibration(
-    activation: str, *, link: bool, data: list[Path], tokens: int, widen: float, passes: int
+    activation: str,
+    *,
+    link: bool,
+    data: list[Path],
+    tokens: int,
+    widen: float,
+    passes: int,
+    cut: float,
 ) -> None:
     if not 1 <= widen <= 2:
         raise TurboSparseError(
@@ -250,10 +274,12 @@ def _check_calibration(
         )
     if passes < 0:
         raise TurboSparseError(f"--reconstruct is {passes}; give 0 or more")
+    if not 0 <= cut < inf:
+        raise TurboSparseError(f"--gate-threshold is {cut}; give 0 or more, such as 0.5")
     if not data:
-        if widen > 1 or passes:
-            which = "--widen" if widen > 1 else "--reconstruct"
-            raise TurboSparseError(f"{which} needs --data: text says what the neurons do")
+        given = {"--widen": widen > 1, "--reconstruct": passes, "--gate-threshold": cut}
+        if which := [option for option, value in given.items() if value]:
+            raise TurboSparseError(f"{which[0]} needs --data: text says what the neurons do")
         return
     if activation != "drelu":
         raise TurboSparseError(

@@ -29,7 +29,7 @@ Shares = list[list[float | None]]
 
 
 def convert_layers(
-    model: Layerwise, ids: Tensor, work: Path, *, neurons: int, passes: int = 0
+    model: Layerwise, ids: Tensor, work: Path, *, neurons: int, passes: int = 0, cut: float = 0.0
 ) -> Shares:
     """Fit every layer on text and write it into `work`; resume if some are there.
 
@@ -39,6 +39,7 @@ def convert_layers(
         work: folder of this conversion; see `finish`.
         neurons: of each new feed-forward, at most twice those of the old.
         passes: over the text in which each is then trained.
+        cut: a gate at most this large counts as zero (see `fit`).
 
     Returns:
         ``[layer][expert]``: see `fit_layer`.
@@ -47,17 +48,24 @@ def convert_layers(
         TurboSparseError: `work` holds a conversion with other settings.
     """
     both = ids.repeat(2, 1)  # through the layers as they become, and through the dense ones
-    steps = Steps(work, model, both, {"neurons": neurons, "passes": passes}, "conversion")
+    how: dict[str, Any] = {"neurons": neurons, "passes": passes, "cut": cut}
+    steps = Steps(work, model, both, how, "conversion")
     states = steps.hidden()
     for index in steps.left("converting layers"):
-        new, share = fit_layer(model, index, states, neurons=neurons, passes=passes)
+        new, share = fit_layer(model, index, states, **how)
         steps.finish(_layer(model, index, new), states, share)
     return steps.about
 
 
 @torch.no_grad()
 def fit_layer(
-    model: Layerwise, index: int, states: Tensor, *, neurons: int, passes: int = 0
+    model: Layerwise,
+    index: int,
+    states: Tensor,
+    *,
+    neurons: int,
+    passes: int = 0,
+    cut: float = 0.0,
 ) -> tuple[list[FFN], list[float | None]]:
     """Change the feed-forward of a layer, or those of its experts, and move the states past it.
 
@@ -71,6 +79,7 @@ def fit_layer(
             ones; overwritten by those after it.
         neurons: of each new FFN, at most twice those of the old.
         passes: over the text, in which the new feed-forward is then trained (`reconstruct`).
+        cut: a gate at most this large counts as zero (see `fit`).
 
     Returns:
         The new feed-forwards, one for each expert (one if dense), and of each the share of the
@@ -92,15 +101,15 @@ def fit_layer(
             sent = (chosen == number).any(-1)
             mine = [sent & part[:, None] for part in mine]
         seen, unseen = (_task(old, normed[part], lack[part], model.device) for part in mine)
-        tries = [fit(old, *seen, neurons, where=at)]
+        tries = [fit(old, *seen, neurons, cut=cut, where=at)]
         if passes and len(seen[0]):
-            tries.append(reconstruct(tries[0], *seen, passes))
+            tries.append(reconstruct(tries[0], *seen, passes, cut))
         judge = unseen if len(unseen[0]) else seen
-        found = [(made := ffn.to(old.gate.dtype), explained(made, *judge)) for ffn in tries]
+        found = [(made := ffn.to(old.gate.dtype), explained(made, *judge, cut)) for ffn in tries]
         made, share = max(found, key=lambda each: each[1] or 0.0)
         shares.append(share)
         new.append(made)
-    mlp = model.empty_ffn(index, "drelu")
+    mlp = model.empty_ffn(index, "drelu", cut)
     if chosen is not None:
         mlp.gate = shell.layers[0].mlp.gate
     _put(mlp, new)

@@ -69,9 +69,10 @@ class Layerwise:
         shell.layers[0].load_state_dict(self._weights(index), strict=True, assign=True)
         return shell.eval().requires_grad_(False)
 
-    def empty_ffn(self, index: int, activation: str) -> Any:
+    def empty_ffn(self, index: int, activation: str, threshold: float) -> Any:
         """The feed-forward of a layer with another activation, without weights."""
-        return self._shell(index, with_activation(self.config, activation)).layers[0].mlp
+        config = with_activation(self.config, activation, threshold)
+        return self._shell(index, config).layers[0].mlp
 
     def run(self, shell: Any, hidden: Tensor) -> Tensor:
         """Put the states of some sequences through the layer of `shell`."""

@@ -100,12 +100,12 @@ def threshold_of(config: Any) -> float:
     return float(getattr(config, "ffn_threshold", None) or 0)
 
 
-def with_activation(config: Any, activation: str) -> Any:
+def with_activation(config: Any, activation: str, threshold: float = 0.0) -> Any:
     """The same architecture with another FFN activation: the stock config class or ours."""
     from transformers import AutoConfig
 
     register()
-    keys = activation_keys(config.model_type, activation)
+    keys = activation_keys(config.model_type, activation, threshold)
     own = {"model_type", "architectures", "auto_map", "ffn_activation", "ffn_threshold"}
     fields = {key: value for key, value in config.to_dict().items() if key not in own}
     fields |= {

@@ -23,7 +23,7 @@ _BETAS = (0.9, 0.95)
 
 
 @torch.enable_grad()
-def reconstruct(new: FFN, x: Tensor, wanted: Tensor, passes: int) -> FFN:
+def reconstruct(new: FFN, x: Tensor, wanted: Tensor, passes: int, cut: float = 0.0) -> FFN:
     """Train a dReLU FFN to give what is wanted on x.
 
     The loss is the squared error, of outputs larger than the median relative to their own: the
@@ -34,6 +34,7 @@ def reconstruct(new: FFN, x: Tensor, wanted: Tensor, passes: int) -> FFN:
         x: what it reads, ``[N, H]``.
         wanted: what it shall give, ``[N, H]``.
         passes: over x, in another order each time.
+        cut: a gate at most this large counts as zero.
 
     Returns:
         The trained FFN, float32.
@@ -56,7 +57,7 @@ def reconstruct(new: FFN, x: Tensor, wanted: Tensor, passes: int) -> FFN:
     for _ in range(passes):
         for rows in torch.randperm(len(x), generator=random).tensor_split(each):
             rows = rows.to(x.device)
-            active = combined(linear(x[rows], used[0]), linear(x[rows], used[1]), "drelu")
+            active = combined(linear(x[rows], used[0]), linear(x[rows], used[1]), "drelu", cut)
             error = linear(active, used[2]).float() - wanted[rows].float()
             (error.square() * weight_of[rows]).mean().backward()
             for weight, master in zip(used, trained, strict=True):

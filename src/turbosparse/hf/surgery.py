@@ -38,15 +38,17 @@ class FFN(NamedTuple):
     def to(self, dtype: torch.dtype) -> FFN:
         return FFN(*(weight.to(dtype) for weight in self))
 
-    def combined(self, x: Tensor, activation: str) -> Tensor:
+    def combined(self, x: Tensor, activation: str, cut: float = 0.0) -> Tensor:
         """Products in the type of the weights, the rest in float32."""
         x = x.to(self.gate.dtype)
-        return combined(linear(x, self.gate).float(), linear(x, self.up).float(), activation)
+        gate, up = linear(x, self.gate).float(), linear(x, self.up).float()
+        return combined(gate, up, activation, cut)
 
-    def output(self, x: Tensor, activation: str) -> Tensor:
+    def output(self, x: Tensor, activation: str, cut: float = 0.0) -> Tensor:
         """``[N, H]`` float32, of some rows at a time."""
-        parts = (self.combined(rows, activation).to(self.down.dtype) for rows in x.split(_ROWS))
-        return torch.cat([linear(active, self.down).float() for active in parts])
+        active = (self.combined(rows, activation, cut) for rows in x.split(_ROWS))
+        parts = (rows.to(self.down.dtype) for rows in active)
+        return torch.cat([linear(rows, self.down).float() for rows in parts])
 
 
 def weights_of(mlp: Any) -> list[FFN]:
@@ -61,7 +63,13 @@ def weights_of(mlp: Any) -> list[FFN]:
 
 @torch.no_grad()
 def fit(
-    old: FFN, x: Tensor, wanted: Tensor, neurons: int, *, where: str = "the feed-forward"
+    old: FFN,
+    x: Tensor,
+    wanted: Tensor,
+    neurons: int,
+    *,
+    cut: float = 0.0,
+    where: str = "the feed-forward",
 ) -> FFN:
     """The dReLU FFN made of a SwiGLU FFN that comes near what is wanted; its down is float32.
 
@@ -70,6 +78,8 @@ def fit(
         x: what the FFN reads, ``[N, H]``.
         wanted: what it shall give, ``[N, H]``.
         neurons: of the dReLU FFN, at most 2·I.
+        cut: a gate at most this large counts as zero; if it is given, gates are scaled to a mean
+            of 1 where they are positive, and ups by the inverse, which changes nothing else.
         where: what messages call it.
 
     Raises:
@@ -80,10 +90,13 @@ def fit(
     new = FFN(old.gate[kept], old.up[kept] * sign[:, None], old.down[:, kept] * sign)
     if not len(x):
         return new
+    if cut:
+        usual = _usual_gate(new, x)
+        new = new._replace(gate=new.gate / usual, up=new.up * usual)
     inner = torch.zeros(neurons, neurons, device=x.device)
     outer = torch.zeros(new.down.shape, device=x.device)
     for rows, y in zip(x.split(_ROWS), wanted.split(_ROWS), strict=True):
-        active = new.combined(rows, "drelu")
+        active = new.combined(rows, "drelu", cut)
         inner.addmm_(active.T, active)
         outer.addmm_(y.T, active)
     if not _is_sound(inner, outer, len(x)):
@@ -107,6 +120,16 @@ def _halves(old: FFN, x: Tensor, neurons: int) -> tuple[Tensor, Tensor]:
     if added.any():
         kept = added.flatten().topk(neurons).indices.sort().values
     return kept % len(old.gate), 1.0 - 2 * (kept // len(old.gate))
+
+
+def _usual_gate(ffn: FFN, x: Tensor) -> Tensor:
+    """The mean of the gates that are positive on x."""
+    total, count = torch.zeros(2, device=x.device)
+    for rows in x.split(_ROWS):
+        gate = linear(rows.to(ffn.gate.dtype), ffn.gate).float().clamp(min=0)
+        total += gate.sum()
+        count += gate.count_nonzero()
+    return (total / count.clamp(min=1)).clamp(min=1e-10).to(ffn.gate.dtype)
 
 
 def _is_sound(inner: Tensor, outer: Tensor, rows: int) -> bool:
@@ -137,8 +160,8 @@ def _refit(inner: Tensor, outer: Tensor, down: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def explained(new: FFN, x: Tensor, wanted: Tensor) -> float | None:
+def explained(new: FFN, x: Tensor, wanted: Tensor, cut: float = 0.0) -> float | None:
     """Share of the variance of what is wanted on x that a dReLU FFN accounts for."""
     variance = float((wanted - wanted.mean(0)).square().sum())
-    left = float((wanted - new.output(x, "drelu")).square().sum())
+    left = float((wanted - new.output(x, "drelu", cut)).square().sum())
     return 1 - left / variance if variance > 0 else None
