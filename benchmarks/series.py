@@ -123,10 +123,10 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="the --out of runs of ablation.py")
     parser.add_argument("--picture", type=Path, help="an SVG file")
     args = parser.parse_args()
-    groups = defaultdict(list)
-    for point in (point for folder in args.runs for point in points(folder)):
-        groups[point.parameters, point.tokens, point.label].append(point)
-    groups = {key: sorted(groups[key], key=lambda point: point.seed) for key in sorted(groups)}
+    every = sorted(point for folder in args.runs for point in points(folder))
+    groups: dict[tuple[int, int, str], list[Point]] = defaultdict(list)
+    for point in every:
+        groups[point[:3]].append(point)
     print("\n".join(table(groups)))
     if args.picture:
         draw(groups, args.picture)

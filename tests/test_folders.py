@@ -101,7 +101,9 @@ def test_a_full_disk_is_told_by_the_systems_number(
 
 def test_a_file_is_not_said_to_be_missing(tmp_path: Path) -> None:
     (tmp_path / "model.gguf").touch()
-    with pytest.raises(TurboSparseError, match="model.gguf is a file; give the folder of a model"):
+    with pytest.raises(
+        TurboSparseError, match=r"model\.gguf is a file; give the folder of a model"
+    ):
         read_config(tmp_path / "model.gguf")
 
 

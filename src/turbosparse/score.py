@@ -137,6 +137,7 @@ def score(
         quarter of it is for the thresholds, the rest is measured.
     targets
         Norm recalls to try: the share of each layer's output, by squares, that candidates add.
+        Repeat it for each: --targets 0.98 --targets 0.99.
     bound
         Most perplexity that may be lost, in percent.
     tokens
