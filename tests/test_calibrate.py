@@ -19,7 +19,7 @@ from turbosparse.analyse import analyse
 from turbosparse.base.errors import TurboSparseError
 from turbosparse.convert import convert
 from turbosparse.hf import conversion
-from turbosparse.hf.conversion import HELD_OUT, convert_layers
+from turbosparse.hf.conversion import HELD_OUT, convert_layers, fit_layer
 from turbosparse.hf.layerwise import Layerwise
 from turbosparse.hf.load import load_model, load_tokenizer
 from turbosparse.hf.reconstruct import reconstruct
@@ -253,6 +253,27 @@ def test_a_threshold_of_the_gates_stays_with_the_model(
     assert zeros[1] > zeros[0] + 0.05
     pack(str(out), tmp_path / "packed", quant="f16")
     assert Packed(tmp_path / "packed").header.ffn.threshold == 0.5
+
+
+def test_an_expert_without_text_has_gates_of_the_usual_size_too(
+    dense: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For the threshold is for all of them."""
+
+    def first_two(_: Layerwise, __: Any, residual: Tensor) -> Tensor:
+        return torch.tensor([0, 1]).expand(*residual.shape[:2], 2)
+
+    monkeypatch.setattr(Layerwise, "routed", first_two)
+    model = Layerwise(dense("mixtral"), device="cpu", dtype=torch.float32)
+    states = model.embed(torch.randint(0, 300, (16, 48)))
+    new, shares = fit_layer(model, 0, states.repeat(2, 1, 1), neurons=96, cut=0.5)
+    assert [share is None for share in shares] == [False, False, True, True]
+    shell = model.layer(0)
+    model.attend(shell, states)
+    read = model.ffn_input(shell, states).flatten(0, 1)
+    for ffn in new[2:]:
+        gates = read @ ffn.gate.T
+        assert float(gates[gates > 0].mean()) == pytest.approx(1, rel=1e-3)
 
 
 @pytest.mark.parametrize(("neurons", "widen", "wide"), [(128, 1.3, 192), (96, 1.3, 125)])

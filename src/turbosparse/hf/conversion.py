@@ -19,7 +19,7 @@ from turbosparse.hf.checkpoint import INDEX
 from turbosparse.hf.layerwise import Layerwise
 from turbosparse.hf.reconstruct import reconstruct
 from turbosparse.hf.steps import Steps, save, shard_name
-from turbosparse.hf.surgery import FFN, explained, fit, weights_of
+from turbosparse.hf.surgery import FFN, explained, fit, weights_of, with_usual_gates
 
 HELD_OUT = 8  # every eighth sequence is kept from the fit, to measure it on
 _REPAID = 0.5  # of what the states lack by then: all of it does worse (docs/quality.md)
@@ -102,6 +102,8 @@ def fit_layer(
             mine = [sent & part[:, None] for part in mine]
         seen, unseen = (_task(old, normed[part], lack[part], model.device) for part in mine)
         tries = [fit(old, *seen, neurons, cut=cut, where=at)]
+        if cut and not len(seen[0]):  # the threshold is for gates of the usual size all the same
+            tries = [with_usual_gates(tries[0], normed.flatten(0, 1).to(model.device))]
         if passes and len(seen[0]):
             tries.append(reconstruct(tries[0], *seen, passes, cut))
         judge = unseen if len(unseen[0]) else seen

@@ -78,8 +78,7 @@ def fit(
         x: what the FFN reads, ``[N, H]``.
         wanted: what it shall give, ``[N, H]``.
         neurons: of the dReLU FFN, at most 2·I.
-        cut: a gate at most this large counts as zero; if it is given, gates are scaled to a mean
-            of 1 where they are positive, and ups by the inverse, which changes nothing else.
+        cut: a gate at most this large counts as zero, once they are scaled (`with_usual_gates`).
         where: what messages call it.
 
     Raises:
@@ -91,8 +90,7 @@ def fit(
     if not len(x):
         return new
     if cut:
-        usual = _usual_gate(new, x)
-        new = new._replace(gate=new.gate / usual, up=new.up * usual)
+        new = with_usual_gates(new, x)
     inner = torch.zeros(neurons, neurons, device=x.device)
     outer = torch.zeros(new.down.shape, device=x.device)
     for rows, y in zip(x.split(_ROWS), wanted.split(_ROWS), strict=True):
@@ -122,14 +120,15 @@ def _halves(old: FFN, x: Tensor, neurons: int) -> tuple[Tensor, Tensor]:
     return kept % len(old.gate), 1.0 - 2 * (kept // len(old.gate))
 
 
-def _usual_gate(ffn: FFN, x: Tensor) -> Tensor:
-    """The mean of the gates that are positive on x."""
+def with_usual_gates(ffn: FFN, x: Tensor) -> FFN:
+    """The same dReLU FFN with gates of a mean of 1 where they are positive on x; ups make up."""
     total, count = torch.zeros(2, device=x.device)
     for rows in x.split(_ROWS):
         gate = linear(rows.to(ffn.gate.dtype), ffn.gate).float().clamp(min=0)
         total += gate.sum()
         count += gate.count_nonzero()
-    return (total / count.clamp(min=1)).clamp(min=1e-10).to(ffn.gate.dtype)
+    usual = float(total / count) if count else 1.0
+    return ffn._replace(gate=ffn.gate / usual, up=ffn.up * usual)
 
 
 def _is_sound(inner: Tensor, outer: Tensor, rows: int) -> bool:
