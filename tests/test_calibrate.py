@@ -21,7 +21,7 @@ from turbosparse.convert import convert
 from turbosparse.hf import conversion
 from turbosparse.hf.conversion import HELD_OUT, convert_layers, fit_layer
 from turbosparse.hf.layerwise import Layerwise
-from turbosparse.hf.load import load_model, load_tokenizer
+from turbosparse.hf.load import load_config, load_model, load_tokenizer, threshold_of
 from turbosparse.hf.reconstruct import reconstruct
 from turbosparse.hf.steps import HIDDEN as STATES
 from turbosparse.hf.surgery import FFN, explained, fit
@@ -253,6 +253,8 @@ def test_a_threshold_of_the_gates_stays_with_the_model(
     assert zeros[1] > zeros[0] + 0.05
     pack(str(out), tmp_path / "packed", quant="f16")
     assert Packed(tmp_path / "packed").header.ffn.threshold == 0.5
+    for activation, kept in {"drelu": 0.5, "reglu": 0.0}.items():
+        assert threshold_of(load_config(out, activation)) == kept
 
 
 def test_an_expert_without_text_has_gates_of_the_usual_size_too(

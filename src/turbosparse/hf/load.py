@@ -60,7 +60,7 @@ def load_config(folder: Path, activation: str | None = None) -> Any:
         config = CONFIG_MAPPING[raw["model_type"]].from_dict(raw)
     except Exception as error:  # transformers validates with several unrelated exception types
         raise TurboSparseError(f"{where} is not valid: {error}") from error
-    if activation:
+    if activation and activation != getattr(config, "ffn_activation", None):
         return with_activation(config, activation)
     activation_of(config)
     return config
