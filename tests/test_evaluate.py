@@ -297,6 +297,15 @@ def test_bad_arguments(packed: Path, arguments: dict[str, Any], message: str) ->
         evaluate(str(packed), **arguments)
 
 
+@pytest.mark.parametrize("wrong", [{"other": "no/model"}, {"data": ["no/text"]}])
+def test_what_is_missing_is_found_before_the_first_question(
+    packed: Path, files: list[str], monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(Subject, "tasks", lambda *_: pytest.fail("a question was asked"))
+    with pytest.raises(TurboSparseError, match="no such"):
+        evaluate(str(packed), tasks=files, **wrong)
+
+
 def test_a_packed_model_on_the_card(packed: Path, tmp_path: Path) -> None:
     """In Triton's interpreter, where there is none."""
     pytest.importorskip("triton")

@@ -22,7 +22,7 @@ from turbosparse.base.folders import AnyPath, local_path
 from turbosparse.base.machine import Device
 from turbosparse.engine.api import Model
 from turbosparse.engine.engine import Mode
-from turbosparse.training.readers import documents
+from turbosparse.training.readers import corpus_files, documents
 
 if TYPE_CHECKING:
     from turbosparse.evaluation.compare import Figure
@@ -128,14 +128,15 @@ def evaluate(
     corpora = _named([local_path(source) for source in data])
     cut = Cut(window, stride, max_tokens)
     sources = [(model, mode), *([(other, other_mode or mode)] if other else [])]
-    subjects, measured, seconds = [], [], []
-    for source, how in sources:
-        subject = Subject.open(source, how, threads, device)
+    for corpus in corpora.values():
+        corpus_files(corpus)  # raises if there is none: before an hour of questions, not after it
+    subjects = [Subject.open(source, how, threads, device) for source, how in sources]
+    measured, seconds = [], []
+    for subject in subjects:
         began = time.perf_counter()
         found = subject.tasks(tasks, shots, limit)
         for name, corpus in corpora.items():
             found |= subject.perplexity(name, documents(corpus), cut)
-        subjects.append(subject)
         measured.append(found)
         seconds.append(time.perf_counter() - began)
     figures = [compare.figure(*key, [found[key] for found in measured]) for key in measured[0]]
