@@ -79,7 +79,8 @@ def table(groups: dict[tuple[int, int, str], list[Point]]) -> Iterator[str]:
             label,
             ", ".join(str(point.seed) for point in found),
             f"{mean(point.control for point in found):.1f}",
-            f"{mean(ratios):.4f} [{min(ratios):.4f}..{max(ratios):.4f}]",
+            f"{mean(ratios):.4f}"
+            + (f" [{min(ratios):.4f}..{max(ratios):.4f}]" if ratios[1:] else ""),
             f"{mean(point.zeros for point in found):.1%}",
             f"{mean(point.minutes for point in found):.1f}",
         ]

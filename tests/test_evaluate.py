@@ -297,7 +297,7 @@ def test_bad_arguments(packed: Path, arguments: dict[str, Any], message: str) ->
         evaluate(str(packed), **arguments)
 
 
-@pytest.mark.parametrize("wrong", [{"other": "no/model"}, {"data": ["no/text"]}])
+@pytest.mark.parametrize("wrong", [{"other": "./no/model"}, {"data": ["no/text"]}])
 def test_what_is_missing_is_found_before_the_first_question(
     packed: Path, files: list[str], monkeypatch: pytest.MonkeyPatch, wrong: dict[str, Any]
 ) -> None:
