@@ -43,7 +43,10 @@ class Point(NamedTuple):
 
 def points(folder: Path) -> Iterator[Point]:
     """Those of the result of one run of `ablation.py`."""
-    result = json.loads((folder / "result.json").read_text())
+    file = folder / "result.json"
+    if not file.is_file():
+        raise SystemExit(f"no such file: {file}; give the --out of runs of ablation.py that ended")
+    result = json.loads(file.read_text())
     settings, runs = result["settings"], result["runs"]
     checkpoint = Checkpoint(folder / "scratch-swiglu")
     names = [name for name in checkpoint if "embed" not in name]

@@ -189,6 +189,31 @@ def test_the_curves_are_drawn(made: Path) -> None:
     assert (made / "losses.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.usefixtures("ablation")  # which lets benchmarks be imported
+def test_a_series_puts_seeds_together(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    """The second run is the first, but of another seed and with twice dReLU's perplexity."""
+    series, other = __import__("series"), shutil.copytree(made, tmp_path / "other")
+    result = json.loads((made / "result.json").read_text())
+    runs = {(run["road"], run["label"]): run for run in result["runs"]}
+    drelu = runs["continued", "drelu"]["perplexity"]["all"]
+    ratio = drelu / runs["continued", "swiglu"]["perplexity"]["all"]
+    result["settings"]["seed"] += 1
+    runs["continued", "drelu"]["perplexity"]["all"] = 2 * drelu
+    (other / "result.json").write_text(json.dumps(result))
+    picture = tmp_path / "series.svg"
+    monkeypatch.setattr("sys.argv", ["series", str(other), str(made), "--picture", str(picture)])
+    series.main()
+    row = next(line for line in capsys.readouterr().out.splitlines() if "| drelu |" in line)
+    assert "| 0, 1 |" in row
+    assert f"| {1.5 * ratio:.4f} [{ratio:.4f}..{2 * ratio:.4f}] |" in row
+    assert "<svg" in picture.read_text()
+    monkeypatch.setattr("sys.argv", ["series", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"result\.json; give the --out of runs"):
+        series.main()
+
+
 def test_experts_are_measured_with_those_that_a_token_was_not_sent_to(
     ablation: Any, data: Path, tmp_path: Path, capsys: Any
 ) -> None:
